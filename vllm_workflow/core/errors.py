@@ -1,0 +1,23 @@
+"""The tree of errors. Each is also a kind of the builtin it resembles."""
+
+from __future__ import annotations
+
+
+class WorkflowError(Exception):
+    """Base of every error that this package raises on purpose."""
+
+
+class ConfigError(WorkflowError, ValueError):
+    """A configuration that cannot be used; the message names file, field, got and wanted."""
+
+
+class NoInstanceError(WorkflowError, LookupError):
+    """No instance can take the request."""
+
+
+class BudgetExceededError(WorkflowError, TimeoutError):
+    """Nothing of the run's budget is left."""
+
+
+class UpstreamError(WorkflowError, ConnectionError):
+    """An instance did not answer, or not as an OpenAI-compatible server does."""

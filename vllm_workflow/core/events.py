@@ -1,0 +1,125 @@
+"""What a dispatcher did, as values that can be written down and done again.
+
+One JSON object per line. A number that JSON cannot express (`inf`, `nan`) is left out: it is
+the default of every field that may hold it.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.fleet import Instance
+from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Started:
+    """A dispatcher came to be; everything before it belongs to another one."""
+
+    policy: PolicyConfig
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Added:
+    """An instance joined, or came back with other properties."""
+
+    instance: Instance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Marked:
+    """An instance's health became known or changed."""
+
+    instance_id: str
+    healthy: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Submitted:
+    """A call was bound to an instance."""
+
+    now: float
+    request: StageRequest
+    num_prompt_bytes: int
+    exclude: tuple[str, ...]
+    decision: Decision
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settled:
+    """A call ended, well or not."""
+
+    outcome: Outcome
+
+
+Event = Started | Added | Marked | Submitted | Settled
+Record = Callable[[Event], None]
+
+_EVENTS: Mapping[str, type[Event]] = {
+    cls.__name__.lower(): cls for cls in (Started, Added, Marked, Submitted, Settled)
+}
+_NESTED: Mapping[str, type[Any]] = {
+    "policy": PolicyConfig,
+    "instance": Instance,
+    "latency": LatencyModel,
+    "request": StageRequest,
+    "decision": Decision,
+    "chosen": Candidate,
+    "outcome": Outcome,
+}
+
+
+def to_json(event: Event) -> str:
+    """Return one line without its end."""
+    return json.dumps({"event": type(event).__name__.lower(), **_fields(event)})
+
+
+def from_json(line: str | bytes) -> Event:
+    """Read back what `to_json` wrote.
+
+    Raises:
+        ConfigError: The line is not such an event.
+    """
+    try:
+        data = json.loads(line)
+        cls = _EVENTS[data.pop("event")]
+        event: Event = _build(cls, data)
+    except (ValueError, KeyError, TypeError, AttributeError) as e:
+        raise ConfigError(f"decision log: cannot read line {line!r:.200}: {e!r}") from None
+    return event
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    plain = {}
+    for field in fields(value):
+        item = _plain(getattr(value, field.name))
+        if not (isinstance(item, float) and not math.isfinite(item)):
+            plain[field.name] = item
+    return plain
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(item) for item in value]
+    return _fields(value) if is_dataclass(value) else value
+
+
+def _build(cls: type[Any], data: dict[str, Any]) -> Any:
+    values: dict[str, Any] = {}
+    for name, value in data.items():
+        # A policy has a field `policy` too, which holds a name.
+        if name in _NESTED and isinstance(value, dict):
+            values[name] = _build(_NESTED[name], value)
+        elif name == "candidates":
+            values[name] = tuple(_build(Candidate, item) for item in value)
+        else:
+            values[name] = tuple(value) if isinstance(value, list) else value
+    return cls(**values)

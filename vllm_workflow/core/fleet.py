@@ -1,0 +1,185 @@
+"""What the router knows of its instances: the ledger of the work in flight.
+
+Owned by a single event loop (or a single simulation). Methods are synchronous, so no lock
+is needed and no decision can interleave with another.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass, field
+
+from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.types import Candidate, StageRequest
+
+_MIN_DRIFT_WEIGHT = 0.05
+"""Share of one call in the drift factor: about the last twenty calls decide."""
+_PRIOR_DRIFT_WEIGHT = 4.0
+"""Calls that the configured latency counts for until then."""
+_MAX_DRIFT = 8.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One vLLM server as configured."""
+
+    instance_id: str
+    models: tuple[str, ...]
+    """Model names it serves; empty means that it serves any."""
+    latency: LatencyModel = field(default_factory=LatencyModel)
+    max_num_seqs: int = 128
+    """Calls that run side by side; further ones wait in the engine."""
+
+    def serves(self, model: str) -> bool:
+        return not self.models or not model or model in self.models
+
+
+@dataclass(slots=True)
+class _Account:
+    instance: Instance
+    healthy: bool = True
+    reserved: dict[str, Candidate] = field(default_factory=dict)
+    outstanding_s: float = 0.0
+    drift: float = 1.0
+    """Actual over predicted service, smoothed."""
+    num_observed: int = 0
+
+
+class Fleet:
+    """Predicts candidates and keeps account of the calls in flight."""
+
+    def __init__(self) -> None:
+        self._accounts: dict[str, _Account] = {}
+
+    def add(self, instance: Instance) -> None:
+        """Add or replace an instance; calls in flight on it stay counted."""
+        account = self._accounts.get(instance.instance_id)
+        if account is None:
+            self._accounts[instance.instance_id] = _Account(instance)
+        else:
+            account.instance = instance
+
+    def mark(self, instance_id: str, *, healthy: bool) -> None:
+        self._accounts[instance_id].healthy = healthy
+
+    def is_healthy(self, instance_id: str) -> bool:
+        return self._accounts[instance_id].healthy
+
+    def __iter__(self) -> Iterator[Instance]:
+        return (a.instance for a in self._accounts.values())
+
+    def serves(self, model: str) -> bool:
+        """Whether any instance, healthy or not, serves `model`."""
+        return any(a.instance.serves(model) for a in self._accounts.values())
+
+    def candidates(
+        self, request: StageRequest, *, exclude: Collection[str] = ()
+    ) -> tuple[Candidate, ...]:
+        """Predict `request` on every healthy instance that serves its model."""
+        return tuple(
+            _predict(a, request)
+            for a in self._accounts.values()
+            if a.healthy
+            and a.instance.instance_id not in exclude
+            and a.instance.serves(request.model)
+        )
+
+    def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
+        """Service of one such call on an idle instance, mean over those that serve `model`.
+
+        Unhealthy ones count only if all are, so that a prediction does not jump to 0.
+        """
+        serving = [a for a in self._accounts.values() if a.instance.serves(model)]
+        serving = [a for a in serving if a.healthy] or serving
+        each = [
+            a.drift * _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
+            for a in serving
+        ]
+        return sum(each) / len(each) if each else 0.0
+
+    def reserve(self, request_id: str, candidate: Candidate) -> None:
+        """Count a call against its instance until `release`.
+
+        Raises:
+            ValueError: The request is already reserved there.
+        """
+        account = self._accounts[candidate.instance_id]
+        if request_id in account.reserved:
+            raise ValueError(
+                f"request {request_id!r} is already reserved on instance {candidate.instance_id!r}"
+            )
+        account.reserved[request_id] = candidate
+        account.outstanding_s += candidate.service_s
+
+    def release(self, request_id: str, instance_id: str) -> None:
+        """Stop counting a call, however it ended. Safe to call twice."""
+        account = self._accounts[instance_id]
+        candidate = account.reserved.pop(request_id, None)
+        if candidate is not None:
+            left_s = account.outstanding_s - candidate.service_s
+            account.outstanding_s = max(0.0, left_s) if account.reserved else 0.0
+
+    def observe(self, instance_id: str, *, predicted_s: float, actual_s: float) -> None:
+        """Correct an instance's speed by one finished call.
+
+        Args:
+            instance_id: Where it ran.
+            predicted_s: From dispatch to end, for the tokens it turned out to have: a wrong
+                guess of a length says nothing about speed.
+            actual_s: The same as measured; `nan` is ignored.
+        """
+        account = self._accounts[instance_id]
+        ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
+        if math.isfinite(ratio) and ratio > 0.0:
+            account.num_observed += 1
+            weight = max(_MIN_DRIFT_WEIGHT, 1.0 / (_PRIOR_DRIFT_WEIGHT + account.num_observed))
+            step = weight * math.log(min(max(ratio, 1 / _MAX_DRIFT), _MAX_DRIFT))
+            drift = account.drift * math.exp(step)
+            account.drift = min(max(drift, 1 / _MAX_DRIFT), _MAX_DRIFT)
+
+    def drift(self, instance_id: str) -> float:
+        """Actual over predicted service of the latest calls; 1 is as predicted."""
+        return self._accounts[instance_id].drift
+
+    def num_outstanding(self, instance_id: str | None = None) -> int:
+        """Calls in flight on one instance, or on all."""
+        if instance_id is not None:
+            return len(self._accounts[instance_id].reserved)
+        return sum(len(a.reserved) for a in self._accounts.values())
+
+    def outstanding_s(self, instance_id: str) -> float:
+        """Predicted service of the calls in flight on an instance, summed."""
+        return self._accounts[instance_id].outstanding_s
+
+
+def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens: float) -> float:
+    return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
+        max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
+    )
+
+
+def _predict(account: _Account, request: StageRequest) -> Candidate:
+    latency, num_ahead = account.instance.latency, len(account.reserved)
+    seats = account.instance.max_num_seqs
+    num_beside = min(num_ahead, seats - 1)
+    num_decoded = max(0.0, request.expected_output_tokens - 1.0)
+    context = request.num_prompt_tokens + 0.5 * request.expected_output_tokens
+    prefill_s = latency.prefill_s(request.num_prompt_tokens)
+    alone_s, together_s = (
+        latency.decode_s(num_decoded, batch_size=n, num_context_tokens=context)
+        for n in (max(1, num_beside), num_beside + 1)
+    )
+    queue_s = 0.0
+    if num_ahead >= seats:
+        # A seat comes free each (mean service / seats); this call needs the next but `surplus`.
+        queue_s = account.outstanding_s / num_ahead * (num_ahead - seats + 1) / seats
+    return Candidate(
+        instance_id=account.instance.instance_id,
+        queue_s=queue_s,
+        prefill_s=account.drift * prefill_s,
+        decode_s=account.drift * together_s,
+        harm_s=account.drift * num_beside * (prefill_s + max(0.0, together_s - alone_s)),
+        num_outstanding=num_ahead,
+        outstanding_s=account.outstanding_s,
+    )

@@ -1,0 +1,141 @@
+"""How long an engine step takes. Everything else in seconds is derived from this.
+
+One primitive, `step_s`, is enough: a simulator advances its clock by it, and the router's
+estimates per request are derived from it, so both always agree. `hardware.py` predicts a
+model from datasheets, `fit.py` from measurements.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields
+
+from vllm_workflow.core.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LatencyModel:
+    """Step time of one model on one instance.
+
+        step_s = overhead_s + weights_s
+                 + per_token_below_knee_s * min(tokens, knee) + per_token_s * max(0, tokens - knee)
+                 + decoding sequences * per_seq_s
+                 + context of the decoding sequences * per_kv_token_s
+                 + prefill attention * per_prefill_kv_token_s
+
+    The knee: below it a step is bound by reading the weights and a further token is cheap,
+    above it by arithmetic. With the defaults of the two fields about it this is the roofline
+    `overhead_s + max(weights_s, tokens * per_token_s)`. On real GPUs a token below the knee
+    costs two fifths to three fifths of one above it.
+    """
+
+    overhead_s: float = 0.002
+    """Launch, sampling, scheduling: paid by every step."""
+    weights_s: float = 0.010
+    """Reading all weights once; the price of a step of one token."""
+    per_token_s: float = 0.0001
+    """Arithmetic of one token above the knee."""
+    per_token_below_knee_s: float = 0.0
+    """Of one token below the knee; at most `per_token_s`."""
+    num_knee_tokens: float | None = None
+    """Tokens of a step at the knee; None: where arithmetic takes as long as the weights."""
+    per_seq_s: float = 0.0
+    """Logits and sampling of one decoding sequence, beside its token."""
+    per_kv_token_s: float = 0.0
+    """Attention of one decoding sequence over one token of its context."""
+    per_prefill_kv_token_s: float = 0.0
+    """Attention of one prompt token over one token before it."""
+    max_num_batched_tokens: int = 2048
+    """Tokens of one step at most; a longer prompt is prefilled in chunks."""
+
+    def __post_init__(self) -> None:
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if value is None and f.default is None:
+                continue
+            if value is None or not 0 <= value < math.inf:
+                raise ConfigError(f"latency.{f.name}: expected a number from 0, got {value!r}")
+        if self.overhead_s + self.weights_s <= 0.0:
+            raise ConfigError("latency: overhead_s and weights_s are both 0; a step takes time")
+        if self.max_num_batched_tokens < 1:
+            raise ConfigError("latency.max_num_batched_tokens: expected at least 1, got 0")
+        if self.per_token_below_knee_s > self.per_token_s:
+            raise ConfigError(
+                "latency.per_token_below_knee_s: expected at most per_token_s = "
+                f"{self.per_token_s!r}, got {self.per_token_below_knee_s!r}"
+            )
+
+    @property
+    def knee_tokens(self) -> float:
+        """Tokens of a step from which on it is bound by arithmetic; may be infinite."""
+        if self.num_knee_tokens is not None:
+            return self.num_knee_tokens
+        return self.weights_s / self.per_token_s if self.per_token_s > 0.0 else math.inf
+
+    def step_s(
+        self,
+        *,
+        num_prefill_tokens: float = 0,
+        num_decode_seqs: float = 0,
+        num_kv_tokens: float = 0.0,
+        prefill_attention: float = 0.0,
+    ) -> float:
+        """Seconds of one step; positive even for an empty batch.
+
+        Args:
+            num_prefill_tokens: Prompt tokens computed in this step, all requests together.
+            num_decode_seqs: Sequences that decode one token each.
+            num_kv_tokens: Context of the decoding sequences, summed.
+            prefill_attention: Context of the prompt tokens, summed; see `prefill_attention`.
+        """
+        num_tokens = num_prefill_tokens + num_decode_seqs
+        num_above = num_tokens - self.knee_tokens
+        tokens_s = num_tokens * self.per_token_below_knee_s
+        if num_above > 0.0:
+            tokens_s += num_above * (self.per_token_s - self.per_token_below_knee_s)
+        return (
+            self.overhead_s
+            + self.weights_s
+            + tokens_s
+            + num_decode_seqs * self.per_seq_s
+            + num_kv_tokens * self.per_kv_token_s
+            + prefill_attention * self.per_prefill_kv_token_s
+        )
+
+    def prefill_s(self, num_tokens: int, *, num_cached_tokens: int = 0) -> float:
+        """Seconds to prefill in an otherwise idle engine.
+
+        Args:
+            num_tokens: Prompt tokens to compute.
+            num_cached_tokens: Prompt tokens before them that the prefix cache holds.
+        """
+        num_tokens = max(1, num_tokens)
+        num_full, num_last = divmod(num_tokens, self.max_num_batched_tokens)
+        full_s = num_full * self.step_s(num_prefill_tokens=self.max_num_batched_tokens)
+        last_s = self.step_s(num_prefill_tokens=num_last) if num_last else 0.0
+        attention = prefill_attention(num_tokens, num_cached_tokens)
+        return full_s + last_s + attention * self.per_prefill_kv_token_s
+
+    def decode_s(self, num_tokens: float, *, batch_size: int, num_context_tokens: float) -> float:
+        """Seconds to decode `num_tokens` beside `batch_size - 1` sequences like this one.
+
+        Args:
+            num_tokens: Output tokens after the first, which prefill gives.
+            batch_size: Sequences decoding together, this one included.
+            num_context_tokens: Mean context of one of them.
+        """
+        return num_tokens * self.step_s(
+            num_decode_seqs=batch_size, num_kv_tokens=batch_size * num_context_tokens
+        )
+
+
+def prefill_attention(num_tokens: float, num_context_tokens: float = 0.0) -> float:
+    """Tokens that `num_tokens` prompt tokens attend to, summed, themselves included.
+
+    Does not depend on the chunks that they are computed in.
+
+    Args:
+        num_tokens: Prompt tokens that are computed.
+        num_context_tokens: Tokens of the same prompt that were computed or cached before.
+    """
+    return num_tokens * (num_context_tokens + 0.5 * (num_tokens + 1))

@@ -1,0 +1,53 @@
+"""Does again what a dispatcher did, from its log."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.dispatcher import Dispatcher
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.events import Added, Event, Marked, Settled, Started, Submitted
+from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.core.types import Decision
+
+
+def replay(
+    events: Iterable[Event], policy: PolicyConfig | None = None
+) -> Iterator[tuple[Decision, Decision]]:
+    """Yield each recorded decision with the one that the same events lead to now.
+
+    Under the recorded policy the two are equal. Under another one the later of them tell
+    how it would have decided on the load that the recorded policy made.
+
+    Args:
+        events: From the log, in its order.
+        policy: Decides in place of the recorded one.
+
+    Raises:
+        ConfigError: The log does not begin with `started`.
+    """
+    dispatcher: Dispatcher | None = None
+    for event in events:
+        if isinstance(event, Started):
+            dispatcher = Dispatcher(Fleet(), policy or event.policy)
+            continue
+        if dispatcher is None:
+            raise ConfigError("decision log: the first event is not 'started'")
+        match event:
+            case Added():
+                dispatcher.add(event.instance)
+            case Marked():
+                dispatcher.mark(event.instance_id, healthy=event.healthy)
+            case Submitted():
+                yield (
+                    event.decision,
+                    dispatcher.submit(
+                        event.request,
+                        now=event.now,
+                        num_prompt_bytes=event.num_prompt_bytes,
+                        exclude=event.exclude,
+                    ),
+                )
+            case Settled():
+                dispatcher.settle(event.outcome)

@@ -1,0 +1,112 @@
+"""The values that schedulers exchange. All frozen; all times in seconds.
+
+An *instant* (`arrival_time`, `deadline`, `now`) is a float on the monotonic clock of the
+process that holds it and never crosses a process border. A *duration* carries its unit in
+its name (`queue_s`). On the wire only durations travel.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageRequest:
+    """One LLM call of a run, as every policy sees it."""
+
+    request_id: str
+    arrival_time: float
+    """Instant at which the process that holds this value received the call."""
+    workflow_id: str = ""
+    """The run this call belongs to; empty for an ordinary call without workflow information."""
+    workflow: str = ""
+    """Kind of the run, e.g. `text2sql`; empty if unknown."""
+    stage: str = ""
+    tenant_id: str = ""
+    model: str = ""
+    priority: int = 0
+    """OpenAI/vLLM `priority`: lower runs first, before any ordering policy is asked."""
+    deadline: float = math.inf
+    """Instant by which the whole *run* should have ended; `inf` if it has none."""
+    run_arrival_time: float = math.nan
+    """Instant of the run's first call, `nan` if unknown."""
+    rest_s: float = 0.0
+    """Predicted duration of what the run still has to do after this call."""
+    service_s: float = 0.0
+    """Predicted duration of this call on the instance at hand; 0 if unknown."""
+    num_prompt_tokens: int = 1
+    expected_output_tokens: float = 1.0
+    block_hashes: tuple[int, ...] = ()
+    """Chained hash of each full prompt block, shape (num_prompt_tokens // block_size,)."""
+    final: bool = False
+    """The client said that this is the run's last call."""
+
+    def __post_init__(self) -> None:
+        if self.num_prompt_tokens < 1:
+            raise ValueError(
+                f"request {self.request_id!r}: num_prompt_tokens must be at least 1, "
+                f"got {self.num_prompt_tokens}"
+            )
+
+    @property
+    def has_deadline(self) -> bool:
+        return self.deadline != math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """What running one request on one instance is predicted to cost, in seconds."""
+
+    instance_id: str
+    queue_s: float
+    """Work already accepted by the instance that delays this request."""
+    prefill_s: float
+    """Prefill of the prompt tokens that the instance's prefix cache does not hold."""
+    decode_s: float
+    harm_s: float = 0.0
+    """Slowdown that this request would cause to the calls already there, summed over them."""
+    num_outstanding: int = 0
+    """Calls sent to the instance and not yet answered."""
+    outstanding_s: float = 0.0
+    """Predicted service of those calls, summed; what they have already done is not subtracted."""
+
+    @property
+    def service_s(self) -> float:
+        return self.prefill_s + self.decode_s
+
+    @property
+    def finish_s(self) -> float:
+        return self.queue_s + self.prefill_s + self.decode_s
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Decision:
+    """Where a request goes, with the numbers that sent it there."""
+
+    request_id: str
+    chosen: Candidate
+    cost: float
+    """The policy's figure of merit of `chosen`; the smallest of all candidates."""
+    candidates: tuple[Candidate, ...]
+    slack_s: float = math.inf
+    """Deadline − now − predicted finish − rest of the run, on the chosen instance."""
+    policy: str = ""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outcome:
+    """How one call ended. What is learned is learned from these."""
+
+    request_id: str
+    instance_id: str
+    ok: bool
+    """An answer with a 2xx status arrived whole."""
+    ttft_s: float = math.nan
+    """From forwarding to the first byte of the answer; `nan` if none came."""
+    e2el_s: float = math.nan
+    """From forwarding to the end of the answer; `nan` if it did not end well."""
+    num_prompt_tokens: int | None = None
+    """As counted by the engine; None if it reported no usage."""
+    num_cached_tokens: int | None = None
+    num_output_tokens: int | None = None

@@ -1,0 +1,1 @@
+"""Measuring latency profiles: tables of timings, and probes of a live server."""

@@ -1,0 +1,78 @@
+"""A router in front of fake engines."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from dataclasses import dataclass
+from io import BytesIO
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.fakes import FakeEngine
+from vllm_workflow.router.app import Router, serve
+from vllm_workflow.router.config import RouterConfig
+
+CHAT = "/v1/chat/completions"
+
+
+@dataclass
+class Client:
+    """Somebody who calls the router."""
+
+    router: Router
+    session: aiohttp.ClientSession
+
+    def post(
+        self,
+        body: Any = None,
+        *,
+        path: str = CHAT,
+        headers: dict[str, str] | None = None,
+        **fields: Any,
+    ) -> Any:
+        """Call with a small valid body, `fields` added, or with `body` as it is."""
+        if body is None:
+            body = {"model": "m", "messages": [], **fields}
+        raw = body if isinstance(body, bytes) else json.dumps(body).encode()
+        headers = {"Content-Type": "application/json"} | (headers or {})
+        return self.session.post(self.router.url + path, data=BytesIO(raw), headers=headers)
+
+    def get(self, path: str) -> Any:
+        return self.session.get(self.router.url + path)
+
+    async def metric(self, name: str, **labels: str) -> float | None:
+        return self.router.metrics.registry.get_sample_value(
+            f"vllm_workflow:router_{name}", labels or None
+        )
+
+
+@asynccontextmanager
+async def _routing(*engines: FakeEngine | str, **config: Any) -> AsyncIterator[Client]:
+    instances = [
+        {"id": "abcdefgh"[i], "url": e if isinstance(e, str) else e.url}
+        | ({"models": ["m"]} if isinstance(e, str) else {})
+        for i, e in enumerate(engines)
+    ]
+    data = {"port": 0, "shutdown_grace_s": 0.5, "instances": instances, **config}
+    async with (
+        asyncio.timeout(20),
+        serve(RouterConfig.from_mapping(data, source="test")) as router,
+        aiohttp.ClientSession() as session,
+    ):
+        yield Client(router, session)
+        assert router.dispatcher.num_in_flight == 0
+        assert router.dispatcher.fleet.num_outstanding() == 0
+
+
+Routing = Callable[..., AbstractAsyncContextManager[Client]]
+
+
+@pytest.fixture
+def routing() -> Routing:
+    """Start a router in front of engines or URLs; at its end, no reservation may be left."""
+    return _routing

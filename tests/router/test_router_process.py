@@ -1,0 +1,139 @@
+"""The router from start to stop."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from tests.fakes import FakeEngine
+from tests.router.conftest import CHAT, Routing
+from vllm_workflow.cli import router as command
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.router.app import serve
+from vllm_workflow.router.config import RouterConfig
+
+pytestmark = pytest.mark.anyio
+
+
+def parse(*words: str) -> argparse.Namespace:
+    parser = argparse.ArgumentParser()
+    command.add_parser(parser.add_subparsers())
+    return parser.parse_args(["router", *words])
+
+
+def test_flags_alone_make_a_configuration() -> None:
+    config = command.read_config(
+        parse("--instance", "http://a:1", "--instance", "http://b:2", "--port", "0")
+    )
+
+    assert [i.id for i in config.instances] == ["a:1", "b:2"]
+    assert config.port == 0
+
+
+def test_flags_win_over_the_file(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    path.write_text("port: 1\nhost: 0.0.0.0\ninstances: [{url: 'http://a:1'}]\n")
+
+    config = command.read_config(parse("--config", str(path), "--port", "2", "--policy", "hexgen"))
+
+    assert (config.host, config.port, config.policy) == ("0.0.0.0", 2, "hexgen")
+
+
+def test_without_any_instance_it_is_said_what_is_missing() -> None:
+    with pytest.raises(ConfigError, match="command line: instances: Field required"):
+        command.read_config(parse())
+
+
+async def test_an_address_that_is_taken_is_named(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine:
+        port = int(engine.url.rpartition(":")[2])
+        config = RouterConfig.from_mapping(
+            {"port": port, "instances": [{"url": engine.url}]}, source="test"
+        )
+        with pytest.raises(ConfigError, match=f"host, port: cannot listen on 127.0.0.1:{port}"):
+            async with serve(config):
+                pass
+
+
+async def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    log = str(tmp_path / "none" / "log")
+    config = RouterConfig.from_mapping(
+        {"port": 0, "instances": [{"url": "http://127.0.0.1:1"}], "decision_log": log},
+        source="test",
+    )
+    with pytest.raises(ConfigError, match=r"decision_log: cannot append to .*No such file"):
+        async with serve(config):
+            pass
+
+
+@asynccontextmanager
+async def process(*words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Run the command; yields it with the address it says it is ready on."""
+    running = await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "vllm_workflow.cli.main",
+        "router",
+        *words,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert running.stdout is not None
+    try:
+        async with asyncio.timeout(20):
+            line = (await running.stdout.readline()).decode()
+        assert line.startswith("router ready on http://"), line
+        yield running, line.split()[3].rstrip(":")
+    finally:
+        if running.returncode is None:
+            running.kill()
+        await running.communicate()
+
+
+async def until_gone(url: str) -> None:
+    """Connect again and again; ends by the error of a connection refused."""
+    while True:
+        async with aiohttp.ClientSession() as session, session.get(url + "/health"):
+            pass
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_router_told_to_stop_lets_calls_end(number: signal.Signals, tmp_path: Path) -> None:
+    log = tmp_path / "decisions.jsonl"
+    async with FakeEngine(held=True).serving() as engine, aiohttp.ClientSession() as session:
+        words = ("--instance", engine.url, "--port", "0", "--decision-log", str(log))
+        async with process(*words) as (running, url), asyncio.timeout(20):
+            engine.release()
+            async with session.post(url + CHAT, json={"stream": True}) as response:
+                await response.content.readuntil(b"\n\n")
+                running.send_signal(number)
+                with pytest.raises(aiohttp.ClientConnectorError):
+                    await until_gone(url)
+                engine.release(2)
+                rest = await response.read()
+            assert await running.wait() == 0
+
+    assert rest.endswith(b"data: [DONE]\n\n")
+    assert json.loads(log.read_text().splitlines()[-1])["event"] == "settled"
+
+
+async def test_a_call_that_takes_longer_than_the_grace_is_cut_off(tmp_path: Path) -> None:
+    async with FakeEngine(held=True).serving() as engine, aiohttp.ClientSession() as session:
+        path = tmp_path / "router.yaml"
+        path.write_text(f"port: 0\nshutdown_grace_s: 0.1\ninstances: [{{url: '{engine.url}'}}]\n")
+        async with process("--config", str(path)) as (running, url), asyncio.timeout(20):
+            pending = asyncio.create_task(session.post(url + CHAT, json={}).__aenter__())
+            await engine.wait_for(received=1)
+            running.terminate()
+            await engine.wait_for(aborted=1)
+            with pytest.raises(aiohttp.ClientError):
+                await pending
+            assert await running.wait() == 0

@@ -1,0 +1,136 @@
+"""One call on its way through the router: what came in, and what goes out."""
+
+from __future__ import annotations
+
+import math
+import random
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from multidict import CIMultiDict, CIMultiDictProxy
+
+from vllm_workflow.core.ordering import OrderingPolicy
+from vllm_workflow.core.types import Decision, StageRequest
+from vllm_workflow.router.body import Body, with_additions
+from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.wire import RunInfo, is_label
+
+_HOP_BY_HOP = frozenset(
+    {
+        "connection",
+        "keep-alive",
+        "proxy-authenticate",
+        "proxy-authorization",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    }
+)
+# The body is read whole and decoded here; the client library writes what belongs to its own.
+_NOT_FORWARDED = _HOP_BY_HOP | {"host", "content-length", "content-encoding", "expect"}
+_MAX_INT64 = (1 << 63) - 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A client's request, read and predicted."""
+
+    path: str
+    """Path and query to forward to."""
+    headers: CIMultiDict[str]
+    """Headers to forward."""
+    body: Body
+    info: RunInfo
+    request: StageRequest
+    request_id: str
+    """`X-Request-Id`; two clients may use the same one."""
+    takes_xargs: bool
+    """Whether the endpoint knows `vllm_xargs` and `priority`."""
+
+
+def end_to_end(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDict[str]:
+    """Return the headers that are not for one hop only."""
+    named = headers.get("Connection", "")
+    if "," in named or named.lower() not in {"", "keep-alive", "close"}:
+        dropped |= {name.strip().lower() for name in named.split(",")}
+    return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in dropped)
+
+
+def request_headers(headers: CIMultiDictProxy[str]) -> tuple[CIMultiDict[str], str]:
+    """Return the headers to forward, and the request id in them.
+
+    Raises:
+        RequestError: A value that is not text; it could not be sent on unchanged.
+    """
+    forwarded = end_to_end(headers, _NOT_FORWARDED)
+    for name, value in forwarded.items():
+        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
+            raise RequestError(f"header {name}: expected UTF-8, got other bytes", param=name)
+    request_id = headers.get("X-Request-Id", "")
+    if not is_label(request_id):
+        request_id = forwarded["X-Request-Id"] = f"{random.getrandbits(128):032x}"
+    return forwarded, request_id
+
+
+def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
+    """Return the headers of an upstream's answer that the client gets."""
+    return end_to_end(headers, _HOP_BY_HOP)
+
+
+def forwarded_body(
+    call: Call, decision: Decision, ordering: OrderingPolicy | None, *, now: float, unix_time: float
+) -> bytes:
+    """Return the body for one attempt, with the budget that is left at `now`.
+
+    Args:
+        call: The call.
+        decision: Where it goes now.
+        ordering: Gives the `priority` to add; None to add none, except one from a hint.
+        now: Instant on the clock of `call.request`.
+        unix_time: The same instant as seconds since 1970.
+    """
+    if not call.takes_xargs:
+        return call.body.raw
+    info, request = call.info, call.request
+    xargs: dict[str, str | int] = {}
+    if info.names_run:
+        xargs = _xargs(info, request, decision, now)
+    priority = info.priority
+    if "X-Vllm-Priority" in call.headers:
+        priority = None
+    elif ordering is not None:
+        placed = replace(request, service_s=decision.chosen.service_s)
+        priority = unix_priority(ordering.key(placed) - now + unix_time, info.priority or 0)
+    return with_additions(call.body, xargs, priority=priority)
+
+
+def unix_priority(start_time: float, level: int = 0) -> int:
+    """Return the `priority` of a call that should start by `start_time`, seconds since 1970.
+
+    Milliseconds, so that calls on one instance compare whichever router sent them and
+    whenever it was started. A `level` from a client's hint goes before time: 10^13 ms each,
+    within the 64 bits of the field.
+    """
+    priority = round(1000.0 * start_time) + level * 10**13
+    return max(-_MAX_INT64, min(priority, _MAX_INT64))
+
+
+def _xargs(
+    info: RunInfo, request: StageRequest, decision: Decision, now: float
+) -> dict[str, str | int]:
+    labels = {
+        "wf_id": info.workflow_id,
+        "wf_name": request.workflow,
+        "wf_stage": info.stage,
+        "wf_tenant": info.tenant_id,
+    }
+    xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
+    if math.isfinite(request.deadline):
+        xargs["wf_budget_ms"] = max(0, round(1000.0 * (request.deadline - now)))
+    xargs["wf_rest_ms"] = round(1000.0 * request.rest_s)
+    xargs["wf_service_ms"] = round(1000.0 * decision.chosen.service_s)
+    if info.final:
+        xargs["wf_final"] = 1
+    return xargs

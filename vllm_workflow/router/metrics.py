@@ -1,0 +1,138 @@
+"""What the router tells Prometheus, under names in vLLM's style."""
+
+from __future__ import annotations
+
+import math
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+
+from vllm_workflow.core.types import Decision, Outcome
+from vllm_workflow.router.runs import Run
+
+_PREFIX = "vllm_workflow:router_"
+_SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
+_SLACK = (-300.0, -60.0, -30.0, -10.0, -5.0, -1.0, 0.0, 1.0, 5.0, 10.0, 30.0, 60.0, 300.0)
+MAX_LABEL_VALUES = 64
+OTHER = "other"
+
+
+class Capped:
+    """Lets the first `MAX_LABEL_VALUES` names of clients be label values, the rest be `other`."""
+
+    def __init__(self) -> None:
+        self._names: set[str] = set()
+
+    def __call__(self, name: str) -> str:
+        if name in self._names:
+            return name
+        if len(self._names) >= MAX_LABEL_VALUES:
+            return OTHER
+        self._names.add(name)
+        return name
+
+
+class Metrics:
+    """The series of one router, in a registry of its own."""
+
+    def __init__(self) -> None:
+        self.registry = registry = CollectorRegistry()
+        self._stage, self._workflow = Capped(), Capped()
+        self._requests = Counter(
+            f"{_PREFIX}requests",
+            "Calls answered, by the HTTP status the client got; 499: the client left. "
+            "instance is empty where none was reached.",
+            ("instance", "stage", "status"),
+            registry=registry,
+        )
+        self._queue = Histogram(
+            f"{_PREFIX}queue_seconds",
+            "From the arrival of a call to its forwarding, failed attempts included.",
+            registry=registry,
+            buckets=_SECONDS,
+        )
+        self._slack = Histogram(
+            f"{_PREFIX}slack_seconds",
+            "Predicted seconds to spare when a call with a deadline was dispatched.",
+            registry=registry,
+            buckets=_SLACK,
+        )
+        self._predicted, self._actual = (
+            Histogram(
+                f"{_PREFIX}{kind}_seconds",
+                f"{text} duration of calls that ended well, from forwarding to the last byte.",
+                ("instance",),
+                registry=registry,
+                buckets=_SECONDS,
+            )
+            for kind, text in (("predicted", "Predicted"), ("actual", "Measured"))
+        )
+        self._in_flight = Gauge(
+            f"{_PREFIX}requests_in_flight",
+            "Calls forwarded and not yet answered.",
+            ("instance",),
+            registry=registry,
+        )
+        self._healthy = Gauge(
+            f"{_PREFIX}instance_healthy",
+            "1 if calls are sent to the instance.",
+            ("instance",),
+            registry=registry,
+        )
+        self._failovers = Counter(
+            f"{_PREFIX}failovers",
+            "Attempts that failed before the first byte of an answer, by reason.",
+            ("instance", "reason"),
+            registry=registry,
+        )
+        self._broken = Counter(
+            f"{_PREFIX}broken_answers",
+            "Answers that the instance broke off after their first byte.",
+            ("instance",),
+            registry=registry,
+        )
+        self._disconnects = Counter(
+            f"{_PREFIX}client_disconnects", "Calls whose client left.", registry=registry
+        )
+        self._runs = Counter(
+            f"{_PREFIX}runs",
+            "Runs with a deadline that ended: met if the last answer was good and in time. A run "
+            "ends with the call marked final, else when it is idle too long, and then its last "
+            "call counts as its end, whether or not the client was done.",
+            ("workflow", "outcome"),
+            registry=registry,
+        )
+
+    def exposition(self) -> bytes:
+        return generate_latest(self.registry)
+
+    def healthy(self, instance_id: str, healthy: bool) -> None:
+        self._healthy.labels(instance_id).set(healthy)
+
+    def dispatched(self, decision: Decision, queue_s: float) -> None:
+        self._in_flight.labels(decision.chosen.instance_id).inc()
+        self._queue.observe(queue_s)
+        if math.isfinite(decision.slack_s):
+            self._slack.observe(decision.slack_s)
+
+    def settled(self, decision: Decision, outcome: Outcome) -> None:
+        self._in_flight.labels(outcome.instance_id).dec()
+        if outcome.ok:
+            self._predicted.labels(outcome.instance_id).observe(decision.chosen.finish_s)
+            self._actual.labels(outcome.instance_id).observe(outcome.e2el_s)
+
+    def failed_over(self, instance_id: str, reason: str) -> None:
+        self._failovers.labels(instance_id, reason).inc()
+
+    def answered(self, instance_id: str, stage: str, status: int) -> None:
+        self._requests.labels(instance_id, self._stage(stage), status).inc()
+
+    def broken(self, instance_id: str) -> None:
+        self._broken.labels(instance_id).inc()
+
+    def client_left(self) -> None:
+        self._disconnects.inc()
+
+    def run_ended(self, run: Run) -> None:
+        if math.isfinite(run.deadline):
+            outcome = "met" if run.met else "missed"
+            self._runs.labels(self._workflow(run.workflow), outcome).inc()

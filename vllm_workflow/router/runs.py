@@ -1,0 +1,112 @@
+"""The runs that are under way: when each must end, and how it ended."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from vllm_workflow.router.wire import RunInfo
+
+MAX_RUNS = 20_000
+IDLE_TTL_S = 900.0
+
+RunKey = tuple[str, str]
+"""(tenant, workflow_id): a tenant cannot touch the run of another one."""
+
+
+@dataclass(slots=True)
+class Run:
+    """One run as the router has seen it."""
+
+    workflow: str
+    arrival_time: float
+    """Instant of the first call."""
+    deadline: float = math.inf
+    num_open: int = 0
+    """Calls under way."""
+    last_time: float = 0.0
+    """Instant at which a call last began or ended."""
+    last_ok: bool = True
+    """Whether the call that ended last ended well."""
+
+    @property
+    def met(self) -> bool:
+        """Whether the last answer was a good one and came in time."""
+        return self.last_ok and self.last_time <= self.deadline
+
+
+class Runs:
+    """Remembers runs from their first call until the final one, or until idle too long.
+
+    Args:
+        on_end: Called once with each run that has ended.
+        max_runs: Runs remembered at most; the one idle longest goes first.
+        ttl_s: A run without a call for this long has ended.
+    """
+
+    def __init__(
+        self,
+        on_end: Callable[[Run], None],
+        *,
+        max_runs: int = MAX_RUNS,
+        ttl_s: float = IDLE_TTL_S,
+    ) -> None:
+        self._on_end = on_end
+        self._max_runs = max_runs
+        self._ttl_s = ttl_s
+        self._runs: OrderedDict[RunKey, Run] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def begin(self, info: RunInfo, now: float) -> Run:
+        """Note that a call begins; `end` must follow. Returns its run.
+
+        A budget sets the deadline anew; an SLO counts from the first call and only where no
+        deadline is known yet. A call without an id is a run of its own and not remembered.
+        """
+        key = (info.tenant_id, info.workflow_id)
+        run = self._runs.get(key) if info.workflow_id else None
+        if run is None:
+            run = Run(workflow=info.workflow, arrival_time=now)
+            if info.workflow_id:
+                self._runs[key] = run
+        if info.workflow:
+            run.workflow = info.workflow
+        if info.budget_ms is not None:
+            run.deadline = now + info.budget_ms / 1000.0
+        elif info.slo_ms is not None and run.deadline == math.inf:
+            run.deadline = run.arrival_time + info.slo_ms / 1000.0
+        run.num_open += 1
+        run.last_time = now
+        if info.workflow_id:
+            self._runs.move_to_end(key)
+            self.expire(now)
+        return run
+
+    def end(self, info: RunInfo, run: Run, now: float, *, ok: bool) -> None:
+        """Note that a call ended. A final one that failed may be tried again: the run stays."""
+        run.num_open -= 1
+        run.last_time = now
+        run.last_ok = ok
+        key = (info.tenant_id, info.workflow_id)
+        if info.final and ok and self._runs.get(key) is run:
+            self._close(key)
+
+    def expire(self, now: float) -> None:
+        """End the runs that have been idle too long, or are too many."""
+        while self._runs:
+            key, oldest = next(iter(self._runs.items()))
+            if len(self._runs) <= self._max_runs:
+                if oldest.last_time + self._ttl_s > now:
+                    return
+                if oldest.num_open:
+                    self._runs.move_to_end(key)
+                    oldest.last_time = now
+                    continue
+            self._close(key)
+
+    def _close(self, key: RunKey) -> None:
+        self._on_end(self._runs.pop(key))

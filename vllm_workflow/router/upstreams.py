@@ -1,0 +1,183 @@
+"""The instances as HTTP servers: where they are, whether they live, what they serve."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import aiohttp
+
+from vllm_workflow.core.dispatcher import Dispatcher
+from vllm_workflow.router.config import InstanceConfig
+from vllm_workflow.router.metrics import Metrics
+
+PROBE_EVERY_S = 1.0
+PROBE_TIMEOUT_S = 5.0
+"""Generous: a loaded server answers late, and taking it out would load the others more."""
+MAX_LATE_PROBES = 3
+"""Probes in a row without an answer until an instance counts as hung."""
+MODELS_EVERY = 15
+"""Probes between two looks at `/v1/models`, which adapters may change."""
+_logger = logging.getLogger(__name__)
+
+
+class Upstream:
+    """One instance as an HTTP server."""
+
+    def __init__(self, config: InstanceConfig) -> None:
+        self.config = config
+        self.url = config.url
+        self.cards: list[dict[str, Any]] = []
+        """What it last said of its models; empty if it never did."""
+        self.num_late_probes = 0
+        self.num_probes_to_models = 0
+        self.probe_now = asyncio.Event()
+        self._waiting: set[asyncio.Timeout] = set()
+
+    @contextmanager
+    def waiting(self, timeout: asyncio.Timeout) -> Iterator[None]:
+        """Let `abandon` end the enclosed wait by `TimeoutError`."""
+        self._waiting.add(timeout)
+        try:
+            yield
+        finally:
+            self._waiting.discard(timeout)
+
+    def abandon(self, now: float) -> None:
+        """End every wait for an answer that this instance, being hung, will not give."""
+        for timeout in self._waiting:
+            timeout.reschedule(now)
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        """Entries of `/v1/models`, made up for configured models it does not tell about."""
+        names = self.config.models
+        if not names:
+            return self.cards
+        told = {card.get("id"): card for card in self.cards}
+        bare = {"object": "model", "created": 0, "owned_by": "vllm"}
+        return [told.get(name, {"id": name, **bare}) for name in names]
+
+
+class Upstreams:
+    """Watches every instance and tells the dispatcher which may be sent calls.
+
+    An instance counts as dead at once when it refuses a connection or says that it is ill,
+    as hung when it is silent for several probes, and as alive with the first good probe.
+    How it answers calls does not matter: a client with bad requests, or a full queue, must
+    not take an instance away from everybody else.
+    """
+
+    def __init__(
+        self,
+        configs: Iterable[InstanceConfig],
+        dispatcher: Dispatcher,
+        session: aiohttp.ClientSession,
+        metrics: Metrics,
+    ) -> None:
+        self._dispatcher = dispatcher
+        self._session = session
+        self._metrics = metrics
+        self._upstreams = {config.id: Upstream(config) for config in configs}
+        for instance_id, upstream in self._upstreams.items():
+            dispatcher.add(upstream.config.build())
+            dispatcher.mark(instance_id, healthy=False)
+            metrics.healthy(instance_id, False)
+
+    def __getitem__(self, instance_id: str) -> Upstream:
+        return self._upstreams[instance_id]
+
+    def __iter__(self) -> Iterator[Upstream]:
+        return iter(self._upstreams.values())
+
+    def is_healthy(self, upstream: Upstream) -> bool:
+        return self._dispatcher.fleet.is_healthy(upstream.config.id)
+
+    def refused(self, instance_id: str) -> None:
+        """Note that a connection for a call could not be made."""
+        upstream = self._upstreams[instance_id]
+        self._mark(upstream, False, "connection refused")
+        upstream.probe_now.set()
+
+    def suspect(self, instance_id: str) -> None:
+        """Have an instance probed at once: a call failed on it in a way that may mean more."""
+        self._upstreams[instance_id].probe_now.set()
+
+    async def probe_all(self) -> None:
+        """Probe each instance once."""
+        async with asyncio.TaskGroup() as tasks:
+            for upstream in self:
+                tasks.create_task(self._probe(upstream))
+
+    async def run(self) -> None:
+        """Watch until cancelled."""
+        async with asyncio.TaskGroup() as tasks:
+            for upstream in self:
+                tasks.create_task(self._watch(upstream))
+
+    async def _watch(self, upstream: Upstream) -> None:
+        while True:
+            try:
+                async with asyncio.timeout(PROBE_EVERY_S):
+                    await upstream.probe_now.wait()
+            except TimeoutError:
+                pass
+            upstream.probe_now.clear()
+            await self._probe(upstream)
+
+    async def _probe(self, upstream: Upstream) -> None:
+        try:
+            async with self._get(upstream, "/health") as response:
+                healthy, reason = response.status == 200, f"/health answered {response.status}"
+        except TimeoutError:
+            upstream.num_late_probes += 1
+            if upstream.num_late_probes >= MAX_LATE_PROBES:
+                self._mark(upstream, False, "no answer to /health")
+                upstream.abandon(asyncio.get_running_loop().time())
+            return
+        except (aiohttp.ClientError, OSError) as e:
+            healthy, reason = False, str(e) or type(e).__name__
+        upstream.num_late_probes = 0
+        if healthy:
+            if not self.is_healthy(upstream):
+                upstream.num_probes_to_models = 0
+            await self._refresh_models(upstream)
+        self._mark(upstream, healthy, reason)
+
+    async def _refresh_models(self, upstream: Upstream) -> None:
+        """Ask what the instance serves, before it counts as healthy and now and then later."""
+        if upstream.num_probes_to_models > 0:
+            upstream.num_probes_to_models -= 1
+            return
+        upstream.num_probes_to_models = MODELS_EVERY
+        try:
+            async with self._get(upstream, "/v1/models") as response:
+                cards = (await response.json())["data"] if response.status == 200 else []
+            cards = [card for card in cards if isinstance(card["id"], str)]
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
+            cards = []
+        if cards and cards != upstream.cards:
+            upstream.cards = cards
+            self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
+        elif not cards and not upstream.model_cards():
+            _logger.warning(
+                "instance %s does not tell what it serves; it is sent calls for any model "
+                "(`models` in its configuration says which)",
+                upstream.config.id,
+            )
+
+    def _get(self, upstream: Upstream, path: str) -> Any:
+        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
+        return self._session.get(upstream.url + path, timeout=timeout)
+
+    def _mark(self, upstream: Upstream, healthy: bool, reason: str) -> None:
+        if self.is_healthy(upstream) == healthy:
+            return
+        self._dispatcher.mark(upstream.config.id, healthy=healthy)
+        self._metrics.healthy(upstream.config.id, healthy)
+        if healthy:
+            _logger.info("instance %s is healthy", upstream.config.id)
+        else:
+            _logger.warning("instance %s is not healthy: %s", upstream.config.id, reason)

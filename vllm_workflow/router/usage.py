@@ -1,0 +1,48 @@
+"""Token counts out of an answer, without decoding it."""
+
+from __future__ import annotations
+
+import re
+from collections import deque
+
+_KEPT_CHUNKS = 4
+_KEPT_BYTES = 16_384
+# A quote inside a JSON string is escaped, so no generated text can look like such a member.
+_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})\b')
+_OUTPUT = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})\b')
+_CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,9})\b')
+_EVENT_END = b"\n\n"
+
+
+class Usage:
+    """Watches the chunks of one answer go by; the counts stand at its end."""
+
+    def __init__(self, *, stream: bool) -> None:
+        self._stream = stream
+        self._last: deque[bytes] = deque(maxlen=_KEPT_CHUNKS)
+        self._num_events = 0
+
+    def add(self, chunk: bytes) -> None:
+        self._last.append(chunk)
+        if self._stream:
+            self._num_events += chunk.count(_EVENT_END)
+
+    @property
+    def ends_event(self) -> bool:
+        """Whether the answer so far ends where an SSE event ends, or is empty."""
+        return not self._last or b"".join(self._last).endswith(_EVENT_END)
+
+    def counts(self) -> tuple[int | None, int | None, int | None]:
+        """Return prompt, cached and output tokens; None for what the answer does not say.
+
+        A stream without usage has about one output token per event, beside the events that
+        open and close it.
+        """
+        tail = b"".join(self._last)[-_KEPT_BYTES:]
+        num_prompt, num_cached, num_output = (
+            int(found[-1]) if (found := pattern.findall(tail)) else None
+            for pattern in (_PROMPT, _CACHED, _OUTPUT)
+        )
+        if num_output is None and self._num_events > 2:
+            num_output = self._num_events - 2
+        return num_prompt, num_cached, num_output

@@ -1,0 +1,163 @@
+"""What a request says of its run: read here, whatever way it was said.
+
+Sources in order of precedence; the first that names any field of a run is taken whole, and
+the others are not read, so that two of them never mix:
+
+1. headers `X-Workflow-*`;
+2. `workflow_*` in the body's `metadata`, whose values OpenAI wants to be strings;
+3. `wf_*` in the body's `vllm_xargs`;
+4. what other routers and agents speak, see `dialects`.
+
+The tenant is not part of a run's identity, a gateway may add it: it is looked for in the
+sources one by one. A malformed value of 1 to 3 is an error; one of 4 is ignored.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from vllm_workflow.router.errors import malformed
+
+MAX_LABEL_LENGTH = 256
+MAX_MS = 1e11
+"""About three years; more is a mistake of units, and would not survive arithmetic."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunInfo:
+    """What a request says of its run; every field may be missing."""
+
+    workflow_id: str = ""
+    workflow: str = ""
+    stage: str = ""
+    tenant_id: str = ""
+    slo_ms: float | None = None
+    """Promise for the whole run, counted from its first call."""
+    budget_ms: float | None = None
+    """What is left of it now; 0 is already late."""
+    final: bool = False
+    priority: int | None = None
+    """From another dialect, in vLLM's polarity: lower runs first."""
+    expected_output_tokens: float | None = None
+
+    @property
+    def names_run(self) -> bool:
+        """Whether there is anything to tell an engine; an ordinary call is forwarded as it is."""
+        return bool(
+            self.workflow_id
+            or self.workflow
+            or self.stage
+            or self.slo_ms is not None
+            or self.budget_ms is not None
+            or self.final
+        )
+
+
+def is_label(value: str) -> bool:
+    """Whether `value` can be a header's value, a log's field and a key of ours as it is."""
+    return 0 < len(value) <= MAX_LABEL_LENGTH and value.isascii() and value.isprintable()
+
+
+def _label(value: object, where: str) -> str:
+    if type(value) is int and abs(value) < 1 << 63:
+        return str(value)
+    if not isinstance(value, str) or not is_label(value):
+        raise malformed(where, f"1 to {MAX_LABEL_LENGTH} printable ASCII characters", value)
+    return value
+
+
+def _milliseconds(value: object, where: str) -> float:
+    number = math.nan
+    if type(value) is int and abs(value) < 1 << 63:
+        number = float(value)
+    elif isinstance(value, float):
+        number = value
+    elif isinstance(value, str) and len(value) <= 32 and value.isascii() and "_" not in value:
+        try:
+            number = float(value)
+        except ValueError:
+            number = math.nan
+    if not 0.0 <= number <= MAX_MS:
+        raise malformed(where, f"a number of milliseconds from 0 to {MAX_MS:.0f}", value)
+    return number
+
+
+def _positive_milliseconds(value: object, where: str) -> float:
+    number = _milliseconds(value, where)
+    if number == 0.0:
+        raise malformed(where, "a number of milliseconds above 0", value)
+    return number
+
+
+_FLAGS: Mapping[str, bool] = {"true": True, "1": True, "false": False, "0": False}
+
+
+def _flag(value: object, where: str) -> bool:
+    if isinstance(value, str | int) and (flag := _FLAGS.get(str(value).lower())) is not None:
+        return flag
+    raise malformed(where, "true or false", value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Field:
+    name: str
+    header: str
+    metadata: str
+    xarg: str
+    read: Callable[[object, str], Any]
+
+
+_FIELDS = (
+    _Field("workflow_id", "X-Workflow-Id", "workflow_id", "wf_id", _label),
+    _Field("workflow", "X-Workflow-Name", "workflow_name", "wf_name", _label),
+    _Field("stage", "X-Workflow-Stage", "workflow_stage", "wf_stage", _label),
+    _Field("slo_ms", "X-Workflow-Slo-Ms", "workflow_slo_ms", "wf_slo_ms", _positive_milliseconds),
+    _Field(
+        "budget_ms", "X-Workflow-Budget-Ms", "workflow_budget_ms", "wf_budget_ms", _milliseconds
+    ),
+    _Field("final", "X-Workflow-Final", "workflow_final", "wf_final", _flag),
+)
+_TENANT = _Field("tenant_id", "X-Tenant-Id", "tenant_id", "wf_tenant", _label)
+_NOTHING: Mapping[str, Any] = {}
+
+
+def read_own(headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of `RunInfo` that our own three sources give; the first source wins.
+
+    An empty string counts as not given.
+
+    Raises:
+        RequestError: A malformed value in the source that counts.
+    """
+    sources = (
+        (headers, "header", "header "),
+        (_mapping(body.get("metadata")), "metadata", "metadata."),
+        (_mapping(body.get("vllm_xargs")), "xarg", "vllm_xargs."),
+    )
+    found: dict[str, Any] = {}
+    for source, attribute, prefix in sources:
+        if source and not found:
+            found = _read(_FIELDS, source, attribute, prefix)
+    for source, attribute, prefix in sources:
+        if source and "tenant_id" not in found:
+            found |= _read((_TENANT,), source, attribute, prefix)
+    return found
+
+
+def _read(
+    fields: tuple[_Field, ...], source: Mapping[str, Any], attribute: str, prefix: str
+) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for field in fields:
+        name = getattr(field, attribute)
+        value = source.get(name)
+        if value is not None and value != "":
+            found[field.name] = field.read(value, prefix + name)
+    return found
+
+
+def _mapping(value: object) -> Mapping[str, Any]:
+    return value if isinstance(value, dict) else _NOTHING

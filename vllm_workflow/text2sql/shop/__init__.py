@@ -1,0 +1,1 @@
+"""A synthetic shop: its database, questions about it with gold SQL, and training examples."""

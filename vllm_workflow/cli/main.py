@@ -1,0 +1,62 @@
+"""The `vllm-workflow` command."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from vllm_workflow.core.errors import WorkflowError
+
+COMMANDS = {
+    "up": "start the instances and the router of one machine",
+    "profile": "measure a vLLM server and write its latency profile",
+    "router": "dispatch OpenAI-compatible calls over several vLLM servers",
+    "text2sql": "answer questions about a SQLite file by a multi-stage workflow",
+}
+"""Sub-command to its one-line help. Each lives in the module of its name, which is imported
+only when asked for, so that one half of the package works without the other's libraries."""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return the exit status."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    parser = argparse.ArgumentParser(
+        prog="vllm-workflow",
+        description="End-to-end deadlines for multi-stage LLM workflows on vLLM.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    chosen = next((word for word in argv if not word.startswith("-")), None)
+    for name, text in COMMANDS.items():
+        if name == chosen:
+            _load(name).add_parser(commands)
+        else:
+            commands.add_parser(name, help=text, add_help=False)
+    args = parser.parse_args(argv)
+    try:
+        status: int = args.run(args)
+    except WorkflowError as e:
+        print(f"vllm-workflow: {e}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    return status
+
+
+def _load(name: str):  # type: ignore[no-untyped-def]
+    """Import a command's module, or say which extra brings what it needs."""
+    try:
+        return import_module(f"vllm_workflow.cli.{name}")
+    except ModuleNotFoundError as e:
+        if e.name is not None and e.name.startswith("vllm_workflow"):
+            raise
+        extra = {"text2sql": "text2sql", "profile": "bench"}.get(name, "router")
+        raise SystemExit(
+            f"vllm-workflow {name}: Python package {e.name!r} is missing; "
+            f"install it with: pip install 'vllm-workflow[{extra}]'"
+        ) from None
+
+
+if __name__ == "__main__":
+    sys.exit(main())

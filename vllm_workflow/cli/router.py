@@ -1,0 +1,119 @@
+"""`vllm-workflow router`."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import signal
+from pathlib import Path
+from typing import Any
+
+from vllm_workflow.core.config import PRESETS
+from vllm_workflow.router.app import serve
+from vllm_workflow.router.config import RouterConfig
+
+
+def add_parser(commands: Any) -> None:
+    """Add the sub-command to what `ArgumentParser.add_subparsers` returned."""
+    fields = RouterConfig.model_fields
+    parser: argparse.ArgumentParser = commands.add_parser(
+        "router",
+        help="dispatch OpenAI-compatible calls over several vLLM servers",
+        description="Dispatch OpenAI-compatible calls over several vLLM servers.",
+    )
+    parser.add_argument(
+        "--config", type=Path, metavar="FILE", help="router.yaml; flags below replace its fields"
+    )
+    parser.add_argument(
+        "--instance",
+        action="append",
+        metavar="URL",
+        help="root of a vLLM server, e.g. http://10.0.0.7:8000; once for each",
+    )
+    parser.add_argument("--host", help=f"address to listen on (default: {fields['host'].default})")
+    parser.add_argument(
+        "--port",
+        type=int,
+        help=f"port to listen on, 0 takes a free one (default: {fields['port'].default})",
+    )
+    parser.add_argument(
+        "--policy",
+        metavar="POLICY",
+        help=f"one of {', '.join(sorted(PRESETS))}, or the path of a policy.json "
+        f"(default: {fields['policy'].default})",
+    )
+    parser.add_argument(
+        "--decision-log",
+        metavar="FILE",
+        help="append every decision to this file as JSON lines (default: none)",
+    )
+    parser.add_argument(
+        "--log-level",
+        choices=("debug", "info", "warning", "error"),
+        help=f"what to log on stderr (default: {fields['log_level'].default})",
+    )
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGINT or SIGTERM; return the exit status."""
+    config = read_config(args)
+    logging.basicConfig(
+        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
+    )
+    _allow_many_sockets()
+    with asyncio.Runner(loop_factory=_loop_factory()) as runner:
+        runner.run(_serve(config))
+    return 0
+
+
+def read_config(args: argparse.Namespace) -> RouterConfig:
+    """Return the configuration that file and flags give together.
+
+    Raises:
+        ConfigError: A field is missing, unknown or out of range.
+    """
+    names = ("host", "port", "policy", "decision_log", "log_level")
+    overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    if args.instance:
+        overrides["instances"] = [{"url": url} for url in args.instance]
+    if args.config:
+        return RouterConfig.from_file(args.config, overrides)
+    return RouterConfig.from_mapping(overrides, source="command line")
+
+
+async def _serve(config: RouterConfig) -> None:
+    stopping = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopping.set)
+    async with serve(config) as router:
+        policy = router.dispatcher.config
+        print(
+            f"router ready on {router.url}: {len(config.instances)} instances, "
+            f"dispatch {policy.dispatch}, policy {policy.fingerprint}",
+            flush=True,
+        )
+        await stopping.wait()
+
+
+def _allow_many_sockets() -> None:
+    """Each call takes two; the usual soft limit of 1,024 is there for programs using select()."""
+    try:
+        import resource
+    except ModuleNotFoundError:  # not on Windows
+        return
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as e:  # an "unlimited" that the system does not mean
+        logging.getLogger(__name__).warning("cannot raise the limit of open files: %s", e)
+
+
+def _loop_factory() -> Any:
+    try:
+        import uvloop
+    except ModuleNotFoundError:  # not on Windows
+        return None
+    return uvloop.new_event_loop

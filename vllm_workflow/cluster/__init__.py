@@ -1,0 +1,1 @@
+"""One machine's instances and router, as processes that start and end together."""

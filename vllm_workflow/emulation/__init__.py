@@ -1,0 +1,1 @@
+"""An emulated GPU under a real vLLM server: everything but the forward pass is real."""

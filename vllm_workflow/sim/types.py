@@ -1,0 +1,110 @@
+"""The values of a simulation: runs as a trace has them, calls as an engine gets them.
+
+Lengths here are the true ones. Schedulers see only `StageRequest`, with what was predicted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+from typing import Protocol
+
+from vllm_workflow.core.types import StageRequest
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PrefixPart:
+    """A leading piece of a prompt that other prompts may start with too."""
+
+    part_id: str
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceCall:
+    """One LLM call of a run as it happened."""
+
+    call_id: str
+    """Unique within its run."""
+    stage: str
+    num_prompt_tokens: int
+    num_output_tokens: int
+    after: tuple[str, ...] = ()
+    """Calls of the run whose answers reveal this one; it starts when the last has ended."""
+    gap_s: float = 0.0
+    """From there until the call is made: tools, SQL, the agent's own work."""
+    prefix: tuple[PrefixPart, ...] = ()
+    """The prompt's head, outermost part first. Two prompts share tokens as far as their parts
+    are equal; what follows the last part is this call's own."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TraceRun:
+    """One run: its calls, and what was promised to whoever waits for it."""
+
+    run_id: str
+    workflow: str
+    calls: tuple[TraceCall, ...]
+    """Every call appears after those in its `after`."""
+    arrival_s: float | None = None
+    """Seconds from the start of the trace; None where an arrival process decides."""
+    tenant: str = ""
+    slo_s: float | None = None
+    """Promised end-to-end duration; None where the experiment decides."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineRequest:
+    """One call as it reaches an engine."""
+
+    request: StageRequest
+    """What the engine's scheduler may know, as the plug-in reads it from the wire."""
+    num_prompt_tokens: int
+    num_output_tokens: int
+    """Known to the model alone: no policy may read it."""
+    prefix: tuple[PrefixPart, ...] = ()
+
+
+class EventKind(Enum):
+    """What a client sees of a call."""
+
+    FIRST_TOKEN = "first token"
+    FINISHED = "finished"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EngineEvent:
+    """Something that a client of the engine would notice."""
+
+    time: float
+    request_id: str
+    kind: EventKind
+    num_cached_tokens: int = 0
+    """Prompt tokens that the prefix cache held when the call was first admitted."""
+    num_preemptions: int = 0
+
+
+class SimEngine(Protocol):
+    """One instance in virtual time. Level 1 and level 2 look the same from outside.
+
+    Time only moves forward: each call's `now` is at least that of the call before, and no
+    later than `next_event_time()`.
+    """
+
+    instance_id: str
+
+    def submit(self, request: EngineRequest, now: float) -> None:
+        """Enqueue a call; its id is new to this engine."""
+        ...
+
+    def abort(self, request_id: str, now: float) -> None:
+        """Forget a call, in whatever state; one that is not here is ignored."""
+        ...
+
+    def next_event_time(self) -> float:
+        """Instant at which `advance` has something to do; `inf` when the engine is idle."""
+        ...
+
+    def advance(self, now: float) -> list[EngineEvent]:
+        """Do what happens up to and including `now`; return what clients notice, in order."""
+        ...

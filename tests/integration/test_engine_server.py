@@ -128,7 +128,7 @@ def test_an_urgent_call_takes_a_seat_and_no_token_is_lost(
     ]
     await_requests(vllm_server, running=2)
 
-    urgent = client.complete("urgent", max_tokens=8, vllm_xargs=wf(id="run", budget_ms=1_000))
+    urgent = client.complete("urgent", max_tokens=8, vllm_xargs=wf(id="run", budget_ms=4_000))
 
     assert num_tokens(urgent) == 8
     assert client.ended[0] == "urgent"
@@ -160,7 +160,7 @@ def test_waiting_calls_run_in_the_order_of_their_slack(
     with client.seats_taken(2, vllm_xargs=wf(budget_ms=0)):
         for slack_s in (400, 300, 60, 50):
             body = {"vllm_xargs": wf(budget_ms=(slack_s + 100) * 1e3, rest_ms=100_000)}
-            client.complete(f"slack-{slack_s}", max_tokens=200, **body)
+            client.complete(f"slack-{slack_s}", max_tokens=600, **body)
         await_requests(vllm_server, running=2, waiting=4)
     client.close()
 

@@ -21,7 +21,7 @@ def test_priority_goes_first_and_slack_second(client: Client, vllm_server: VllmS
             ("urgent", 0, 1),
         ):
             metadata = wf(budget_ms=slack_s * 1000)
-            client.complete(name, max_tokens=200, priority=priority, vllm_xargs=metadata)
+            client.complete(name, max_tokens=800, priority=priority, vllm_xargs=metadata)
         # The urgent one takes no seat from a request that is more important.
         await_requests(vllm_server, running=1, waiting=5)
     client.close()

@@ -10,6 +10,7 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from functools import cache
 from typing import Any
 
 from vllm_workflow.core.config import PolicyConfig
@@ -99,14 +100,23 @@ def from_json(line: str | bytes) -> Event:
 
 def _fields(value: Any) -> dict[str, Any]:
     plain = {}
-    for field in fields(value):
-        item = _plain(getattr(value, field.name))
+    for name in _names(type(value)):
+        item = _plain(getattr(value, name))
         if not (isinstance(item, float) and not math.isfinite(item)):
-            plain[field.name] = item
+            plain[name] = item
     return plain
 
 
+@cache
+def _names(cls: Any) -> tuple[str, ...]:
+    if issubclass(cls, Candidate):
+        return Candidate._fields
+    return tuple(f.name for f in fields(cls) if f.init)
+
+
 def _plain(value: Any) -> Any:
+    if isinstance(value, Candidate):
+        return _fields(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
     return _fields(value) if is_dataclass(value) else value

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.types import Candidate, StageRequest
@@ -54,11 +54,19 @@ class Fleet:
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; calls in flight on it stay counted."""
+        instance = self._sharing_latency(instance)
         account = self._accounts.get(instance.instance_id)
         if account is None:
             self._accounts[instance.instance_id] = _Account(instance)
         else:
             account.instance = instance
+
+    def _sharing_latency(self, instance: Instance) -> Instance:
+        """Equal latency models become one object, so that each is asked once per call."""
+        for other in self._accounts.values():
+            if other.instance.latency == instance.latency:
+                return replace(instance, latency=other.instance.latency)
+        return instance
 
     def mark(self, instance_id: str, *, healthy: bool) -> None:
         self._accounts[instance_id].healthy = healthy
@@ -77,13 +85,23 @@ class Fleet:
         self, request: StageRequest, *, exclude: Collection[str] = ()
     ) -> tuple[Candidate, ...]:
         """Predict `request` on every healthy instance that serves its model."""
-        return tuple(
-            _predict(a, request)
-            for a in self._accounts.values()
-            if a.healthy
-            and a.instance.instance_id not in exclude
-            and a.instance.serves(request.model)
-        )
+        prefills: dict[int, float] = {}  # by latency model: instances of one kind share it
+        found: list[Candidate] = []
+        for account in self._accounts.values():
+            instance = account.instance
+            if (
+                not account.healthy
+                or instance.instance_id in exclude
+                or not instance.serves(request.model)
+            ):
+                continue
+            model = id(instance.latency)
+            prefill_s = prefills.get(model)
+            if prefill_s is None:
+                prefill_s = instance.latency.prefill_s(request.num_prompt_tokens)
+                prefills[model] = prefill_s
+            found.append(_predict(account, request, prefill_s))
+        return tuple(found)
 
     def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
         """Service of one such call on an idle instance, mean over those that serve `model`.
@@ -159,27 +177,29 @@ def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens
     )
 
 
-def _predict(account: _Account, request: StageRequest) -> Candidate:
-    latency, num_ahead = account.instance.latency, len(account.reserved)
-    seats = account.instance.max_num_seqs
-    num_beside = min(num_ahead, seats - 1)
-    num_decoded = max(0.0, request.expected_output_tokens - 1.0)
+def _predict(account: _Account, request: StageRequest, prefill_s: float) -> Candidate:
+    instance, num_ahead = account.instance, len(account.reserved)
+    latency, seats = instance.latency, instance.max_num_seqs
+    num_beside = num_ahead if num_ahead < seats else seats - 1
+    num_decoded = request.expected_output_tokens - 1.0
+    if num_decoded < 0.0:
+        num_decoded = 0.0
     context = request.num_prompt_tokens + 0.5 * request.expected_output_tokens
-    prefill_s = latency.prefill_s(request.num_prompt_tokens)
-    alone_s, together_s = (
-        latency.decode_s(num_decoded, batch_size=n, num_context_tokens=context)
-        for n in (max(1, num_beside), num_beside + 1)
-    )
+    together_s = num_decoded * latency.decode_step_s(num_beside + 1, context)
+    slowdown_s = 0.0
+    if num_beside:
+        slowdown_s = together_s - num_decoded * latency.decode_step_s(num_beside, context)
     queue_s = 0.0
     if num_ahead >= seats:
         # A seat comes free each (mean service / seats); this call needs the next but `surplus`.
         queue_s = account.outstanding_s / num_ahead * (num_ahead - seats + 1) / seats
+    drift = account.drift
     return Candidate(
-        instance_id=account.instance.instance_id,
-        queue_s=queue_s,
-        prefill_s=account.drift * prefill_s,
-        decode_s=account.drift * together_s,
-        harm_s=account.drift * num_beside * (prefill_s + max(0.0, together_s - alone_s)),
-        num_outstanding=num_ahead,
-        outstanding_s=account.outstanding_s,
+        instance.instance_id,
+        queue_s,
+        drift * prefill_s,
+        drift * together_s,
+        drift * num_beside * (prefill_s + slowdown_s),
+        num_ahead,
+        account.outstanding_s,
     )

@@ -8,7 +8,7 @@ model from datasheets, `fit.py` from measurements.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from vllm_workflow.core.errors import ConfigError
 
@@ -48,8 +48,12 @@ class LatencyModel:
     max_num_batched_tokens: int = 2048
     """Tokens of one step at most; a longer prompt is prefilled in chunks."""
 
+    _knee: float = field(init=False, repr=False, compare=False, default=0.0)
+
     def __post_init__(self) -> None:
         for f in fields(self):
+            if not f.init:
+                continue
             value = getattr(self, f.name)
             if value is None and f.default is None:
                 continue
@@ -64,13 +68,15 @@ class LatencyModel:
                 "latency.per_token_below_knee_s: expected at most per_token_s = "
                 f"{self.per_token_s!r}, got {self.per_token_below_knee_s!r}"
             )
+        knee = self.num_knee_tokens
+        if knee is None:
+            knee = self.weights_s / self.per_token_s if self.per_token_s > 0.0 else math.inf
+        object.__setattr__(self, "_knee", knee)
 
     @property
     def knee_tokens(self) -> float:
         """Tokens of a step from which on it is bound by arithmetic; may be infinite."""
-        if self.num_knee_tokens is not None:
-            return self.num_knee_tokens
-        return self.weights_s / self.per_token_s if self.per_token_s > 0.0 else math.inf
+        return self._knee
 
     def step_s(
         self,
@@ -89,7 +95,7 @@ class LatencyModel:
             prefill_attention: Context of the prompt tokens, summed; see `prefill_attention`.
         """
         num_tokens = num_prefill_tokens + num_decode_seqs
-        num_above = num_tokens - self.knee_tokens
+        num_above = num_tokens - self._knee
         tokens_s = num_tokens * self.per_token_below_knee_s
         if num_above > 0.0:
             tokens_s += num_above * (self.per_token_s - self.per_token_below_knee_s)
@@ -124,9 +130,11 @@ class LatencyModel:
             batch_size: Sequences decoding together, this one included.
             num_context_tokens: Mean context of one of them.
         """
-        return num_tokens * self.step_s(
-            num_decode_seqs=batch_size, num_kv_tokens=batch_size * num_context_tokens
-        )
+        return num_tokens * self.decode_step_s(batch_size, num_context_tokens)
+
+    def decode_step_s(self, num_seqs: int, num_context_tokens: float) -> float:
+        """Seconds of a step of nothing but `num_seqs` decodes of that mean context."""
+        return self.step_s(num_decode_seqs=num_seqs, num_kv_tokens=num_seqs * num_context_tokens)
 
 
 def prefill_attention(num_tokens: float, num_context_tokens: float = 0.0) -> float:

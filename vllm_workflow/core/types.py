@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,9 +55,11 @@ class StageRequest:
         return self.deadline != math.inf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Candidate:
-    """What running one request on one instance is predicted to cost, in seconds."""
+class Candidate(NamedTuple):
+    """What running one request on one instance is predicted to cost, in seconds.
+
+    One is made per instance and call, so it is the one value here that is cheap to make.
+    """
 
     instance_id: str
     queue_s: float

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
-from functools import cache
 from typing import Any
 
 from vllm_workflow.core.config import PolicyConfig
@@ -100,18 +99,17 @@ def from_json(line: str | bytes) -> Event:
 
 def _fields(value: Any) -> dict[str, Any]:
     plain = {}
-    for name in _names(type(value)):
+    for name in _names(value):
         item = _plain(getattr(value, name))
         if not (isinstance(item, float) and not math.isfinite(item)):
             plain[name] = item
     return plain
 
 
-@cache
-def _names(cls: Any) -> tuple[str, ...]:
-    if issubclass(cls, Candidate):
+def _names(value: Any) -> Sequence[str]:
+    if isinstance(value, Candidate):
         return Candidate._fields
-    return tuple(f.name for f in fields(cls) if f.init)
+    return [f.name for f in fields(value) if f.init]
 
 
 def _plain(value: Any) -> Any:

@@ -1,0 +1,161 @@
+"""What one instance's KV cache probably holds: calls in flight, and prefixes left by earlier ones.
+
+A prompt is known by a chain of segments, each with a hash that covers it and everything before
+it, so two prompts share exactly the segments whose hashes are equal. Where segments end is the
+caller's affair (fixed pieces of text in a router, the parts of a trace in a simulation).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+
+class Segment(NamedTuple):
+    """One piece of a prompt's head."""
+
+    chain_hash: int
+    """Of this piece and all before it."""
+    num_tokens: int
+
+
+MAX_IDLE_SEGMENTS = 1 << 16
+"""Of one instance: prompts come from clients, and a capacity may be unknown."""
+
+Chain = tuple[Segment, ...]
+"""The head of a prompt that others may share, outermost piece first."""
+
+
+@dataclass(slots=True)
+class _Held:
+    num_tokens: int
+    num_users: int = 0
+    """Calls in flight that read it; what nobody reads may be evicted."""
+
+
+class _Call(NamedTuple):
+    chain: Chain
+    num_own_tokens: float
+
+
+class KvLedger:
+    """Tokens in one KV cache: shared segments once, whatever the number of calls that read them.
+
+    Eviction is by least recent use, among segments that no call in flight reads, as in vLLM.
+
+    Args:
+        num_tokens: Capacity; `inf` where it is not known.
+    """
+
+    __slots__ = ("_calls", "_held", "_idle", "_num_idle_tokens", "num_tokens", "num_used_tokens")
+
+    def __init__(self, num_tokens: float) -> None:
+        self.num_tokens = num_tokens
+        self.num_used_tokens = 0.0
+        """Of the calls in flight; more than the capacity if more were sent than fit."""
+        self._held: dict[int, _Held] = {}
+        self._idle: OrderedDict[int, None] = OrderedDict()
+        self._num_idle_tokens = 0.0
+        self._calls: dict[str, _Call] = {}
+
+    @property
+    def num_free_tokens(self) -> float:
+        """Room for further calls; unused prefixes give way. Negative if over-committed."""
+        return self.num_tokens - self.num_used_tokens
+
+    def num_cached_tokens(self, chain: Chain) -> int:
+        """Tokens of a prompt's head that need no prefill."""
+        return sum(held.num_tokens for held in self._found(chain))
+
+    def num_new_tokens(self, chain: Chain, num_own_tokens: float) -> float:
+        """Room that a call would take from others: what calls in flight do not hold for it."""
+        held = self._held
+        for segment in chain:
+            known = held.get(segment.chain_hash)
+            if known is None or not known.num_users:
+                num_own_tokens += segment.num_tokens
+        return num_own_tokens
+
+    def admit(self, request_id: str, chain: Chain, num_own_tokens: float) -> None:
+        """Count a call until `release`.
+
+        Args:
+            request_id: Not admitted already.
+            chain: Head of its prompt.
+            num_own_tokens: The rest of the prompt, and the output that is expected.
+        """
+        for segment in chain:
+            known = self._held.get(segment.chain_hash)
+            if known is None:
+                known = self._held[segment.chain_hash] = _Held(segment.num_tokens)
+                self.num_used_tokens += known.num_tokens
+            elif not known.num_users:
+                del self._idle[segment.chain_hash]
+                self._num_idle_tokens -= known.num_tokens
+                self.num_used_tokens += known.num_tokens
+            known.num_users += 1
+        self.num_used_tokens += num_own_tokens
+        self._calls[request_id] = _Call(chain, num_own_tokens)
+        self._evict()
+
+    def release(self, request_id: str, *, keep: bool = True) -> None:
+        """Stop counting a call; unknown ones are ignored.
+
+        Args:
+            request_id: As admitted.
+            keep: Its prefix was computed and stays in the cache until it is evicted.
+        """
+        call = self._calls.pop(request_id, None)
+        if call is None:
+            return
+        self.num_used_tokens -= call.num_own_tokens
+        for segment in reversed(call.chain):  # the end of a prompt is the first to go, as in vLLM
+            known = self._held[segment.chain_hash]
+            known.num_users -= 1
+            if known.num_users:
+                continue
+            self.num_used_tokens -= known.num_tokens
+            if keep:
+                self._idle[segment.chain_hash] = None
+                self._num_idle_tokens += known.num_tokens
+            else:
+                del self._held[segment.chain_hash]
+        if not self._calls:
+            self.num_used_tokens = 0.0  # no rounding error outlives the calls
+        self._evict()
+
+    def correct(self, chain: Chain, num_cached_tokens: int) -> None:
+        """Forget what the engine says it did not have of a prompt, where nothing else reads it."""
+        num_before = 0
+        for segment in chain:
+            num_before += segment.num_tokens
+            if num_before > num_cached_tokens and segment.chain_hash in self._idle:
+                self._forget(segment.chain_hash)
+
+    def clear(self) -> None:
+        """Forget every prefix that no call in flight reads: the engine has restarted."""
+        for chain_hash in list(self._idle):
+            self._forget(chain_hash)
+
+    def __len__(self) -> int:
+        return len(self._held)
+
+    def _found(self, chain: Chain) -> Iterator[_Held]:
+        for segment in chain:
+            known = self._held.get(segment.chain_hash)
+            if known is None:
+                return
+            yield known
+
+    def _evict(self) -> None:
+        room = self.num_tokens - self.num_used_tokens
+        while self._idle and (
+            self._num_idle_tokens > room or len(self._idle) > MAX_IDLE_SEGMENTS
+        ):
+            self._forget(next(iter(self._idle)))
+
+    def _forget(self, chain_hash: int) -> None:
+        del self._idle[chain_hash]
+        self._num_idle_tokens -= self._held.pop(chain_hash).num_tokens

@@ -9,6 +9,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.events import Record
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.prefix import Chain
 from vllm_workflow.core.types import Candidate, Outcome, StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
 
@@ -28,6 +29,7 @@ def stage_request(
     model: str = "",
     num_prompt_tokens: int = 100,
     expected_output_tokens: float = 10.0,
+    prefix: Chain = (),
     final: bool = False,
 ) -> StageRequest:
     return StageRequest(
@@ -41,6 +43,7 @@ def stage_request(
         model=model,
         num_prompt_tokens=num_prompt_tokens,
         expected_output_tokens=expected_output_tokens,
+        prefix=prefix,
         final=final,
     )
 
@@ -72,9 +75,14 @@ def instance(
     models: tuple[str, ...] = (),
     latency: LatencyModel = FAST,
     max_num_seqs: int = 128,
+    num_kv_tokens: int | None = None,
 ) -> Instance:
     return Instance(
-        instance_id=instance_id, models=models, latency=latency, max_num_seqs=max_num_seqs
+        instance_id=instance_id,
+        models=models,
+        latency=latency,
+        max_num_seqs=max_num_seqs,
+        num_kv_tokens=num_kv_tokens,
     )
 
 

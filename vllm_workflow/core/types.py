@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vllm_workflow.core.prefix import Chain
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRequest:
@@ -38,8 +40,8 @@ class StageRequest:
     """Predicted duration of this call on the instance at hand; 0 if unknown."""
     num_prompt_tokens: int = 1
     expected_output_tokens: float = 1.0
-    block_hashes: tuple[int, ...] = ()
-    """Chained hash of each full prompt block, shape (num_prompt_tokens // block_size,)."""
+    prefix: Chain = ()
+    """Head of the prompt, as far as other prompts may share it."""
     final: bool = False
     """The client said that this is the run's last call."""
 

@@ -34,6 +34,11 @@ class StageRequest:
     """Instant by which the whole *run* should have ended; `inf` if it has none."""
     run_arrival_time: float = math.nan
     """Instant of the run's first call, `nan` if unknown."""
+    attained_s: float = 0.0
+    """Service that the run's finished calls have had, summed, without their queueing; 0 if
+    unknown, as of a run that has just begun."""
+    attained_path_s: float = 0.0
+    """The same along the longest path of finished calls: what ran side by side counts once."""
     rest_s: float = 0.0
     """Predicted duration of what the run still has to do after this call."""
     service_s: float = 0.0

@@ -192,3 +192,10 @@ def test_a_path_is_the_longest_call_of_each_wave_and_never_more_than_the_sum(
     assert runs.of(call("x")).total_s == pytest.approx(sum(map(sum, waves)))
     assert runs.of(call("x")).path_s == pytest.approx(sum(map(max, waves)))
     assert runs.of(call("x")).path_s <= runs.of(call("x")).total_s * (1 + 1e-9)
+
+
+def test_to_predict_a_call_does_not_begin_it() -> None:
+    brain = dispatcher(instance("a"))
+    brain.predict(call("r"), num_prompt_bytes=1, max_tokens=None)
+
+    assert len(brain._attained) == 0

@@ -36,6 +36,9 @@ class PolicyConfig:
     """`power-of-two` only: another seed draws other pairs of instances."""
     ordering: str = "slack"
     """Engine and router queue: which waiting call runs first."""
+    late_binding: bool = False
+    """Router: a call waits there, in the order of the policy, until an instance has a seat and
+    KV blocks for it. Not with `round-robin`, which takes each instance in turn."""
     patience_s: float = DEFAULT_PATIENCE_S
     """Budget that a call without a deadline is ranked by, > 0."""
     preempt: bool = True
@@ -66,6 +69,12 @@ class PolicyConfig:
         for name in ("urgent_slack_s", "preempt_cooldown_s"):
             value = getattr(self, name)
             _require(0.0 <= value < math.inf, name, "a finite number of seconds from 0", self)
+        _require(
+            not self.late_binding or self.dispatch != "round-robin",
+            "late_binding",
+            "false with dispatch: round-robin",
+            self,
+        )
         _require(self.seed >= 0, "seed", "an integer from 0", self)
         _require(self.prefill_chunk_cap >= 0, "prefill_chunk_cap", "an integer from 0", self)
 

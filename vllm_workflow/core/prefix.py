@@ -151,9 +151,7 @@ class KvLedger:
 
     def _evict(self) -> None:
         room = self.num_tokens - self.num_used_tokens
-        while self._idle and (
-            self._num_idle_tokens > room or len(self._idle) > MAX_IDLE_SEGMENTS
-        ):
+        while self._idle and (self._num_idle_tokens > room or len(self._idle) > MAX_IDLE_SEGMENTS):
             self._forget(next(iter(self._idle)))
 
     def _forget(self, chain_hash: int) -> None:

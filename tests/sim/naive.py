@@ -316,8 +316,7 @@ class NaiveEngine:
         ]
 
     def make_room(self, now: float) -> None:
-        promised = 0
-        for call in self.queue()[:8]:
+        for promised, call in enumerate(self.queue()[:8]):
             if not call.is_urgent(now, self.config.urgent_slack_s):
                 return
             if self.seats - len(self.running) <= promised:
@@ -325,7 +324,6 @@ class NaiveEngine:
                     return
             elif call is self.starved:
                 self.take_blocks(call, now)
-            promised += 1
 
     def take_seat(self, call: NaiveCall, now: float) -> bool:
         victims = self.victims(call, now)

@@ -7,13 +7,13 @@ import math
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+
+from tests.sim.builders import drive, engine_request
+from tests.sim.naive import NaiveEngine
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.sim.engine import EventEngine
 from vllm_workflow.sim.types import EngineRequest, PrefixPart
-
-from tests.sim.builders import drive, engine_request
-from tests.sim.naive import NaiveEngine
 
 BLOCK_SIZE = 4
 # Times that are not multiples of one another, so that no two events fall together by chance.

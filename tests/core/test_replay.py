@@ -9,7 +9,8 @@ from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_requ
 from vllm_workflow.core.config import DISPATCH_POLICIES, PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError
-from vllm_workflow.core.events import Event, Settled, Submitted, from_json, to_json
+from vllm_workflow.core.events import Added, Event, Marked, Settled, Submitted, from_json, to_json
+from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.replay import replay
 
 Step = tuple[str, int, float]
@@ -33,7 +34,9 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
                 f"r{number}",
                 arrival_time=now,
                 deadline=now + value if pick % 2 else math.inf,
+                workflow_id=f"w{pick % 3}",
                 workflow="text2sql",
+                final=pick % 7 == 0,
                 stage=("generate", "judge")[pick % 2],
             )
             call = brain.predict(call, num_prompt_bytes=100 * pick, max_tokens=pick or None)
@@ -51,6 +54,7 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
                 ok=what == "settle",
                 e2el_s=value,
                 num_prompt_tokens=25 * pick,
+                num_cached_tokens=pick if pick % 2 else None,
                 num_output_tokens=pick,
             )
             brain.settle(end)
@@ -60,17 +64,42 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.add(instance("c", latency=SLOW, max_num_seqs=1 + pick))
 
 
-def record(name: str, script: Iterable[Step]) -> list[Event]:
-    events: list[Event] = []
+def recorded(config: PolicyConfig, script: Iterable[Step], log: list[Event]) -> Dispatcher:
+    """Do what the script says, with a log; returns the dispatcher that did."""
     brain = dispatcher(
         instance("a", latency=FAST, max_num_seqs=2),
         instance("b", latency=SLOW),
-        config=PolicyConfig(dispatch=name),
+        config=config,
         workflows=(workflow(generate=1.0, judge=2.0),),
-        record=events.append,
+        record=log.append,
     )
     drive(brain, script)
-    return events
+    return brain
+
+
+def record(name: str, script: Iterable[Step]) -> list[Event]:
+    log: list[Event] = []
+    recorded(PolicyConfig(dispatch=name), script, log)
+    return log
+
+
+def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
+    """As `replay` does, on a dispatcher that can be looked into."""
+    for event in events:
+        match event:
+            case Added():
+                brain.add(event.instance)
+            case Marked():
+                brain.mark(event.instance_id, healthy=event.healthy)
+            case Submitted():
+                brain.submit(
+                    event.request,
+                    now=event.now,
+                    num_prompt_bytes=event.num_prompt_bytes,
+                    exclude=event.exclude,
+                )
+            case Settled():
+                brain.settle(event.outcome)
 
 
 @pytest.mark.parametrize("name", DISPATCH_POLICIES)
@@ -93,6 +122,23 @@ def test_every_event_is_read_back_as_it_was(script: list[Step]) -> None:
             assert from_json(to_json(event)).decision == event.decision  # type: ignore[union-attr]
         else:
             assert from_json(to_json(event)) == event
+
+
+@given(script=steps)
+@settings(max_examples=40)
+def test_what_runs_have_attained_is_the_same_after_a_replay(script: list[Step]) -> None:
+    log: list[Event] = []
+    brain = recorded(PolicyConfig(dispatch="power-of-two", ordering="atlas"), script, log)
+    lines = [to_json(event) for event in log]
+
+    again: list[Event] = []
+    replayed = Dispatcher(Fleet(), brain.config, record=again.append)
+    redo(replayed, [from_json(line) for line in lines[1:]])
+
+    assert [to_json(event) for event in again] == lines
+    for workflow_id in ("w0", "w1", "w2"):
+        call = stage_request(workflow_id=workflow_id)
+        assert replayed.attained(call) == brain.attained(call)
 
 
 def test_another_policy_can_be_tried_on_a_log() -> None:

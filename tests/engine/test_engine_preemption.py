@@ -272,3 +272,19 @@ def test_no_call_loses_its_blocks_for_one_that_would_not_fit_all_the_same(
 
     assert ids(scheduler.waiting) == ["urgent"]
     assert scheduler._order.stats.preemptions == {"seat": 0, "kv": 0}
+
+
+def test_without_preemption_the_policy_s_own_order_says_who_loses_its_blocks(
+    make_scheduler: Make,
+) -> None:
+    policy = {"ordering": "deadline", "preempt": False}
+    scheduler = make_scheduler(policy=policy, num_seats=2, num_blocks=9)
+    early = build_request("early", num_tokens=60, wf_budget_ms=10_000)
+    # Less slack than the other, but the later deadline: by `deadline` it is the victim.
+    late = build_request("late", num_tokens=60, wf_budget_ms=20_000, wf_rest_ms=15_000)
+    add(scheduler, late, early)
+    for _ in range(8):
+        run_step(scheduler)
+
+    assert ids(scheduler.running) == ["early"]
+    assert late.status == RequestStatus.PREEMPTED

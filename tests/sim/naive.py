@@ -232,7 +232,7 @@ class NaiveEngine:
             return
         config = self.config
         if self.reorders:
-            self.running.sort(key=lambda c: c.latest_start)
+            self.running.sort(key=lambda c: c.latest_start if config.preempt else c.key)
         if config.preempt and self.waiting and self.running:
             self.make_room(now)
         urgent = [

@@ -12,6 +12,7 @@ from tests.sim.builders import drive, engine_request
 from tests.sim.naive import NaiveEngine
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.ordering import ORDERING_POLICIES
 from vllm_workflow.sim.engine import EventEngine
 from vllm_workflow.sim.types import EngineRequest, PrefixPart
 
@@ -39,7 +40,7 @@ def latencies(draw: st.DrawFn) -> LatencyModel:
 @st.composite
 def policies(draw: st.DrawFn) -> PolicyConfig:
     return PolicyConfig(
-        ordering=draw(st.sampled_from(["fcfs", "deadline", "slack", "urgency"])),
+        ordering=draw(st.sampled_from(sorted(ORDERING_POLICIES))),
         preempt=draw(st.booleans()),
         patience_s=draw(st.sampled_from([0.1, 1.0])),
         urgent_slack_s=draw(st.sampled_from([0.0, 0.05, 0.3])),

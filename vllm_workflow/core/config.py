@@ -14,7 +14,13 @@ from typing import Any
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.ordering import DEFAULT_PATIENCE_S, ORDERING_POLICIES, OrderingPolicy
 
-DISPATCH_POLICIES = ("hexgen", "least-outstanding", "predicted-finish", "round-robin")
+DISPATCH_POLICIES = (
+    "hexgen",
+    "least-outstanding",
+    "power-of-two",
+    "predicted-finish",
+    "round-robin",
+)
 """Names of the dispatch policies; `dispatch.build` makes them."""
 
 
@@ -26,6 +32,8 @@ class PolicyConfig:
     """Router: which instance runs a call."""
     alpha: float = 0.3
     """`hexgen` only: 0 looks at queued work alone, 1 at speed alone."""
+    seed: int = 0
+    """`power-of-two` only: another seed draws other pairs of instances."""
     ordering: str = "slack"
     """Engine and router queue: which waiting call runs first."""
     patience_s: float = DEFAULT_PATIENCE_S
@@ -58,6 +66,7 @@ class PolicyConfig:
         for name in ("urgent_slack_s", "preempt_cooldown_s"):
             value = getattr(self, name)
             _require(0.0 <= value < math.inf, name, "a finite number of seconds from 0", self)
+        _require(self.seed >= 0, "seed", "an integer from 0", self)
         _require(self.prefill_chunk_cap >= 0, "prefill_chunk_cap", "an integer from 0", self)
 
     @classmethod
@@ -65,16 +74,14 @@ class PolicyConfig:
         """Build from what JSON or YAML gave.
 
         Args:
-            data: A mapping of field names to values, or the name of a preset.
+            data: A mapping of field names to values, or a name as `from_name` takes it.
             source: File and field that `data` came from, for error texts.
 
         Raises:
-            ConfigError: Unknown field, wrong type or value out of range.
+            ConfigError: Unknown name or field, wrong type or value out of range.
         """
         if isinstance(data, str):
-            if data not in PRESETS:
-                raise ConfigError(f"{source}: unknown policy {data!r}; known are {sorted(PRESETS)}")
-            return PRESETS[data]
+            return cls.from_name(data, source=source)
         if not isinstance(data, Mapping):
             raise ConfigError(f"{source}: expected a mapping of fields, got {data!r}")
         known = {f.name: type(f.default) for f in fields(cls)}
@@ -89,6 +96,34 @@ class PolicyConfig:
             return cls(**values)
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from None
+
+    @classmethod
+    def from_name(cls, name: str, *, source: str) -> PolicyConfig:
+        """Return a preset, or what `DISPATCH+ORDERING` names, e.g. `hexgen+urgency`.
+
+        Taking seats is part of the order by slack and of no other one: a combination preempts
+        if it ends in `+slack`, else it is as published.
+
+        Raises:
+            ConfigError: Unknown name.
+        """
+        if name in PRESETS:
+            return PRESETS[name]
+        dispatch, plus, ordering = name.partition("+")
+        if not plus:
+            raise ConfigError(
+                f"{source}: unknown policy {name!r}; known are {sorted(PRESETS)}, and "
+                f"DISPATCH+ORDERING, e.g. 'hexgen+urgency'"
+            )
+        for half, value, known in (
+            ("dispatch", dispatch, DISPATCH_POLICIES),
+            ("ordering", ordering, sorted(ORDERING_POLICIES)),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"{source}: policy {name!r}: unknown {half} {value!r}; known are {list(known)}"
+                )
+        return cls(dispatch=dispatch, ordering=ordering, preempt=ordering == "slack")
 
     @classmethod
     def from_file(cls, path: str | Path) -> PolicyConfig:
@@ -131,12 +166,16 @@ def _typed(value: object, wanted: type, where: str) -> object:
 
 PRESETS: Mapping[str, PolicyConfig] = MappingProxyType(
     {
-        "predicted-finish": PolicyConfig(),
+        "workflow": PolicyConfig(),
+        "predicted-finish": PolicyConfig(),  # what `workflow` was called first
         "hexgen": PolicyConfig(dispatch="hexgen", ordering="urgency", preempt=False),
         "least-outstanding": PolicyConfig(
             dispatch="least-outstanding", ordering="fcfs", preempt=False
         ),
+        "power-of-two": PolicyConfig(dispatch="power-of-two", ordering="fcfs", preempt=False),
         "round-robin": PolicyConfig(dispatch="round-robin", ordering="fcfs", preempt=False),
     }
 )
 """Whole policies by one name, as `policy: NAME` in `router.yaml`."""
+DEFAULT_POLICY = "workflow"
+"""The preset that `PolicyConfig()` is."""

@@ -16,6 +16,7 @@ from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import Added, Event, Marked, Record, Settled, Started, Submitted
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.lengths import Lengths
+from vllm_workflow.core.runs import Attained, AttainedService
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
 
@@ -61,6 +62,7 @@ class Dispatcher:
         self._record: Record = record or _forget
         self._sent: dict[str, _Sent] = {}
         self._rests: dict[tuple[str, str, str], float] = {}
+        self._attained = AttainedService()
         self._num_settled = 0
         self._record(Started(policy=config, fingerprint=config.fingerprint))
         for instance in fleet:
@@ -87,7 +89,8 @@ class Dispatcher:
     def predict(
         self, request: StageRequest, *, num_prompt_bytes: int, max_tokens: int | None
     ) -> StageRequest:
-        """Fill in what can only be predicted: lengths, and the rest of the run."""
+        """Fill in what only this end knows: lengths, the rest of the run, what it has attained."""
+        attained = self._attained.of(request)
         return replace(
             request,
             num_prompt_tokens=self.lengths.prompt_tokens(num_prompt_bytes),
@@ -95,7 +98,13 @@ class Dispatcher:
                 request.workflow, request.stage, max_tokens
             ),
             rest_s=0.0 if request.final else self._rest_s(request),
+            attained_s=attained.total_s,
+            attained_path_s=attained.path_s,
         )
+
+    def attained(self, request: StageRequest) -> Attained:
+        """Service that the run of a call has had by now."""
+        return self._attained.of(request)
 
     def submit(
         self,
@@ -140,6 +149,7 @@ class Dispatcher:
         )
         self.fleet.reserve(request.request_id, chosen)
         self._sent[request.request_id] = _Sent(request, decision, num_prompt_bytes)
+        self._attained.begin(request)
         self._record(
             Submitted(
                 now=now,
@@ -179,6 +189,8 @@ class Dispatcher:
             predicted_s=chosen.queue_s + chosen.prefill_s + decode_s,
             actual_s=outcome.e2el_s,
         )
+        if request.workflow_id:
+            self._attained.end(request, self._prefill_s(sent, outcome) + decode_s)
         tokens_per_byte = None
         # Larger bodies are mostly images, whose bytes are not text.
         if outcome.num_prompt_tokens and 0 < sent.num_prompt_bytes <= _MAX_TEXT_BYTES:
@@ -192,6 +204,21 @@ class Dispatcher:
         self._num_settled += 1
         if self._num_settled % _REST_KEPT_FOR == 0:
             self._rests.clear()
+
+    def _prefill_s(self, sent: _Sent, outcome: Outcome) -> float:
+        """Prefill of the prompt tokens that were computed, on the instance that did.
+
+        What a run has attained is priced by the latency model, for the tokens that its calls
+        turned out to have: measured durations contain the time spent waiting.
+        """
+        if outcome.num_prompt_tokens is None:
+            return sent.decision.chosen.prefill_s
+        instance_id = sent.decision.chosen.instance_id
+        latency = next(i.latency for i in self.fleet if i.instance_id == instance_id)
+        num_cached = outcome.num_cached_tokens or 0
+        return self.fleet.drift(instance_id) * latency.prefill_s(
+            outcome.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
+        )
 
     def _rest_s(self, request: StageRequest) -> float:
         workflow = self._workflows.get(request.workflow)

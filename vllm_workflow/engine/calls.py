@@ -49,6 +49,7 @@ class LiveCalls:
         """
         self._ordering = policy.build_ordering()
         self._patience_s = policy.patience_s
+        self._by_slack = policy.preempt
         self._by_priority = by_priority
         self._calls: dict[str, LiveCall] = {}
 
@@ -78,8 +79,14 @@ class LiveCalls:
         return self.of(request).key
 
     def rank(self, request: Any) -> Key:
-        """Rank of a vLLM request among the running ones; the last is the first victim."""
+        """Rank of a vLLM request among the running ones; the last is the first victim.
+
+        Where urgent requests take seats, slack decides who can spare one. Otherwise victims fall
+        when blocks run out, and then the policy's own order says who comes last.
+        """
         call = self.of(request)
+        if not self._by_slack:
+            return call.key
         if self._by_priority:
             return (call.request.priority, call.latest_start)
         return (call.latest_start,)

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
-from vllm_workflow.core.config import PRESETS, PolicyConfig
+from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
@@ -156,8 +156,8 @@ class RouterConfig(_Strict):
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """0 takes a free one."""
-    policy: str | dict[str, Any] = "predicted-finish"
-    """Name of a preset, path of a `policy.json`, or the fields of a policy."""
+    policy: str | dict[str, Any] = DEFAULT_POLICY
+    """A preset, `DISPATCH+ORDERING`, the path of a `policy.json`, or the fields of a policy."""
     workflows: list[WorkflowConfig] = []
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 64.0
     """A larger request is answered with 413."""
@@ -183,15 +183,10 @@ class RouterConfig(_Strict):
         """Return the policy; reads `policy.json` if the configuration names one.
 
         Raises:
-            ConfigError: Unknown preset, or a file that cannot be used.
+            ConfigError: Unknown name, or a file that cannot be used.
         """
-        if isinstance(self.policy, str) and self.policy not in PRESETS:
-            if _is_path(self.policy):
-                return PolicyConfig.from_file(self.policy)
-            raise ConfigError(
-                f"policy: expected one of {sorted(PRESETS)}, the path of a policy.json or a "
-                f"mapping of its fields, got {self.policy!r}"
-            )
+        if isinstance(self.policy, str) and _is_path(self.policy):
+            return PolicyConfig.from_file(self.policy)
         return PolicyConfig.from_mapping(self.policy, source="policy")
 
     @classmethod

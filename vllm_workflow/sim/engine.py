@@ -30,7 +30,7 @@ from vllm_workflow.sim.seats import SeatPreemption
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
 DEFAULT_BLOCK_SIZE = 16
-_BY_LATEST_START = attrgetter("latest_start")
+_BY_RANK = attrgetter("rank")
 _MAX_STEPS = 1 << 40
 
 
@@ -130,8 +130,8 @@ class EventEngine:
                 f"holds, got {num_tokens}"
             )
         table = self.pool.table(request.prefix, request.num_prompt_tokens)
-        ranking = self._ranking
-        call = LiveCall(request, table, ranking.key(told), ranking.latest_start(told))
+        call = LiveCall(request, table)
+        self._ranking.place(call, told)
         self._calls[call.request_id] = call
         self._waiting.append(call)
         if self._end == math.inf:
@@ -376,7 +376,7 @@ class EventEngine:
         self._chunks.append(call)
         self._prefilling.append(call)
         if self._reorders:
-            insort(self._running, call, key=_BY_LATEST_START)
+            insort(self._running, call, key=_BY_RANK)
         else:
             self._running.append(call)
 

@@ -122,14 +122,16 @@ def _build(spec: InstanceSpec, instance_id: str) -> SimInstance:
             max_num_batched_tokens=spec.max_num_batched_tokens,
         )
     block_size = found.block_size or DEFAULT_BLOCK_SIZE
+    num_kv_blocks = spec.num_kv_blocks or _num_kv_blocks(spec, block_size)
     return SimInstance(
         instance=Instance(
             instance_id=instance_id,
             models=(),
             latency=found.latency,
             max_num_seqs=spec.max_num_seqs,
+            num_kv_tokens=num_kv_blocks * block_size,
         ),
-        num_kv_blocks=spec.num_kv_blocks or _num_kv_blocks(spec, block_size),
+        num_kv_blocks=num_kv_blocks,
         block_size=block_size,
     )
 

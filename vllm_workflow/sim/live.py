@@ -35,23 +35,24 @@ class LiveCall:
         "num_seats_lost",
         "prefill_end",
         "protected_until",
+        "rank",
         "request_id",
         "table",
         "was_admitted",
     )
 
-    def __init__(
-        self, request: EngineRequest, table: BlockTable, key: float, latest_start: float
-    ) -> None:
+    def __init__(self, request: EngineRequest, table: BlockTable) -> None:
         self.request_id = request.request.request_id
         self.deadline = request.request.deadline
         self.num_prompt = request.num_prompt_tokens
         self.num_output = max(1, request.num_output_tokens)
         self.table = table
-        self.key = key
+        self.key = 0.0
         """Rank among the waiting calls."""
-        self.latest_start = latest_start
+        self.latest_start = 0.0
         """Instant at which its slack is zero."""
+        self.rank = 0.0
+        """Place among the running calls; the last is the first to lose its blocks."""
         self.num_generated = 0
         """Output tokens; while it decodes, as of when that began."""
         self.prefill_end = self.num_prompt
@@ -89,19 +90,23 @@ class LiveCall:
 class Ranking:
     """Gives calls their places, as the engine plug-in does."""
 
-    __slots__ = ("_ordering", "_patience_s", "reorders")
+    __slots__ = ("_by_slack", "_ordering", "_patience_s", "reorders")
 
     def __init__(self, config: PolicyConfig) -> None:
         self._ordering = config.build_ordering()
+        self._by_slack = config.preempt
         self._patience_s = config.patience_s
         self.reorders = config.preempt or config.ordering != "fcfs"
         """False: vLLM's own order, in the queue and among the running."""
 
-    def key(self, request: StageRequest) -> float:
+    def place(self, call: LiveCall, request: StageRequest) -> None:
+        """Set what a call is ranked by, waiting and running."""
         key = self._ordering.key(request)
-        return request.arrival_time if math.isnan(key) else key
+        call.key = request.arrival_time if math.isnan(key) else key
+        call.latest_start = self._latest_start(request)
+        call.rank = call.latest_start if self._by_slack else call.key
 
-    def latest_start(self, request: StageRequest) -> float:
+    def _latest_start(self, request: StageRequest) -> float:
         deadline = request.deadline
         if deadline == math.inf:
             deadline = request.arrival_time + self._patience_s

@@ -54,6 +54,50 @@ class TraceRun:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Trace:
+    """Runs, and what must be said wherever results on them are shown."""
+
+    runs: tuple[TraceRun, ...]
+    """In the order of their arrivals, if they have any: then every run has one."""
+    source: str
+    """The file's name, or `builtin:NAME`."""
+    notes: tuple[str, ...] = ()
+    """Sentences: what was assumed, left out, resampled."""
+
+    @property
+    def num_duplicates(self) -> int:
+        """Runs that repeat an earlier one in everything but ids and arrival."""
+        return len(self.runs) - len({content(run) for run in self.runs})
+
+    def distinct(self) -> Trace:
+        """Return the first of all runs that are equal but for ids and arrival."""
+        first: dict[object, TraceRun] = {}
+        for run in self.runs:
+            first.setdefault(content(run), run)
+        if len(first) == len(self.runs):
+            return self
+        note = f"Of {len(self.runs)} runs, {len(first)} distinct ones were kept."
+        return Trace(runs=tuple(first.values()), source=self.source, notes=(*self.notes, note))
+
+
+def content(run: TraceRun) -> tuple[object, ...]:
+    """Return what makes a run, hashable: everything but its ids, names of parts and arrival."""
+    position = {call.call_id: i for i, call in enumerate(run.calls)}
+    calls = tuple(
+        (
+            call.stage,
+            call.num_prompt_tokens,
+            call.num_output_tokens,
+            call.gap_s,
+            tuple(sorted(position[parent] for parent in call.after)),
+            tuple(part.num_tokens for part in call.prefix),
+        )
+        for call in run.calls
+    )
+    return run.workflow, run.tenant, run.slo_s, calls
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class EngineRequest:
     """One call as it reaches an engine."""
 

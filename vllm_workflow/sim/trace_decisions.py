@@ -1,0 +1,305 @@
+"""A router's decision log as a trace, so that what happened live can be simulated."""
+
+from __future__ import annotations
+
+import math
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.sim.fields import (
+    MAX_NAME_CHARS,
+    Place,
+    a_count,
+    a_list,
+    a_time,
+    an_object,
+    json_lines,
+    parse,
+    required,
+)
+from vllm_workflow.sim.types import PrefixPart, Trace, TraceCall, TraceRun
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Call:
+    """One call that ended well, on the clock of its router."""
+
+    request_id: str
+    run: tuple[int, str, str]
+    """Which life of the router, tenant, workflow_id (or the request's id, without one)."""
+    name: str
+    workflow: str
+    stage: str
+    arrival_time: float
+    end_time: float
+    run_arrival_time: float
+    deadline: float
+    num_prompt_tokens: int
+    num_output_tokens: int
+    prefix: tuple[PrefixPart, ...]
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What has been read so far."""
+
+    life: int = 0
+    """The router was started this often; each time its clock may begin anew."""
+    open: dict[str, tuple[float, Mapping[str, Any], Place]] = field(default_factory=dict)
+    """Request id -> instant of forwarding, the request, where it stands."""
+    calls: list[_Call] = field(default_factory=list)
+    num_failed: int = 0
+    num_uncounted: int = 0
+
+
+def is_decision_log(first: Mapping[str, Any]) -> bool:
+    """Whether a file that begins with this object is a decision log."""
+    return isinstance(first.get("event"), str)
+
+
+def read_decision_log(text: str, source: str) -> Trace:
+    """Import the events of `core.events`, one per line.
+
+    A call follows those calls of its run that had ended when it arrived, save what these
+    followed themselves. Calls that did not end well are left out, and so is a line that the
+    end of the file cuts off.
+
+    Args:
+        text: Of the log.
+        source: Its name, for errors.
+
+    Raises:
+        ConfigError: With file, line, field, what was there and what was wanted; or no call
+            ended well.
+    """
+    reading = _Reading()
+    text, is_cut = _without_cut_line(text)
+    for place, value in json_lines(text, source):
+        data = an_object(value, place)
+        match required(data, "event", place):
+            case "started":
+                _restart(reading)
+            case "submitted":
+                _submitted(reading, data, place)
+            case "settled":
+                _settled(reading, data, place)
+    _restart(reading)
+    if not reading.calls:
+        raise ConfigError(f"{source}: expected at least one call that ended well, got none")
+    return Trace(
+        runs=tuple(_runs(reading.calls)),
+        source=Path(source).name,
+        notes=tuple(_notes(reading, is_cut=is_cut)),
+    )
+
+
+def _without_cut_line(text: str) -> tuple[str, bool]:
+    head, newline, last = text.rpartition("\n")
+    if not newline or not last.strip():
+        return text, False
+    try:
+        parse(last, Place("log"))
+    except ConfigError:
+        return head, True
+    return text, False
+
+
+def _restart(reading: _Reading) -> None:
+    reading.num_failed += len(reading.open)
+    reading.open.clear()
+    reading.life += 1
+
+
+def _submitted(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
+    now = a_time(required(data, "now", place), place / "now")
+    request = an_object(required(data, "request", place), place / "request")
+    request_id = required(request, "request_id", place / "request")
+    if not isinstance(request_id, str):
+        (place / "request" / "request_id").fail("text", request_id)
+    reading.open[request_id] = (now, request, place / "request")
+
+
+def _settled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
+    outcome = an_object(required(data, "outcome", place), place / "outcome")
+    place = place / "outcome"
+    request_id = required(outcome, "request_id", place)
+    if not isinstance(request_id, str):
+        (place / "request_id").fail("text", request_id)
+    if request_id not in reading.open:
+        return  # the log begins after the call
+    now, request, asked = reading.open.pop(request_id)
+    if required(outcome, "ok", place) is not True or outcome.get("e2el_s") is None:
+        reading.num_failed += 1
+        return
+    tokens = [outcome.get("num_prompt_tokens"), outcome.get("num_output_tokens")]
+    if None in tokens:
+        reading.num_uncounted += 1
+    num_prompt_tokens = _counted(tokens[0], place / "num_prompt_tokens", request, asked)
+    expected = a_time(request.get("expected_output_tokens", 1.0), asked / "expected_output_tokens")
+    num_output_tokens = (
+        round(expected)
+        if tokens[1] is None
+        else a_count(tokens[1], place / "num_output_tokens", minimum=0)
+    )
+    arrival_time = a_time(required(request, "arrival_time", asked), asked / "arrival_time")
+    ended = now + a_time(outcome["e2el_s"], place / "e2el_s")
+    workflow_id = _text(request, "workflow_id", asked)
+    deadline = request.get("deadline")
+    began = request.get("run_arrival_time")
+    reading.calls.append(
+        _Call(
+            request_id=request_id,
+            run=(reading.life, _text(request, "tenant_id", asked), workflow_id or request_id),
+            name=_printable(workflow_id or request_id),
+            workflow=_printable(_text(request, "workflow", asked)),
+            stage=_printable(_text(request, "stage", asked)),
+            arrival_time=arrival_time,
+            end_time=max(ended, math.nextafter(arrival_time, math.inf)),
+            run_arrival_time=(
+                arrival_time if began is None else a_time(began, asked / "run_arrival_time")
+            ),
+            deadline=math.inf if deadline is None else _instant(deadline, asked / "deadline"),
+            num_prompt_tokens=num_prompt_tokens,
+            num_output_tokens=max(1, num_output_tokens),
+            prefix=_prefix(request, asked, num_prompt_tokens),
+        )
+    )
+
+
+def _counted(value: Any, place: Place, request: Mapping[str, Any], asked: Place) -> int:
+    """Return prompt tokens as the engine counted them, else as predicted."""
+    if value is None:
+        return a_count(request.get("num_prompt_tokens", 1), asked / "num_prompt_tokens")
+    return max(1, a_count(value, place, minimum=0))
+
+
+def _instant(value: Any, place: Place) -> float:
+    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) < 1e15:
+        place.fail("an instant", value)
+    return float(value)
+
+
+def _text(data: Mapping[str, Any], name: str, place: Place) -> str:
+    value = data.get(name, "")
+    if not isinstance(value, str):
+        (place / name).fail("text", value)
+    return value
+
+
+def _printable(name: str) -> str:
+    """Names come from clients, who may write anything into them."""
+    clean = "".join(c if c.isprintable() else "�" for c in name)
+    return clean[: MAX_NAME_CHARS - 16]
+
+
+def _prefix(
+    request: Mapping[str, Any], place: Place, num_prompt_tokens: int
+) -> tuple[PrefixPart, ...]:
+    hashes = a_list(request.get("block_hashes", []), place / "block_hashes", of="hashes")
+    for i, item in enumerate(hashes):
+        if isinstance(item, bool) or not isinstance(item, int):
+            (place / "block_hashes")[i].fail("an integer", item)
+    if not hashes:
+        return ()
+    predicted = a_count(request.get("num_prompt_tokens", 1), place / "num_prompt_tokens")
+    block_size = _block_size(predicted, len(hashes))
+    most = num_prompt_tokens // block_size
+    return tuple(
+        PrefixPart(part_id=f"block/{item:x}", num_tokens=block_size) for item in hashes[:most]
+    )
+
+
+def _block_size(num_tokens: int, num_blocks: int) -> int:
+    """Return the largest power of two that makes so many full blocks; vLLM has no other sizes."""
+    size = 1 << (max(1, num_tokens // num_blocks)).bit_length() - 1
+    return size if num_tokens // size == num_blocks else max(1, num_tokens // num_blocks)
+
+
+def _runs(calls: Iterable[_Call]) -> Iterator[TraceRun]:
+    """Yield the runs by arrival; the lives of the router follow each other without a pause."""
+    grouped: dict[tuple[int, str, str], list[_Call]] = {}
+    for call in calls:
+        grouped.setdefault(call.run, []).append(call)
+    begun = {
+        key: min(min(c.run_arrival_time, c.arrival_time) for c in each)
+        for key, each in grouped.items()
+    }
+    offsets = _offsets(grouped, begun)
+    names: dict[str, int] = {}
+    for key in sorted(grouped, key=lambda key: begun[key] + offsets[key[0]]):
+        each = sorted(grouped[key], key=lambda call: call.arrival_time)
+        names[each[0].name] = names.get(each[0].name, 0) + 1
+        again = names[each[0].name]
+        first = each[0]
+        yield TraceRun(
+            run_id=first.name if again == 1 else f"{first.name}~{again}",
+            workflow=first.workflow,
+            calls=tuple(_linked(each, begun[key])),
+            arrival_s=max(0.0, begun[key] + offsets[key[0]]),
+            tenant=_printable(key[1]),
+            slo_s=_slo_s(first, begun[key]),
+        )
+
+
+def _offsets(
+    grouped: Mapping[tuple[int, str, str], Sequence[_Call]],
+    begun: Mapping[tuple[int, str, str], float],
+) -> dict[int, float]:
+    """Return, per life of the router, what to add to its instants."""
+    offsets: dict[int, float] = {}
+    end = 0.0
+    for life in sorted({key[0] for key in grouped}):
+        keys = [key for key in grouped if key[0] == life]
+        offsets[life] = end - min(begun[key] for key in keys)
+        end = offsets[life] + max(call.end_time for key in keys for call in grouped[key])
+    return offsets
+
+
+def _slo_s(first: _Call, begun: float) -> float | None:
+    return max(0.0, first.deadline - begun) if math.isfinite(first.deadline) else None
+
+
+def _linked(calls: Sequence[_Call], begun: float) -> Iterator[TraceCall]:
+    """Yield the calls of one run with what each followed, as far as instants tell.
+
+    Args:
+        calls: By arrival.
+        begun: Instant at which the run began.
+    """
+    ids = [f"call-{i + 1}" for i in range(len(calls))]
+    by_end = sorted(range(len(calls)), key=lambda i: calls[i].end_time)
+    ends = [calls[i].end_time for i in by_end]
+    latest_starts: list[float] = []
+    for i in by_end:
+        before = latest_starts[-1] if latest_starts else -math.inf
+        latest_starts.append(max(before, calls[i].arrival_time))
+    for i, call in enumerate(calls):
+        num_ended = bisect_right(ends, call.arrival_time)
+        # What ended before one of the others began is known to the latter already.
+        first = bisect_right(ends, latest_starts[num_ended - 1]) if num_ended else 0
+        since = ends[num_ended - 1] if num_ended else begun
+        yield TraceCall(
+            call_id=ids[i],
+            stage=call.stage,
+            num_prompt_tokens=call.num_prompt_tokens,
+            num_output_tokens=call.num_output_tokens,
+            after=tuple(sorted((ids[k] for k in by_end[first:num_ended]), key=ids.index)),
+            gap_s=call.arrival_time - since,
+            prefix=call.prefix,
+        )
+
+
+def _notes(reading: _Reading, *, is_cut: bool) -> Iterator[str]:
+    yield "Decision log: a call follows what had ended in its run when it arrived."
+    if reading.life > 2:
+        yield (f"The router was started {reading.life - 1} times; the pauses between are left out.")
+    if reading.num_failed:
+        yield f"{reading.num_failed} calls did not end well and are left out."
+    if reading.num_uncounted:
+        yield f"{reading.num_uncounted} answers had no usage: their predicted lengths are used."
+    if is_cut:
+        yield "The last line is cut off and was left out."

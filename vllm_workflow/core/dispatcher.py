@@ -333,7 +333,7 @@ class Dispatcher:
         if outcome.num_prompt_tokens is None:
             return sent.decision.chosen.prefill_s
         instance_id = sent.decision.chosen.instance_id
-        latency = next(i.latency for i in self.fleet if i.instance_id == instance_id)
+        latency = self.fleet.instance(instance_id).latency
         num_cached = outcome.num_cached_tokens or 0
         return self.fleet.drift(instance_id) * latency.prefill_s(
             outcome.num_prompt_tokens - num_cached, num_cached_tokens=num_cached

@@ -93,6 +93,10 @@ class Fleet:
     def is_healthy(self, instance_id: str) -> bool:
         return self._accounts[instance_id].healthy
 
+    def instance(self, instance_id: str) -> Instance:
+        """Return an instance as configured."""
+        return self._accounts[instance_id].instance
+
     def __iter__(self) -> Iterator[Instance]:
         return (a.instance for a in self._accounts.values())
 

@@ -26,6 +26,7 @@ from vllm_workflow.sim.types import (
     EngineEvent,
     EngineRequest,
     EventKind,
+    PrefixPart,
     SimEngine,
     TraceCall,
     TraceRun,
@@ -275,6 +276,8 @@ class _Simulation:
         self._calls: list[_Call] = []
         self._in_flight: dict[str, _Call] = {}
         self._stranded: list[_Call] = []
+        self._waiting: dict[str, tuple[_Call, StageRequest]] = {}
+        self._chains: dict[tuple[int, PrefixPart], int] = {}
         self._decision_us: list[float] | None = [] if time_decisions else None
 
     def announce(
@@ -347,13 +350,13 @@ class _Simulation:
     # A call goes through the router.
 
     def _decide(self, call: _Call) -> None:
-        """Have the dispatcher bind a call; the one place to change when it may wait there."""
+        """Hand a call to the dispatcher, which binds it or has it wait."""
         begin = clock.perf_counter()
         trace = call.trace
         num_bytes = int(trace.num_prompt_tokens * _BYTES_PER_TOKEN)
         assert call.request is not None
         request = self._dispatcher.predict(
-            call.request, num_prompt_bytes=num_bytes, max_tokens=None
+            call.request, num_prompt_bytes=num_bytes, max_tokens=None, head=self._head(trace)
         )
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))
@@ -367,7 +370,25 @@ class _Simulation:
             return
         if self._decision_us is not None:
             self._decision_us.append(1e6 * (clock.perf_counter() - begin))
-        self._send(call, request, decision)
+        if decision is not None:
+            self._send(call, request, decision)
+        else:
+            self._waiting[request.request_id] = call, request
+        self._poll()
+
+    def _poll(self) -> None:
+        """Send what had to wait and can start now."""
+        for decision in self._dispatcher.poll(self.kernel.now):
+            call, request = self._waiting.pop(decision.request_id)
+            self._send(call, request, decision)
+
+    def _head(self, trace: TraceCall) -> list[tuple[int, int]]:
+        """Return the shared pieces of a prompt as a router sees them: as hashes and bytes."""
+        chain, head = 0, []
+        for part in trace.prefix:
+            chain = self._chains.setdefault((chain, part), len(self._chains) + 1)
+            head.append((chain, int(part.num_tokens * _BYTES_PER_TOKEN)))
+        return head
 
     def _send(self, call: _Call, request: StageRequest, decision: Decision) -> None:
         """Forward a call to its instance, with what the engine plug-in would read of it."""
@@ -453,6 +474,7 @@ class _Simulation:
             run.missing[child.call_id] -= 1
             if not run.missing[child.call_id]:
                 self._reveal(run, child)
+        self._poll()
 
     # An instance goes and comes back.
 
@@ -470,12 +492,14 @@ class _Simulation:
         for _, call in lost:
             call.first_token_time = math.nan
             self._decide(call)
+        self._poll()
 
     def _come_back(self, index: int) -> None:
         self._dispatcher.mark(self._engines[index].instance_id, healthy=True)
         stranded, self._stranded = self._stranded, []
         for call in stranded:
             self._decide(call)
+        self._poll()
 
 
 def _run_result(run: _Run) -> RunResult:

@@ -277,15 +277,20 @@ class _Simulation:
         self._in_flight: dict[str, _Call] = {}
         self._stranded: list[_Call] = []
         self._waiting: dict[str, tuple[_Call, StageRequest]] = {}
+        self._max_tokens: dict[tuple[str, str], int] = {}
+        """What a client bounds the answers of a stage by: the longest one that it ever saw."""
         self._chains: dict[tuple[int, PrefixPart], int] = {}
         self._decision_us: list[float] | None = [] if time_decisions else None
 
     def announce(
-        self, arriving: Iterable[tuple[float, TraceRun]], outages: Iterable[Outage]
+        self, arriving: Sequence[tuple[float, TraceRun]], outages: Iterable[Outage]
     ) -> None:
         """Put everything on the calendar that does not depend on what happens."""
         for time, run in arriving:
             self.kernel.at(time, self._arrive, run, priority=_THEN)
+            for call in run.calls:
+                key = run.workflow, call.stage
+                self._max_tokens[key] = max(self._max_tokens.get(key, 1), call.num_output_tokens)
         for outage in outages:
             index = self._index.get(outage.instance_id)
             if index is None:
@@ -356,7 +361,10 @@ class _Simulation:
         num_bytes = int(trace.num_prompt_tokens * _BYTES_PER_TOKEN)
         assert call.request is not None
         request = self._dispatcher.predict(
-            call.request, num_prompt_bytes=num_bytes, max_tokens=None, head=self._head(trace)
+            call.request,
+            num_prompt_bytes=num_bytes,
+            max_tokens=self._max_tokens[call.run.trace.workflow, trace.stage],
+            head=self._head(trace),
         )
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))

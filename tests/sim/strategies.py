@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from tests.sim.builders import LATENCY, parts, sim_instance, trace_call, trace_run
@@ -28,7 +30,11 @@ _PREFIXES = (
     parts(("other", 517)),
 )
 
-policies = st.sampled_from(policy_names.ALL).map(policy_names.parse)
+policies = st.builds(
+    lambda name, late_binding: replace(policy_names.parse(name), late_binding=late_binding),
+    st.sampled_from(policy_names.ALL),
+    st.booleans(),
+)
 
 
 def fleets() -> st.SearchStrategy[list[SimInstance]]:

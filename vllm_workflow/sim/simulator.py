@@ -26,6 +26,7 @@ from vllm_workflow.sim.types import (
     EngineEvent,
     EngineRequest,
     EventKind,
+    PrefixPart,
     SimEngine,
     TraceCall,
     TraceRun,
@@ -60,6 +61,8 @@ class CallResult:
     """Of the last attempt."""
     submit_time: float
     """When the client made it."""
+    sent_time: float = math.nan
+    """When the router forwarded it, the last time it did."""
     first_token_time: float = math.nan
     end_time: float = math.nan
     num_prompt_tokens: int
@@ -220,6 +223,7 @@ class _Call:
         "num_attempts",
         "num_cached",
         "num_preemptions",
+        "predicted",
         "request",
         "run",
         "sent_time",
@@ -227,7 +231,7 @@ class _Call:
         "trace",
     )
 
-    def __init__(self, run: _Run, trace: TraceCall, now: float) -> None:
+    def __init__(self, run: _Run, trace: TraceCall, now: float, request: StageRequest) -> None:
         self.run = run
         self.trace = trace
         self.submit_time = now
@@ -238,7 +242,28 @@ class _Call:
         self.num_attempts = 0
         self.num_cached = 0
         self.num_preemptions = 0
-        self.request: StageRequest | None = None
+        self.request = self.predicted = request
+
+
+class _Heads:
+    """Prompts' heads as a router knows them: hashes of pieces, each with all before it.
+
+    Numbers stand for the hashes, one per piece and what comes before it.
+    """
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, str, int], int] = {}
+
+    def of(self, prefix: Sequence[PrefixPart]) -> list[tuple[int, int]]:
+        numbers, number = self._numbers, 0
+        head = []
+        for part in prefix:
+            key = (number, part.part_id, part.num_tokens)
+            number = numbers.setdefault(key, len(numbers) + 1)
+            head.append((number, int(part.num_tokens * _BYTES_PER_TOKEN)))
+        return head
 
 
 class _Simulation:
@@ -274,7 +299,11 @@ class _Simulation:
         self._runs: list[_Run] = []
         self._calls: list[_Call] = []
         self._in_flight: dict[str, _Call] = {}
+        self._bound_later: dict[str, _Call] = {}
+        """Calls with the dispatcher."""
         self._stranded: list[_Call] = []
+        """Calls that no healthy instance was there for."""
+        self._heads = _Heads()
         self._decision_us: list[float] | None = [] if time_decisions else None
 
     def announce(
@@ -328,10 +357,8 @@ class _Simulation:
     def _make(self, run: _Run, trace: TraceCall) -> None:
         """The client makes a call: all that the router will know of it is in its request."""
         now = self.kernel.now
-        call = _Call(run, trace, now)
-        self._calls.append(call)
         of = run.trace
-        call.request = StageRequest(
+        request = StageRequest(
             request_id=f"{of.run_id}/{trace.call_id}",
             arrival_time=now,
             workflow_id=of.run_id,
@@ -342,36 +369,50 @@ class _Simulation:
             run_arrival_time=run.arrival_time,
             final=trace.call_id == run.final,
         )
+        call = _Call(run, trace, now, request)
+        self._calls.append(call)
         self._decide(call)
 
     # A call goes through the router.
 
     def _decide(self, call: _Call) -> None:
-        """Have the dispatcher bind a call; the one place to change when it may wait there."""
-        begin = clock.perf_counter()
-        trace = call.trace
+        """Hand a call to the dispatcher, which binds it now or lets it wait for a `_poll`."""
+        begin = clock.perf_counter() if self._decision_us is not None else 0.0
+        dispatcher, trace, now = self._dispatcher, call.trace, self.kernel.now
         num_bytes = int(trace.num_prompt_tokens * _BYTES_PER_TOKEN)
-        assert call.request is not None
-        request = self._dispatcher.predict(
-            call.request, num_prompt_bytes=num_bytes, max_tokens=None
+        request = dispatcher.predict(
+            call.request,
+            num_prompt_bytes=num_bytes,
+            max_tokens=None,
+            head=self._heads.of(trace.prefix) if trace.prefix else (),
         )
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))
             request = replace(request, expected_output_tokens=expected)
+        call.predicted = request
+        self._bound_later[request.request_id] = call
         try:
-            decision = self._dispatcher.submit(
-                request, now=self.kernel.now, num_prompt_bytes=num_bytes
-            )
+            decision = dispatcher.submit(request, now=now, num_prompt_bytes=num_bytes)
         except NoInstanceError:
+            del self._bound_later[request.request_id]
             self._stranded.append(call)
             return
         if self._decision_us is not None:
             self._decision_us.append(1e6 * (clock.perf_counter() - begin))
-        self._send(call, request, decision)
+        if decision is not None:
+            self._send(decision)
+        self._poll()
 
-    def _send(self, call: _Call, request: StageRequest, decision: Decision) -> None:
+    def _poll(self) -> None:
+        """Send what the dispatcher has let wait until now."""
+        if self._policy.late_binding:
+            for decision in self._dispatcher.poll(self.kernel.now):
+                self._send(decision)
+
+    def _send(self, decision: Decision) -> None:
         """Forward a call to its instance, with what the engine plug-in would read of it."""
-        now = self.kernel.now
+        call = self._bound_later.pop(decision.request_id)
+        request, now = call.predicted, self.kernel.now
         told = handover(request, decision, now=now)
         trace = call.trace
         index = self._index[decision.chosen.instance_id]
@@ -446,6 +487,7 @@ class _Simulation:
                 num_output_tokens=trace.num_output_tokens,
             )
         )
+        self._poll()
         run.num_open -= 1
         if not run.num_open:
             run.end_time = event.time
@@ -467,12 +509,14 @@ class _Simulation:
                 Outcome(request_id=request_id, instance_id=engine.instance_id, ok=False)
             )
         self._wake_up(index, engine)
+        self._poll()
         for _, call in lost:
             call.first_token_time = math.nan
             self._decide(call)
 
     def _come_back(self, index: int) -> None:
         self._dispatcher.mark(self._engines[index].instance_id, healthy=True)
+        self._poll()
         stranded, self._stranded = self._stranded, []
         for call in stranded:
             self._decide(call)
@@ -497,6 +541,7 @@ def _call_result(call: _Call, instance_ids: Sequence[str]) -> CallResult:
         stage=call.trace.stage,
         instance_id=instance_ids[call.instance] if call.num_attempts else "",
         submit_time=call.submit_time,
+        sent_time=call.sent_time,
         first_token_time=call.first_token_time,
         end_time=call.end_time,
         num_prompt_tokens=call.trace.num_prompt_tokens,

@@ -11,6 +11,7 @@ import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -50,8 +51,7 @@ class Outage:
     end_s: float = math.inf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallResult:
+class CallResult(NamedTuple):
     """What became of one call; instants, `nan` for what did not happen."""
 
     run_id: str
@@ -59,14 +59,14 @@ class CallResult:
     stage: str
     instance_id: str
     """Of the last attempt."""
+    num_prompt_tokens: int
+    num_output_tokens: int
     submit_time: float
     """When the client made it."""
     sent_time: float = math.nan
     """When the router forwarded it, the last time it did."""
     first_token_time: float = math.nan
     end_time: float = math.nan
-    num_prompt_tokens: int
-    num_output_tokens: int
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_attempts: int = 1
@@ -227,22 +227,16 @@ class _Call:
         "request",
         "run",
         "sent_time",
-        "submit_time",
         "trace",
     )
 
-    def __init__(self, run: _Run, trace: TraceCall, now: float, request: StageRequest) -> None:
+    def __init__(self, run: _Run, trace: TraceCall, request: StageRequest) -> None:
         self.run = run
         self.trace = trace
-        self.submit_time = now
-        self.sent_time = math.nan
-        self.first_token_time = math.nan
-        self.end_time = math.nan
-        self.instance = -1
-        self.num_attempts = 0
-        self.num_cached = 0
-        self.num_preemptions = 0
         self.request = self.predicted = request
+        self.sent_time = self.first_token_time = self.end_time = math.nan
+        self.instance = -1
+        self.num_attempts = self.num_cached = self.num_preemptions = 0
 
 
 class _Heads:
@@ -295,6 +289,7 @@ class _Simulation:
             raise ConfigError("fleet: expected at least one instance, got none")
         self._dispatcher = Dispatcher(ledger, policy, workflows, record)
         self._wakes = [math.inf] * len(self._engines)
+        self._binds_late = policy.late_binding
         self._hint = hint
         self._runs: list[_Run] = []
         self._calls: list[_Call] = []
@@ -311,16 +306,16 @@ class _Simulation:
     ) -> None:
         """Put everything on the calendar that does not depend on what happens."""
         for time, run in arriving:
-            self.kernel.at(time, self._arrive, run, priority=_THEN)
+            self.kernel.at(time, self._arrive, run, _THEN)
         for outage in outages:
             index = self._index.get(outage.instance_id)
             if index is None:
                 raise ConfigError(
                     f"outage: expected one of {sorted(self._index)}, got {outage.instance_id!r}"
                 )
-            self.kernel.at(outage.start_s, self._go_down, index, priority=_FIRST)
+            self.kernel.at(outage.start_s, self._go_down, index, _FIRST)
             if outage.end_s < math.inf:
-                self.kernel.at(outage.end_s, self._come_back, index, priority=_FIRST)
+                self.kernel.at(outage.end_s, self._come_back, index, _FIRST)
 
     def result(self) -> SimResult:
         ids = [engine.instance_id for engine in self._engines]
@@ -345,9 +340,7 @@ class _Simulation:
 
     def _reveal(self, run: _Run, trace: TraceCall) -> None:
         if trace.gap_s > 0.0:
-            self.kernel.at(
-                self.kernel.now + trace.gap_s, self._make_later, (run, trace), priority=_THEN
-            )
+            self.kernel.at(self.kernel.now + trace.gap_s, self._make_later, (run, trace), _THEN)
         else:
             self._make(run, trace)
 
@@ -369,7 +362,7 @@ class _Simulation:
             run_arrival_time=run.arrival_time,
             final=trace.call_id == run.final,
         )
-        call = _Call(run, trace, now, request)
+        call = _Call(run, trace, request)
         self._calls.append(call)
         self._decide(call)
 
@@ -401,13 +394,13 @@ class _Simulation:
             self._decision_us.append(1e6 * (clock.perf_counter() - begin))
         if decision is not None:
             self._send(decision)
-        self._poll()
+        if self._binds_late:
+            self._poll()
 
     def _poll(self) -> None:
         """Send what the dispatcher has let wait until now."""
-        if self._policy.late_binding:
-            for decision in self._dispatcher.poll(self.kernel.now):
-                self._send(decision)
+        for decision in self._dispatcher.poll(self.kernel.now):
+            self._send(decision)
 
     def _send(self, decision: Decision) -> None:
         """Forward a call to its instance, with what the engine plug-in would read of it."""
@@ -453,8 +446,8 @@ class _Simulation:
         time = engine.next_event_time()
         if time != self._wakes[index]:
             self._wakes[index] = time
-            if time < math.inf:
-                self.kernel.at(time, self._advance, index, priority=_ENGINE)
+            if time != math.inf:
+                self.kernel.at(time, self._advance, index, _ENGINE)
 
     def _advance(self, index: int) -> None:
         now = self.kernel.now
@@ -462,11 +455,12 @@ class _Simulation:
             return  # it has been told something since this was announced
         engine = self._engines[index]
         self._wakes[index] = math.nan
+        in_flight, finished = self._in_flight, EventKind.FINISHED
         for event in engine.advance(now):
-            if event.kind is EventKind.FINISHED:
+            if event.kind is finished:
                 self._finish(event)
             else:
-                self._in_flight[event.request_id].first_token_time = event.time
+                in_flight[event.request_id].first_token_time = event.time
         self._wake_up(index, engine)
 
     def _finish(self, event: EngineEvent) -> None:
@@ -487,7 +481,8 @@ class _Simulation:
                 num_output_tokens=trace.num_output_tokens,
             )
         )
-        self._poll()
+        if self._binds_late:
+            self._poll()
         run.num_open -= 1
         if not run.num_open:
             run.end_time = event.time
@@ -540,7 +535,7 @@ def _call_result(call: _Call, instance_ids: Sequence[str]) -> CallResult:
         call_id=call.trace.call_id,
         stage=call.trace.stage,
         instance_id=instance_ids[call.instance] if call.num_attempts else "",
-        submit_time=call.submit_time,
+        submit_time=call.request.arrival_time,
         sent_time=call.sent_time,
         first_token_time=call.first_token_time,
         end_time=call.end_time,

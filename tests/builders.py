@@ -9,6 +9,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.events import Record
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.prefix import Chain
 from vllm_workflow.core.types import Candidate, Outcome, StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
 
@@ -21,26 +22,40 @@ def stage_request(
     *,
     arrival_time: float = 0.0,
     deadline: float = math.inf,
+    run_arrival_time: float = math.nan,
     rest_s: float = 0.0,
     service_s: float = 0.0,
+    attained_s: float = 0.0,
+    attained_path_s: float = 0.0,
+    workflow_id: str = "",
+    tenant_id: str = "",
     workflow: str = "",
     stage: str = "",
     model: str = "",
+    priority: int = 0,
     num_prompt_tokens: int = 100,
     expected_output_tokens: float = 10.0,
+    prefix: Chain = (),
     final: bool = False,
 ) -> StageRequest:
     return StageRequest(
         request_id=request_id,
         arrival_time=arrival_time,
         deadline=deadline,
+        run_arrival_time=run_arrival_time,
         rest_s=rest_s,
         service_s=service_s,
+        attained_s=attained_s,
+        attained_path_s=attained_path_s,
+        workflow_id=workflow_id,
+        tenant_id=tenant_id,
         workflow=workflow,
         stage=stage,
         model=model,
+        priority=priority,
         num_prompt_tokens=num_prompt_tokens,
         expected_output_tokens=expected_output_tokens,
+        prefix=prefix,
         final=final,
     )
 
@@ -72,9 +87,14 @@ def instance(
     models: tuple[str, ...] = (),
     latency: LatencyModel = FAST,
     max_num_seqs: int = 128,
+    num_kv_tokens: int | None = None,
 ) -> Instance:
     return Instance(
-        instance_id=instance_id, models=models, latency=latency, max_num_seqs=max_num_seqs
+        instance_id=instance_id,
+        models=models,
+        latency=latency,
+        max_num_seqs=max_num_seqs,
+        num_kv_tokens=num_kv_tokens,
     )
 
 
@@ -106,6 +126,7 @@ def outcome(
     ok: bool = True,
     e2el_s: float = 1.0,
     num_prompt_tokens: int | None = None,
+    num_cached_tokens: int | None = None,
     num_output_tokens: int | None = None,
 ) -> Outcome:
     return Outcome(
@@ -114,5 +135,6 @@ def outcome(
         ok=ok,
         e2el_s=e2el_s if ok else math.nan,
         num_prompt_tokens=num_prompt_tokens,
+        num_cached_tokens=num_cached_tokens,
         num_output_tokens=num_output_tokens,
     )

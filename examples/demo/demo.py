@@ -83,7 +83,7 @@ STOCK = System(
 WORKFLOW = System(
     name="workflow",
     title="--scheduler workflow, deadline-aware router",
-    policy="predicted-finish",
+    policy="workflow",
     command=None,
 )
 

@@ -1,3 +1,4 @@
+import math
 from collections import Counter
 from collections.abc import Sequence
 
@@ -10,12 +11,14 @@ from vllm_workflow.core.dispatch import (
     DispatchPolicy,
     Hexgen,
     LeastOutstanding,
+    PowerOfTwo,
     PredictedFinish,
     RoundRobin,
 )
 from vllm_workflow.core.types import Candidate
 
 seconds = st.floats(0.001, 1e3)
+counts = st.integers(0, 100)
 fleets = st.lists(
     st.builds(
         lambda queue, prefill, decode, harm, num, work: (queue, prefill, decode, harm, num, work),
@@ -23,7 +26,7 @@ fleets = st.lists(
         seconds,
         seconds,
         seconds,
-        st.integers(0, 100),
+        counts,
         seconds,
     ),
     min_size=1,
@@ -169,3 +172,51 @@ def test_a_tie_goes_to_the_first(policy: DispatchPolicy) -> None:
     first, second = candidate("first"), candidate("second")
 
     assert choose(policy, [first, second]) is first
+
+
+@given(candidates=fleets, request_id=st.text(), seed=st.integers(0, 2**70))
+def test_of_two_drawn_the_one_with_fewer_calls_wins(
+    candidates: list[Candidate], request_id: str, seed: int
+) -> None:
+    costs = PowerOfTwo(seed).costs(stage_request(request_id), candidates)
+    drawn = [c for c, cost in zip(candidates, costs) if math.isfinite(cost)]
+    chosen = candidates[costs.index(min(costs))]
+
+    assert len(drawn) == min(2, len(candidates))
+    assert chosen.num_outstanding == min(c.num_outstanding for c in drawn)
+
+
+@given(candidates=fleets, request_id=st.text(), data=st.data())
+def test_an_instance_that_was_not_drawn_changes_nothing(
+    candidates: list[Candidate], request_id: str, data: st.DataObject
+) -> None:
+    before = PowerOfTwo().costs(stage_request(request_id), candidates)
+    others = [
+        c if math.isfinite(cost) else candidate(c.instance_id, num_outstanding=data.draw(counts))
+        for c, cost in zip(candidates, before)
+    ]
+
+    assert PowerOfTwo().costs(stage_request(request_id), others) == before
+
+
+def test_every_ordered_pair_is_drawn_as_often() -> None:
+    drawn = Counter(PowerOfTwo().draw(f"r{i}", 4) for i in range(12_000))
+
+    assert len(drawn) == 12
+    assert all(850 < times < 1150 for times in drawn.values())  # 5 deviations about 1,000
+
+
+def test_an_idle_fleet_of_two_is_used_evenly() -> None:
+    idle = [candidate("a"), candidate("b")]
+    costs = (PowerOfTwo().costs(stage_request(f"r{i}"), idle) for i in range(1000))
+    chosen = Counter(each.index(min(each)) for each in costs)
+
+    assert 420 < chosen[0] < 580
+
+
+def test_the_same_request_draws_the_same_pair_and_another_seed_other_ones() -> None:
+    def pairs(seed: int) -> list[tuple[int, int]]:
+        return [PowerOfTwo(seed).draw(f"r{i}", 8) for i in range(100)]
+
+    assert pairs(1) == pairs(1)
+    assert sum(a == b for a, b in zip(pairs(1), pairs(2))) < 20

@@ -7,6 +7,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from tests.builders import FAST, SLOW, candidate, fleet, instance, stage_request
 from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.core.prefix import Segment
 
 
 def predicted_finish_s(each: Fleet, instance_id: str) -> float:
@@ -41,17 +42,69 @@ def test_calls_beside_each_other_harm_each_other() -> None:
     assert tenth.outstanding_s == pytest.approx(each.outstanding_s("a"))
 
 
-def test_a_call_queues_when_all_seats_are_taken() -> None:
-    each = fleet(instance("a", max_num_seqs=4))
-    fill(each, "a", 4)
-    (first,) = each.candidates(stage_request())
-    fill_more = first.queue_s
-    each.reserve("another", first)
-    (second,) = each.candidates(stage_request())
+def test_a_call_waits_for_the_seat_that_is_predicted_to_come_free_first() -> None:
+    each = fleet(instance("a", max_num_seqs=2))
+    each.reserve("long", candidate("a", prefill_s=30.0), now=0.0)
+    each.reserve("short", candidate("a", prefill_s=5.0), now=1.0)
 
-    mean_service_s = each.outstanding_s("a") / 5
-    assert fill_more > 0.0
-    assert second.queue_s == pytest.approx(mean_service_s * 2 / 4)
+    (third,) = each.candidates(stage_request(), now=2.0)
+    each.reserve("third", third, now=2.0)
+    (fourth,) = each.candidates(stage_request(), now=2.0)
+
+    assert third.queue_s == pytest.approx(6.0 - 2.0)
+    assert fourth.queue_s == pytest.approx(third.finish_s)
+
+
+def test_an_overdue_call_is_taken_to_last_the_longer_the_older_it_is() -> None:
+    each = fleet(instance("a", max_num_seqs=1))
+    each.reserve("stuck", candidate("a", prefill_s=1.0), now=0.0)
+
+    waits = [each.candidates(stage_request(), now=now)[0].queue_s for now in (2.0, 10.0, 100.0)]
+
+    assert 0.0 < waits[0] < waits[1] < waits[2]
+
+
+def test_a_call_waits_for_room_in_the_kv_cache() -> None:
+    each = fleet(instance("a", num_kv_tokens=1_000))
+    big = stage_request(num_prompt_tokens=700, expected_output_tokens=100.0)
+    (first,) = each.candidates(big, now=0.0)
+    each.reserve("first", first, now=0.0, request=big)
+
+    (second,) = each.candidates(big, now=0.0)
+    (small,) = each.candidates(
+        stage_request(num_prompt_tokens=100, expected_output_tokens=50.0), now=0.0
+    )
+
+    assert first.queue_s == small.queue_s == 0.0
+    assert second.queue_s == pytest.approx(first.finish_s)
+
+
+def test_a_prompt_that_shares_its_head_needs_less_room_and_less_prefill() -> None:
+    each = fleet(instance("a", num_kv_tokens=1_000))
+    head = (Segment(1, 600),)
+    sharing = stage_request(num_prompt_tokens=700, expected_output_tokens=100.0, prefix=head)
+    (first,) = each.candidates(sharing, now=0.0)
+    each.reserve("first", first, now=0.0, request=sharing)
+
+    (second,) = each.candidates(sharing, now=0.0)
+
+    assert second.queue_s == 0.0
+    assert second.prefill_s < first.prefill_s
+
+
+def test_a_call_that_did_not_run_leaves_no_prefix_behind() -> None:
+    each = fleet(instance("a", num_kv_tokens=1_000))
+    request = stage_request(num_prompt_tokens=700, prefix=(Segment(1, 600),))
+    (cold,) = each.candidates(request)
+    each.reserve("r", cold, request=request)
+    each.release("r", "a", ran=False)
+    (still_cold,) = each.candidates(request)
+    each.reserve("r", cold, request=request)
+    each.release("r", "a")
+    (warm,) = each.candidates(request)
+
+    assert still_cold.prefill_s == cold.prefill_s
+    assert warm.prefill_s < cold.prefill_s
 
 
 def test_only_healthy_instances_that_serve_the_model_are_candidates() -> None:

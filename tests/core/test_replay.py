@@ -9,7 +9,18 @@ from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_requ
 from vllm_workflow.core.config import DISPATCH_POLICIES, PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError
-from vllm_workflow.core.events import Event, Settled, Submitted, from_json, to_json
+from vllm_workflow.core.events import (
+    Added,
+    Event,
+    Marked,
+    Polled,
+    Settled,
+    Submitted,
+    Withdrawn,
+    from_json,
+    to_json,
+)
+from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.replay import replay
 
 Step = tuple[str, int, float]
@@ -33,16 +44,26 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
                 f"r{number}",
                 arrival_time=now,
                 deadline=now + value if pick % 2 else math.inf,
+                workflow_id=f"w{pick % 3}",
                 workflow="text2sql",
+                final=pick % 7 == 0,
                 stage=("generate", "judge")[pick % 2],
             )
-            call = brain.predict(call, num_prompt_bytes=100 * pick, max_tokens=pick or None)
+            call = brain.predict(
+                call,
+                num_prompt_bytes=100 * pick,
+                max_tokens=pick or None,
+                head=[(pick % 3, 40 * pick)] if pick % 2 else [],
+            )
             exclude = ["a"] if pick % 5 == 0 else []
             try:
                 decision = brain.submit(call, now=now, num_prompt_bytes=100 * pick, exclude=exclude)
             except NoInstanceError:
                 continue
-            in_flight[call.request_id] = decision.chosen.instance_id
+            if decision is not None:
+                in_flight[call.request_id] = decision.chosen.instance_id
+            elif pick % 6 == 5:
+                brain.withdraw(call.request_id)
         elif what in {"settle", "fail"} and in_flight:
             request_id = list(in_flight)[pick % len(in_flight)]
             end = outcome(
@@ -51,6 +72,7 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
                 ok=what == "settle",
                 e2el_s=value,
                 num_prompt_tokens=25 * pick,
+                num_cached_tokens=pick if pick % 2 else None,
                 num_output_tokens=pick,
             )
             brain.settle(end)
@@ -58,26 +80,65 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.mark("ab"[pick % 2], healthy=pick % 3 > 0)
         elif what == "add":
             brain.add(instance("c", latency=SLOW, max_num_seqs=1 + pick))
+        for decision in brain.poll(now):
+            in_flight[decision.request_id] = decision.chosen.instance_id
 
 
-def record(name: str, script: Iterable[Step]) -> list[Event]:
-    events: list[Event] = []
+def recorded(config: PolicyConfig, script: Iterable[Step], log: list[Event]) -> Dispatcher:
+    """Do what the script says, with a log; returns the dispatcher that did."""
     brain = dispatcher(
         instance("a", latency=FAST, max_num_seqs=2),
         instance("b", latency=SLOW),
-        config=PolicyConfig(dispatch=name),
+        config=config,
         workflows=(workflow(generate=1.0, judge=2.0),),
-        record=events.append,
+        record=log.append,
     )
     drive(brain, script)
-    return events
+    return brain
 
 
-@pytest.mark.parametrize("name", DISPATCH_POLICIES)
+def record(config: PolicyConfig, script: Iterable[Step]) -> list[Event]:
+    log: list[Event] = []
+    recorded(config, script, log)
+    return log
+
+
+POLICIES = [
+    PolicyConfig(dispatch=name, late_binding=late)
+    for name in DISPATCH_POLICIES
+    for late in (False, True)
+    if not (late and name == "round-robin")
+]
+
+
+def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
+    """As `replay` does, on a dispatcher that can be looked into."""
+    for event in events:
+        match event:
+            case Added():
+                brain.add(event.instance)
+            case Marked():
+                brain.mark(event.instance_id, healthy=event.healthy)
+            case Submitted():
+                brain.submit(
+                    event.request,
+                    now=event.now,
+                    num_prompt_bytes=event.num_prompt_bytes,
+                    exclude=event.exclude,
+                )
+            case Polled():
+                brain.poll(event.now)
+            case Withdrawn():
+                brain.withdraw(event.request_id)
+            case Settled():
+                brain.settle(event.outcome)
+
+
+@pytest.mark.parametrize("config", POLICIES, ids=lambda c: f"{c.dispatch}-late={c.late_binding}")
 @given(script=steps)
 @settings(max_examples=40)
-def test_recorded_decisions_replay_identically(name: str, script: list[Step]) -> None:
-    lines = [to_json(event) for event in record(name, script)]
+def test_recorded_decisions_replay_identically(config: PolicyConfig, script: list[Step]) -> None:
+    lines = [to_json(event) for event in record(config, script)]
 
     for recorded, replayed in replay(from_json(line) for line in lines):
         assert replayed == recorded
@@ -86,7 +147,7 @@ def test_recorded_decisions_replay_identically(name: str, script: list[Step]) ->
 @given(script=steps)
 @settings(max_examples=40)
 def test_every_event_is_read_back_as_it_was(script: list[Step]) -> None:
-    for event in record("hexgen", script):
+    for event in record(PolicyConfig(dispatch="hexgen", late_binding=True), script):
         if isinstance(event, Settled):  # nan, of a call that failed, is not equal to itself
             assert repr(from_json(to_json(event))) == repr(event)
         elif isinstance(event, Submitted):
@@ -95,8 +156,27 @@ def test_every_event_is_read_back_as_it_was(script: list[Step]) -> None:
             assert from_json(to_json(event)) == event
 
 
+@given(script=steps)
+@settings(max_examples=40)
+def test_what_runs_have_attained_is_the_same_after_a_replay(script: list[Step]) -> None:
+    log: list[Event] = []
+    brain = recorded(
+        PolicyConfig(dispatch="power-of-two", ordering="atlas", late_binding=True), script, log
+    )
+    lines = [to_json(event) for event in log]
+
+    again: list[Event] = []
+    replayed = Dispatcher(Fleet(), brain.config, record=again.append)
+    redo(replayed, [from_json(line) for line in lines[1:]])
+
+    assert [to_json(event) for event in again] == lines
+    for workflow_id in ("w0", "w1", "w2"):
+        call = stage_request(workflow_id=workflow_id)
+        assert replayed.attained(call) == brain.attained(call)
+
+
 def test_another_policy_can_be_tried_on_a_log() -> None:
-    log = record("round-robin", [("submit", 1, 1.0)] * 4)
+    log = record(PolicyConfig(dispatch="round-robin"), [("submit", 1, 1.0)] * 4)
     pairs = list(replay(log, PolicyConfig(dispatch="least-outstanding")))
 
     assert [recorded.policy for recorded, _ in pairs] == ["round-robin"] * 4
@@ -112,13 +192,13 @@ def test_a_line_that_is_no_event_is_shown(line: str) -> None:
 
 
 def test_a_log_without_its_beginning_is_refused() -> None:
-    events = record("hexgen", [("submit", 1, 1.0)])
+    events = record(PolicyConfig(dispatch="hexgen"), [("submit", 1, 1.0)])
 
     with pytest.raises(ConfigError, match="the first event is not 'started'"):
         list(replay(events[1:]))
 
 
 def test_an_end_of_a_call_that_was_never_submitted_is_ignored() -> None:
-    log = record("hexgen", [])
+    log = record(PolicyConfig(dispatch="hexgen"), [])
 
     assert list(replay([*log, Settled(outcome=outcome("ghost", "a"))])) == []

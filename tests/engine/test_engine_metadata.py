@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from vllm_workflow.core.ordering import ORDERING_POLICIES
 from vllm_workflow.engine.metadata import MAX_TEXT_LENGTH, Reading, has_extra_args, read
 
 
@@ -35,6 +36,9 @@ def test_every_key_is_read() -> None:
         wf_budget_ms=30_000,
         wf_rest_ms=2_500.0,
         wf_service_ms=1_500,
+        wf_age_ms=12_000,
+        wf_attained_ms=9_000,
+        wf_attained_path_ms=4_000.5,
         wf_final=1,
     ).call
 
@@ -42,6 +46,8 @@ def test_every_key_is_read() -> None:
     assert call.tenant_id == "acme"
     assert call.deadline == 1030.0
     assert (call.rest_s, call.service_s) == (2.5, 1.5)
+    assert call.run_arrival_time == 988.0
+    assert (call.attained_s, call.attained_path_s) == (9.0, 4.0005)
     assert call.final
 
 
@@ -102,6 +108,25 @@ def test_an_absurd_duration_is_zero(value: Any) -> None:
     call = reading_of(wf_budget_ms=1, wf_rest_ms=value, wf_service_ms=value).call
 
     assert (call.rest_s, call.service_s) == (0.0, 0.0)
+
+
+@pytest.mark.parametrize("value", [-1, math.nan, math.inf, 2**63, 10**400, "one", [1], {}, True])
+def test_an_absurd_past_of_a_run_is_unknown_and_counted(value: Any) -> None:
+    reading = reading_of(
+        wf_id="w", wf_age_ms=value, wf_attained_ms=value, wf_attained_path_ms=value
+    )
+
+    assert math.isnan(reading.call.run_arrival_time)
+    assert (reading.call.attained_s, reading.call.attained_path_s) == (0.0, 0.0)
+    assert reading.num_unreadable == 3
+    assert reading.call.workflow_id == "w"
+
+
+def test_a_run_of_which_no_age_is_said_has_none() -> None:
+    reading = reading_of(wf_id="w")
+
+    assert math.isnan(reading.call.run_arrival_time)
+    assert reading.num_unreadable == 0
 
 
 def test_long_texts_are_cut() -> None:
@@ -173,6 +198,9 @@ _keys = st.sampled_from(
         "wf_budget_ms",
         "wf_rest_ms",
         "wf_service_ms",
+        "wf_age_ms",
+        "wf_attained_ms",
+        "wf_attained_path_ms",
         "wf_tenant",
         "wf_final",
         "session_id",
@@ -193,6 +221,10 @@ def test_whatever_is_sent_gives_a_call_that_can_be_ranked(
 
     assert not math.isnan(reading.call.deadline)
     assert math.isfinite(reading.call.rest_s + reading.call.service_s)
+    assert math.isfinite(reading.call.attained_s + reading.call.attained_path_s)
+    assert not math.isinf(reading.call.run_arrival_time)
+    for build_ordering in ORDERING_POLICIES.values():
+        assert math.isfinite(build_ordering(60.0, 1.0).key(reading.call))
     assert len(reading.call.workflow_id) <= MAX_TEXT_LENGTH
     assert reading.num_unreadable >= 0
 

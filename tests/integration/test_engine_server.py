@@ -183,7 +183,8 @@ JUNK: list[Any] = [
     "NaN",
     "\u0000\ud83d",
 ]
-KEYS = ["id", "name", "stage", "budget_ms", "rest_ms", "service_ms", "tenant", "final"]
+TIMES = ["budget_ms", "rest_ms", "service_ms", "age_ms", "attained_ms", "attained_path_ms"]
+KEYS = ["id", "name", "stage", "tenant", "final", *TIMES]
 
 
 def test_a_storm_of_malformed_metadata_leaves_the_server_serving(

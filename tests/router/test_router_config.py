@@ -80,6 +80,7 @@ def test_what_is_left_out_has_the_defaults_of_the_core() -> None:
     least = config()
 
     assert least.instances[0].build().latency == LatencyModel()
+    assert least.policy == "workflow"
     assert least.policy_config() == PolicyConfig()
     assert least.port == 8080
 
@@ -87,6 +88,10 @@ def test_what_is_left_out_has_the_defaults_of_the_core() -> None:
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_preset_is_named(name: str) -> None:
     assert config(policy=name).policy_config() == PRESETS[name]
+
+
+def test_a_combination_is_named_where_a_preset_is() -> None:
+    assert config(policy="hexgen+urgency").policy_config() == PRESETS["hexgen"]
 
 
 def test_a_policy_file_lies_beside_the_router_s(tmp_path: Path) -> None:
@@ -144,7 +149,8 @@ def test_flags_replace_fields_of_the_file(tmp_path: Path) -> None:
             {"instances": [{"url": "http://a:1"}, {"url": "http://a:1"}]},
             r"instances: declared twice: \['a:1'\]",
         ),
-        ({"policy": "fast"}, r"policy: expected one of \['hexgen', .*, got 'fast'"),
+        ({"policy": "fast"}, r"policy: unknown policy 'fast'; known are \['hexgen', "),
+        ({"policy": "fast+fcfs"}, r"policy: policy 'fast\+fcfs': unknown dispatch 'fast'; known"),
         ({"policy": {"alfa": 1}}, "policy: unknown field 'alfa'; known fields are"),
         ({"policy": "none.json"}, r"none\.json: cannot read policy"),
         (

@@ -5,14 +5,18 @@ from __future__ import annotations
 import asyncio
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, Received
 from tests.router.conftest import CHAT, Client, Routing
 from vllm_workflow.core.events import from_json
 from vllm_workflow.core.replay import replay
+from vllm_workflow.core.types import StageRequest
+from vllm_workflow.engine import metadata
+from vllm_workflow.engine.metadata import Reading
 from vllm_workflow.router import app
 from vllm_workflow.router.metrics import MAX_LABEL_VALUES
 
@@ -82,6 +86,7 @@ async def test_every_way_to_say_it_reaches_the_engine_with_the_same_meaning(
     assert 19_000 < budget_ms <= 20_000
     assert xargs.pop("wf_rest_ms") > 5_000
     assert xargs.pop("wf_service_ms") > 0
+    assert 0 <= xargs.pop("wf_age_ms") < 5_000
     assert xargs == {
         "wf_id": "w1",
         "wf_name": "text2sql",
@@ -98,6 +103,47 @@ async def test_the_engine_is_told_that_a_call_is_the_last_one(routing: Routing) 
 
     xargs = engine.received[0].xargs
     assert (xargs["wf_final"], xargs["wf_rest_ms"]) == (1, 0)
+
+
+def as_the_engine_reads(received: Received) -> Reading:
+    params = SimpleNamespace(extra_args=received.xargs)
+    return metadata.read(SimpleNamespace(sampling_params=params, arrival_time=1000.0))
+
+
+async def test_the_engine_is_told_how_old_a_run_is_and_what_it_has_attained(
+    routing: Routing,
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        await call(client, Workflow_Id="w")
+        (run,) = client.router.proxy.runs._runs.values()
+        run.arrival_time -= 60.0
+        await asyncio.gather(*(call(client, Workflow_Id="w") for _ in range(2)))
+        await call(client, Workflow_Id="w")
+        known = client.router.dispatcher.attained(StageRequest(
+            request_id="", arrival_time=0.0, workflow_id="w"
+        ))  # fmt: skip
+        await call(client, Workflow_Id="w", Workflow_Final="true")
+        await call(client, Workflow_Id="w")
+
+    first, *_, last, again = map(as_the_engine_reads, engine.received)
+    assert 995.0 < first.call.run_arrival_time <= 1000.0
+    assert 935.0 < last.call.run_arrival_time <= 940.0
+    assert (first.call.attained_s, first.call.attained_path_s) == (0.0, 0.0)
+    assert last.call.attained_s == pytest.approx(known.total_s, abs=0.001)
+    assert last.call.attained_path_s == pytest.approx(known.path_s, abs=0.001)
+    assert 0.0 < last.call.attained_path_s < last.call.attained_s
+    assert again.call.attained_s == 0.0  # the run before it ended with its final call
+    assert [r.num_unreadable for r in (first, last, again)] == [0, 0, 0]
+
+
+async def test_what_a_client_says_of_its_own_past_is_not_believed(routing: Routing) -> None:
+    said = {"wf_id": "w", "wf_age_ms": 9e9, "wf_attained_ms": 0, "wf_attained_path_ms": "junk"}
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        assert await call(client, {"vllm_xargs": said}) == 200
+
+    xargs = engine.received[0].xargs
+    assert xargs["wf_age_ms"] < 5_000
+    assert not {"wf_attained_ms", "wf_attained_path_ms"} & xargs.keys()
 
 
 async def test_a_run_that_is_late_is_served(routing: Routing) -> None:
@@ -172,6 +218,38 @@ async def test_priorities_for_a_stock_server_order_calls_by_latest_start(
     assert hinted < urgent < relaxed < ordinary < 2**63
     assert own == 3
     assert "priority" not in engine.received[-1].body
+
+
+@pytest.mark.parametrize(
+    "policy", ["least-outstanding+sjf", "least-outstanding+shortest-remaining"]
+)
+async def test_priorities_by_length_do_not_depend_on_when_a_call_comes(
+    routing: Routing, policy: str
+) -> None:
+    async with (
+        FakeEngine().serving() as engine,
+        routing(engine, set_priority=True, policy=policy) as client,
+    ):
+        long = await priority(client, engine, {"max_tokens": 60})
+        short = await priority(client, engine, {"max_tokens": 3})
+
+    assert 0 < short < long < 60_000
+
+
+async def test_priorities_by_run_order_its_later_calls_before_younger_runs(
+    routing: Routing,
+) -> None:
+    async with (
+        FakeEngine().serving() as engine,
+        routing(engine, set_priority=True, policy="least-outstanding+program-fcfs") as client,
+    ):
+        first = await priority(client, engine, Workflow_Id="old")
+        (run,) = client.router.proxy.runs._runs.values()
+        run.arrival_time -= 1.0
+        younger = await priority(client, engine, Workflow_Id="young")
+        second = await priority(client, engine, Workflow_Id="old")
+
+    assert first - 1100 < second < younger
 
 
 async def test_no_priority_is_added_unless_asked_for(routing: Routing) -> None:

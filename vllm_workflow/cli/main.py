@@ -11,6 +11,7 @@ from vllm_workflow.core.errors import WorkflowError
 
 COMMANDS = {
     "up": "start the instances and the router of one machine",
+    "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
     "text2sql": "answer questions about a SQLite file by a multi-stage workflow",

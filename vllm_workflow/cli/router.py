@@ -40,7 +40,8 @@ def add_parser(commands: Any) -> None:
     parser.add_argument(
         "--policy",
         metavar="POLICY",
-        help=f"one of {', '.join(sorted(PRESETS))}, or the path of a policy.json "
+        help=f"one of {', '.join(sorted(PRESETS))}, or DISPATCH+ORDERING as "
+        "`vllm-workflow policies` lists them, or the path of a policy.json "
         f"(default: {fields['policy'].default})",
     )
     parser.add_argument(

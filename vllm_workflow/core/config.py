@@ -12,9 +12,20 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.ordering import DEFAULT_PATIENCE_S, ORDERING_POLICIES, OrderingPolicy
+from vllm_workflow.core.ordering import (
+    DEFAULT_PATIENCE_S,
+    DEFAULT_STARVATION_RATIO,
+    ORDERING_POLICIES,
+    OrderingPolicy,
+)
 
-DISPATCH_POLICIES = ("hexgen", "least-outstanding", "predicted-finish", "round-robin")
+DISPATCH_POLICIES = (
+    "hexgen",
+    "least-outstanding",
+    "power-of-two",
+    "predicted-finish",
+    "round-robin",
+)
 """Names of the dispatch policies; `dispatch.build` makes them."""
 
 
@@ -26,10 +37,19 @@ class PolicyConfig:
     """Router: which instance runs a call."""
     alpha: float = 0.3
     """`hexgen` only: 0 looks at queued work alone, 1 at speed alone."""
+    seed: int = 0
+    """`power-of-two` only: another seed draws other pairs of instances."""
     ordering: str = "slack"
     """Engine and router queue: which waiting call runs first."""
+    late_binding: bool = False
+    """Router: a call waits there, in the order of the policy, until an instance has a seat and
+    KV blocks for it. Not with `round-robin`, which takes each instance in turn."""
     patience_s: float = DEFAULT_PATIENCE_S
-    """Budget that a call without a deadline is ranked by, > 0."""
+    """Budget that a call without a deadline is ranked by, and duration of one of unknown
+    length, > 0."""
+    starvation_ratio: float = DEFAULT_STARVATION_RATIO
+    """`plas`, `atlas`: a call lets newer runs pass for so many times what its run has attained,
+    >= 0; 0 is `fcfs`, a large one is least attained service first, whoever starves."""
     preempt: bool = True
     """Engine: let an urgent waiting call take the seat or KV blocks of a slack-rich one."""
     urgent_slack_s: float = 5.0
@@ -55,9 +75,18 @@ class PolicyConfig:
         for name in ("patience_s", "preempt_margin_s"):
             value = getattr(self, name)
             _require(0.0 < value < math.inf, name, "a positive, finite number of seconds", self)
+        ratio_is_usable = 0.0 <= self.starvation_ratio <= 1e6
+        _require(ratio_is_usable, "starvation_ratio", "a number from 0 to 1e6", self)
         for name in ("urgent_slack_s", "preempt_cooldown_s"):
             value = getattr(self, name)
             _require(0.0 <= value < math.inf, name, "a finite number of seconds from 0", self)
+        _require(
+            not self.late_binding or self.dispatch != "round-robin",
+            "late_binding",
+            "false with dispatch: round-robin",
+            self,
+        )
+        _require(self.seed >= 0, "seed", "an integer from 0", self)
         _require(self.prefill_chunk_cap >= 0, "prefill_chunk_cap", "an integer from 0", self)
 
     @classmethod
@@ -65,16 +94,14 @@ class PolicyConfig:
         """Build from what JSON or YAML gave.
 
         Args:
-            data: A mapping of field names to values, or the name of a preset.
+            data: A mapping of field names to values, or a name as `from_name` takes it.
             source: File and field that `data` came from, for error texts.
 
         Raises:
-            ConfigError: Unknown field, wrong type or value out of range.
+            ConfigError: Unknown name or field, wrong type or value out of range.
         """
         if isinstance(data, str):
-            if data not in PRESETS:
-                raise ConfigError(f"{source}: unknown policy {data!r}; known are {sorted(PRESETS)}")
-            return PRESETS[data]
+            return cls.from_name(data, source=source)
         if not isinstance(data, Mapping):
             raise ConfigError(f"{source}: expected a mapping of fields, got {data!r}")
         known = {f.name: type(f.default) for f in fields(cls)}
@@ -89,6 +116,34 @@ class PolicyConfig:
             return cls(**values)
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from None
+
+    @classmethod
+    def from_name(cls, name: str, *, source: str) -> PolicyConfig:
+        """Return a preset, or what `DISPATCH+ORDERING` names, e.g. `hexgen+urgency`.
+
+        Taking seats is part of the order by slack and of no other one: a combination preempts
+        if it ends in `+slack`, else it is as published.
+
+        Raises:
+            ConfigError: Unknown name.
+        """
+        if name in PRESETS:
+            return PRESETS[name]
+        dispatch, plus, ordering = name.partition("+")
+        if not plus:
+            raise ConfigError(
+                f"{source}: unknown policy {name!r}; known are {sorted(PRESETS)}, and "
+                f"DISPATCH+ORDERING, e.g. 'hexgen+urgency'"
+            )
+        for half, value, known in (
+            ("dispatch", dispatch, DISPATCH_POLICIES),
+            ("ordering", ordering, sorted(ORDERING_POLICIES)),
+        ):
+            if value not in known:
+                raise ConfigError(
+                    f"{source}: policy {name!r}: unknown {half} {value!r}; known are {list(known)}"
+                )
+        return cls(dispatch=dispatch, ordering=ordering, preempt=ordering == "slack")
 
     @classmethod
     def from_file(cls, path: str | Path) -> PolicyConfig:
@@ -112,7 +167,7 @@ class PolicyConfig:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def build_ordering(self) -> OrderingPolicy:
-        return ORDERING_POLICIES[self.ordering](self.patience_s)
+        return ORDERING_POLICIES[self.ordering](self.patience_s, self.starvation_ratio)
 
 
 def _require(holds: bool, field: str, wanted: str, config: PolicyConfig) -> None:
@@ -131,12 +186,16 @@ def _typed(value: object, wanted: type, where: str) -> object:
 
 PRESETS: Mapping[str, PolicyConfig] = MappingProxyType(
     {
-        "predicted-finish": PolicyConfig(),
+        "workflow": PolicyConfig(),
+        "predicted-finish": PolicyConfig(),  # what `workflow` was called first
         "hexgen": PolicyConfig(dispatch="hexgen", ordering="urgency", preempt=False),
         "least-outstanding": PolicyConfig(
             dispatch="least-outstanding", ordering="fcfs", preempt=False
         ),
+        "power-of-two": PolicyConfig(dispatch="power-of-two", ordering="fcfs", preempt=False),
         "round-robin": PolicyConfig(dispatch="round-robin", ordering="fcfs", preempt=False),
     }
 )
 """Whole policies by one name, as `policy: NAME` in `router.yaml`."""
+DEFAULT_POLICY = "workflow"
+"""The preset that `PolicyConfig()` is."""

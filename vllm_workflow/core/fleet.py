@@ -9,8 +9,10 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass, field, replace
+from typing import NamedTuple
 
 from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.prefix import KvLedger
 from vllm_workflow.core.types import Candidate, StageRequest
 
 _MIN_DRIFT_WEIGHT = 0.05
@@ -18,6 +20,8 @@ _MIN_DRIFT_WEIGHT = 0.05
 _PRIOR_DRIFT_WEIGHT = 4.0
 """Calls that the configured latency counts for until then."""
 _MAX_DRIFT = 8.0
+_OVERDUE_SHARE = 0.25
+"""A call that has outlived its prediction is taken to need this share of its age still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,20 +34,34 @@ class Instance:
     latency: LatencyModel = field(default_factory=LatencyModel)
     max_num_seqs: int = 128
     """Calls that run side by side; further ones wait in the engine."""
+    num_kv_tokens: int | None = None
+    """Tokens that its KV cache holds; None where that is not known."""
 
     def serves(self, model: str) -> bool:
         return not self.models or not model or model in self.models
 
 
+class _Reserved(NamedTuple):
+    service_s: float
+    start_time: float
+    end_time: float
+    """As predicted when it was sent."""
+    num_tokens: float
+    """Of the KV cache, that nobody else needed then."""
+
+
 @dataclass(slots=True)
 class _Account:
     instance: Instance
+    kv: KvLedger
     healthy: bool = True
-    reserved: dict[str, Candidate] = field(default_factory=dict)
+    reserved: dict[str, _Reserved] = field(default_factory=dict)
     outstanding_s: float = 0.0
     drift: float = 1.0
     """Actual over predicted service, smoothed."""
     num_observed: int = 0
+    hit_share: float = 1.0
+    """Of the prompt tokens that should be in its prefix cache, those that were."""
 
 
 class Fleet:
@@ -57,9 +75,10 @@ class Fleet:
         instance = self._sharing_latency(instance)
         account = self._accounts.get(instance.instance_id)
         if account is None:
-            self._accounts[instance.instance_id] = _Account(instance)
+            self._accounts[instance.instance_id] = _Account(instance, KvLedger(_capacity(instance)))
         else:
             account.instance = instance
+            account.kv.num_tokens = _capacity(instance)
 
     def _sharing_latency(self, instance: Instance) -> Instance:
         """Equal latency models become one object, so that each is asked once per call."""
@@ -74,6 +93,10 @@ class Fleet:
     def is_healthy(self, instance_id: str) -> bool:
         return self._accounts[instance_id].healthy
 
+    def instance(self, instance_id: str) -> Instance:
+        """Return an instance as configured."""
+        return self._accounts[instance_id].instance
+
     def __iter__(self) -> Iterator[Instance]:
         return (a.instance for a in self._accounts.values())
 
@@ -82,10 +105,14 @@ class Fleet:
         return any(a.instance.serves(model) for a in self._accounts.values())
 
     def candidates(
-        self, request: StageRequest, *, exclude: Collection[str] = ()
+        self, request: StageRequest, *, now: float = 0.0, exclude: Collection[str] = ()
     ) -> tuple[Candidate, ...]:
         """Predict `request` on every healthy instance that serves its model."""
-        prefills: dict[int, float] = {}  # by latency model: instances of one kind share it
+        num_head_tokens = sum(segment.num_tokens for segment in request.prefix)
+        num_own_tokens = (
+            max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
+        )
+        prefills: dict[tuple[int, int], float] = {}  # instances of one kind share a latency model
         found: list[Candidate] = []
         for account in self._accounts.values():
             instance = account.instance
@@ -95,13 +122,43 @@ class Fleet:
                 or not instance.serves(request.model)
             ):
                 continue
-            model = id(instance.latency)
-            prefill_s = prefills.get(model)
+            num_cached = 0
+            if request.prefix:
+                num_held = account.kv.num_cached_tokens(request.prefix)
+                num_cached = int(account.hit_share * min(num_held, request.num_prompt_tokens - 1))
+            key = (id(instance.latency), num_cached)
+            prefill_s = prefills.get(key)
             if prefill_s is None:
-                prefill_s = instance.latency.prefill_s(request.num_prompt_tokens)
-                prefills[model] = prefill_s
-            found.append(_predict(account, request, prefill_s))
+                prefill_s = prefills[key] = instance.latency.prefill_s(
+                    request.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
+                )
+            num_new_tokens = account.kv.num_new_tokens(request.prefix, num_own_tokens)
+            found.append(_predict(account, request, prefill_s, num_cached, num_new_tokens, now))
         return tuple(found)
+
+    def has_room(self) -> bool:
+        """Whether any healthy instance can start a further call, if it is a small one."""
+        return any(
+            a.healthy
+            and (
+                not a.reserved
+                or (len(a.reserved) < a.instance.max_num_seqs and a.kv.num_free_tokens > 0.0)
+            )
+            for a in self._accounts.values()
+        )
+
+    def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
+        """Learn how far an instance's prefix cache holds what it is believed to hold.
+
+        Args:
+            instance_id: Where a call ran.
+            predicted: `num_cached_tokens` of its candidate; 0 says nothing.
+            actual: As the engine counted.
+        """
+        if predicted > 0:
+            account = self._accounts[instance_id]
+            share = min(max(actual / predicted, 0.0), 1.0)
+            account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
 
     def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
         """Service of one such call on an idle instance, mean over those that serve `model`.
@@ -116,8 +173,21 @@ class Fleet:
         ]
         return sum(each) / len(each) if each else 0.0
 
-    def reserve(self, request_id: str, candidate: Candidate) -> None:
+    def reserve(
+        self,
+        request_id: str,
+        candidate: Candidate,
+        *,
+        now: float = 0.0,
+        request: StageRequest | None = None,
+    ) -> None:
         """Count a call against its instance until `release`.
+
+        Args:
+            request_id: Of the call.
+            candidate: The instance, and the prediction that led to it.
+            now: Instant at which it is sent.
+            request: Says what it takes of the KV cache; None: nothing.
 
         Raises:
             ValueError: The request is already reserved there.
@@ -127,15 +197,32 @@ class Fleet:
             raise ValueError(
                 f"request {request_id!r} is already reserved on instance {candidate.instance_id!r}"
             )
-        account.reserved[request_id] = candidate
+        num_tokens = 0.0
+        if request is not None:
+            num_head_tokens = sum(segment.num_tokens for segment in request.prefix)
+            num_own_tokens = (
+                max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
+            )
+            num_tokens = account.kv.num_new_tokens(request.prefix, num_own_tokens)
+            account.kv.admit(request_id, request.prefix, num_own_tokens)
+        account.reserved[request_id] = _Reserved(
+            candidate.service_s, now, now + candidate.finish_s, num_tokens
+        )
         account.outstanding_s += candidate.service_s
 
-    def release(self, request_id: str, instance_id: str) -> None:
-        """Stop counting a call, however it ended. Safe to call twice."""
+    def release(self, request_id: str, instance_id: str, *, ran: bool = True) -> None:
+        """Stop counting a call, however it ended. Safe to call twice.
+
+        Args:
+            request_id: Of the call.
+            instance_id: Where it was reserved.
+            ran: Its prompt was computed, so the instance now holds it.
+        """
         account = self._accounts[instance_id]
-        candidate = account.reserved.pop(request_id, None)
-        if candidate is not None:
-            left_s = account.outstanding_s - candidate.service_s
+        reserved = account.reserved.pop(request_id, None)
+        if reserved is not None:
+            account.kv.release(request_id, keep=ran)
+            left_s = account.outstanding_s - reserved.service_s
             account.outstanding_s = max(0.0, left_s) if account.reserved else 0.0
 
     def observe(self, instance_id: str, *, predicted_s: float, actual_s: float) -> None:
@@ -177,10 +264,25 @@ def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens
     )
 
 
-def _predict(account: _Account, request: StageRequest, prefill_s: float) -> Candidate:
+def _capacity(instance: Instance) -> float:
+    return math.inf if instance.num_kv_tokens is None else instance.num_kv_tokens
+
+
+def _predict(
+    account: _Account,
+    request: StageRequest,
+    prefill_s: float,
+    num_cached_tokens: int,
+    num_new_tokens: float,
+    now: float,
+) -> Candidate:
     instance, num_ahead = account.instance, len(account.reserved)
-    latency, seats = instance.latency, instance.max_num_seqs
-    num_beside = num_ahead if num_ahead < seats else seats - 1
+    latency, seats, drift = instance.latency, instance.max_num_seqs, account.drift
+    queue_s = 0.0
+    num_beside = num_ahead
+    # An idle instance takes any call: no other will end and make more room.
+    if num_ahead and (num_ahead >= seats or num_new_tokens > account.kv.num_free_tokens):
+        queue_s, num_beside = _room_s(account, num_new_tokens, now)
     num_decoded = request.expected_output_tokens - 1.0
     if num_decoded < 0.0:
         num_decoded = 0.0
@@ -189,11 +291,6 @@ def _predict(account: _Account, request: StageRequest, prefill_s: float) -> Cand
     slowdown_s = 0.0
     if num_beside:
         slowdown_s = together_s - num_decoded * latency.decode_step_s(num_beside, context)
-    queue_s = 0.0
-    if num_ahead >= seats:
-        # A seat comes free each (mean service / seats); this call needs the next but `surplus`.
-        queue_s = account.outstanding_s / num_ahead * (num_ahead - seats + 1) / seats
-    drift = account.drift
     return Candidate(
         instance.instance_id,
         queue_s,
@@ -202,4 +299,31 @@ def _predict(account: _Account, request: StageRequest, prefill_s: float) -> Cand
         drift * num_beside * (prefill_s + slowdown_s),
         num_ahead,
         account.outstanding_s,
+        num_cached_tokens,
     )
+
+
+def _room_s(account: _Account, num_new_tokens: float, now: float) -> tuple[float, int]:
+    """Seconds until a call finds a seat and KV room, and how many calls then run beside it.
+
+    Calls are taken to end when it was predicted that they would, those that are overdue after
+    a while that grows with their delay, and those sent last to wait for the first ones too.
+    """
+    seats = account.instance.max_num_seqs
+    free = account.kv.num_free_tokens
+    left = len(account.reserved)
+    until = now
+    ends = sorted((_end_time(r, now), r.num_tokens) for r in account.reserved.values())
+    for end_time, num_tokens in ends:
+        if left < seats and num_new_tokens <= free:
+            break
+        until = end_time
+        free += num_tokens
+        left -= 1
+    return until - now, left
+
+
+def _end_time(reserved: _Reserved, now: float) -> float:
+    if reserved.end_time > now:
+        return reserved.end_time
+    return now + _OVERDUE_SHARE * (now - reserved.start_time)

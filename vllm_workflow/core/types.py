@@ -11,6 +11,8 @@ import math
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vllm_workflow.core.prefix import Chain
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageRequest:
@@ -32,14 +34,19 @@ class StageRequest:
     """Instant by which the whole *run* should have ended; `inf` if it has none."""
     run_arrival_time: float = math.nan
     """Instant of the run's first call, `nan` if unknown."""
+    attained_s: float = 0.0
+    """Service that the run's finished calls have had, summed, without their queueing; 0 if
+    unknown, as of a run that has just begun."""
+    attained_path_s: float = 0.0
+    """The same along the longest path of finished calls: what ran side by side counts once."""
     rest_s: float = 0.0
     """Predicted duration of what the run still has to do after this call."""
     service_s: float = 0.0
     """Predicted duration of this call on the instance at hand; 0 if unknown."""
     num_prompt_tokens: int = 1
     expected_output_tokens: float = 1.0
-    block_hashes: tuple[int, ...] = ()
-    """Chained hash of each full prompt block, shape (num_prompt_tokens // block_size,)."""
+    prefix: Chain = ()
+    """Head of the prompt, as far as other prompts may share it."""
     final: bool = False
     """The client said that this is the run's last call."""
 
@@ -73,6 +80,8 @@ class Candidate(NamedTuple):
     """Calls sent to the instance and not yet answered."""
     outstanding_s: float = 0.0
     """Predicted service of those calls, summed; what they have already done is not subtracted."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the instance's prefix cache is believed to hold."""
 
     @property
     def service_s(self) -> float:

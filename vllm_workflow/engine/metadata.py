@@ -12,6 +12,9 @@ engine as `sampling_params.extra_args`:
 | `wf_budget_ms`  | number | what is left of the run's budget; 0 or less: the run is late already |
 | `wf_rest_ms`    | number | predicted work of the run after this call                            |
 | `wf_service_ms` | number | predicted duration of this call                                      |
+| `wf_age_ms`     | number | since the run's first call                                           |
+| `wf_attained_ms` | number | service that the run's finished calls have had, summed              |
+| `wf_attained_path_ms` | number | the same along the longest path of calls                       |
 | `wf_final`      | 0 or 1 | this is the run's last call                                          |
 
 Only durations travel. `arrival_time` is `time.time()` in the API process, so every instant in the
@@ -62,8 +65,11 @@ def read(request: Any) -> Reading:
         tenant_id=fields.text("wf_tenant"),
         priority=_int(getattr(request, "priority", 0), default=0),
         deadline=arrival_time + fields.budget_s("wf_budget_ms"),
+        run_arrival_time=arrival_time - fields.duration_s("wf_age_ms", absent=math.nan),
         rest_s=fields.duration_s("wf_rest_ms"),
         service_s=fields.duration_s("wf_service_ms"),
+        attained_s=fields.duration_s("wf_attained_ms"),
+        attained_path_s=fields.duration_s("wf_attained_path_ms"),
         num_prompt_tokens=max(1, _int(getattr(request, "num_prompt_tokens", 1), default=1)),
         final=fields.flag("wf_final"),
     )
@@ -98,14 +104,14 @@ class _Fields:
         self._skip(name)
         return ""
 
-    def duration_s(self, name: str) -> float:
-        """Milliseconds as seconds; 0 if absent, negative or absurd."""
+    def duration_s(self, name: str, *, absent: float = 0.0) -> float:
+        """Milliseconds as seconds; `absent` if absent, negative or absurd."""
         value = self._number(name)
         if value is not None and 0 <= value <= MAX_DURATION_S * 1e3:
             self.num_read += 1
             return float(value) / 1e3
         self._skip(name)
-        return 0.0
+        return absent
 
     def budget_s(self, name: str) -> float:
         """Milliseconds as seconds; `inf` if absent or absurd. Less than nothing stays late."""

@@ -10,7 +10,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 
 POLICY_ENV = "VLLM_WORKFLOW_POLICY"
-"""Path of a `policy.json`, or the name of a preset."""
+"""Path of a `policy.json`, the name of a preset, or `DISPATCH+ORDERING`."""
 
 _CONFIG = "--additional-config: workflow"
 
@@ -48,7 +48,7 @@ def policy_of_environment() -> PolicyConfig:
 
 
 def _policy(value: object, *, source: str) -> PolicyConfig:
-    """A mapping is the policy itself, a word the name of a preset, anything else a path."""
+    """A mapping is the policy itself, a word its name, anything else a path."""
     if isinstance(value, str) and ("." in value or os.sep in value):
         try:
             return PolicyConfig.from_file(value)

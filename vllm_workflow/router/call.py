@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from vllm_workflow.core.handover import handover
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.body import Body, with_additions
@@ -102,18 +102,23 @@ def forwarded_body(
         priority = None
     elif ordering is not None:
         placed = replace(request, service_s=decision.chosen.service_s)
-        priority = unix_priority(ordering.key(placed) - now + unix_time, info.priority or 0)
+        key = ordering.key(placed)
+        if ordering.key_is_instant:
+            key += unix_time - now
+        priority = priority_of(key, info.priority or 0)
     return with_additions(call.body, xargs, priority=priority)
 
 
-def unix_priority(start_time: float, level: int = 0) -> int:
-    """Return the `priority` of a call that should start by `start_time`, seconds since 1970.
+def priority_of(key: float, level: int = 0) -> int:
+    """Return the `priority` of a call for a stock server, in milliseconds.
 
-    Milliseconds, so that calls on one instance compare whichever router sent them and
-    whenever it was started. A `level` from a client's hint goes before time: 10^13 ms each,
-    within the 64 bits of the field.
+    Args:
+        key: From the ordering policy; an instant in seconds since 1970, so that calls on one
+            instance compare whichever router sent them and whenever it was started.
+        level: From a client's hint; goes before the key: 10^13 ms each, within the 64 bits
+            of the field.
     """
-    priority = round(1000.0 * start_time) + level * 10**13
+    priority = round(1000.0 * key) + level * 10**13
     return max(-_MAX_INT64, min(priority, _MAX_INT64))
 
 
@@ -127,10 +132,8 @@ def _xargs(
         "wf_tenant": info.tenant_id,
     }
     xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
-    if math.isfinite(request.deadline):
-        xargs["wf_budget_ms"] = max(0, round(1000.0 * (request.deadline - now)))
-    xargs["wf_rest_ms"] = round(1000.0 * request.rest_s)
-    xargs["wf_service_ms"] = round(1000.0 * decision.chosen.service_s)
+    told = handover(request, decision, now=now)
+    xargs |= {f"wf_{name}": ms for name, ms in told._asdict().items() if ms is not None}
     if info.final:
         xargs["wf_final"] = 1
     return xargs

@@ -1,0 +1,118 @@
+"""The names of policies: what each means, where it comes from, which go together.
+
+A policy is named by a preset or as `DISPATCH+ORDERING`, e.g. `power-of-two+sjf`. Under the same
+name run the router, an engine and a simulation.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from vllm_workflow.core.config import PRESETS, PolicyConfig
+
+_HEXGEN = "HexGen-Text2SQL, arXiv 2505.05286"
+_AUTELLIX = "Autellix, arXiv 2502.13965"
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """One name in one line."""
+
+    what: str
+    source: str = ""
+    """Where it was published; empty for what is this package's own or everybody's."""
+
+
+DISPATCH: Mapping[str, About] = MappingProxyType(
+    {
+        "hexgen": About("workload-balanced α rule over predicted service and queued work", _HEXGEN),
+        "least-outstanding": About("fewest calls in flight"),
+        "power-of-two": About(
+            "of two instances drawn at random, the one with fewer calls in flight",
+            "Mitzenmacher 2001",
+        ),
+        "predicted-finish": About("earliest predicted finish plus the slowdown caused to others"),
+        "round-robin": About("in turn"),
+    }
+)
+"""Every dispatch policy."""
+
+ORDERING: Mapping[str, About] = MappingProxyType(
+    {
+        "atlas": About("the run with the shortest attained critical path first", _AUTELLIX),
+        "deadline": About("earliest deadline of the run first", "Liu and Layland 1973"),
+        "fcfs": About("first come, first served, call by call"),
+        "plas": About("the run that has had least service first", _AUTELLIX),
+        "program-fcfs": About("the run that came first, first", "Continuum, arXiv 2511.02230"),
+        "shortest-remaining": About("the run with least predicted work left first", "Schrage 1968"),
+        "sjf": About("shortest predicted call first"),
+        "slack": About("least slack of the run first, with seat preemption"),
+        "urgency": About("most urgent by the call's own share of the run's budget first", _HEXGEN),
+    }
+)
+"""Every ordering policy."""
+
+PRESET: Mapping[str, About] = MappingProxyType(
+    {
+        "workflow": About("predicted-finish+slack; the default"),
+        "predicted-finish": About("the same as workflow, by its first name"),
+        "hexgen": About("hexgen+urgency", _HEXGEN),
+        "least-outstanding": About("least-outstanding+fcfs"),
+        "power-of-two": About("power-of-two+fcfs"),
+        "round-robin": About("round-robin+fcfs"),
+    }
+)
+"""Every preset."""
+
+BASELINES: tuple[str, ...] = (
+    "round-robin+fcfs",
+    "least-outstanding+fcfs",
+    "power-of-two+fcfs",
+    "hexgen+urgency",
+    "least-outstanding+plas",
+    "least-outstanding+atlas",
+    "least-outstanding+program-fcfs",
+    "least-outstanding+deadline",
+    "least-outstanding+sjf",
+)
+"""What others do: the systems and rules to compare with."""
+
+ALL: tuple[str, ...] = (
+    "workflow",
+    *BASELINES,
+    "hexgen+fcfs",
+    "round-robin+urgency",
+    "power-of-two+sjf",
+    "least-outstanding+shortest-remaining",
+    "least-outstanding+urgency",
+    "least-outstanding+slack",
+    *(f"predicted-finish+{ordering}" for ordering in ORDERING if ordering != "slack"),
+)
+"""The default, what others do, ablations of HexGen-Text2SQL, and each half of the default with
+other halves. No two are the same policy."""
+
+
+def parse(name: str) -> PolicyConfig:
+    """Return the policy of a name.
+
+    Raises:
+        ConfigError: No preset and no known `DISPATCH+ORDERING`; says what is known.
+    """
+    return PolicyConfig.from_name(name, source="policy")
+
+
+def describe(name: str) -> About:
+    """Say in one line what a name means.
+
+    Raises:
+        ConfigError: As `parse`.
+    """
+    parse(name)
+    if name in PRESETS:
+        return PRESET[name]
+    dispatch, _, ordering = name.partition("+")
+    halves = DISPATCH[dispatch], ORDERING[ordering]
+    sources = dict.fromkeys(half.source for half in halves if half.source)
+    return About("; ".join(half.what for half in halves), "; ".join(sources))

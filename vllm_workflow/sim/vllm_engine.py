@@ -110,7 +110,13 @@ class VllmEngine:
         self.instance_id = instance_id
         self.server = server
         self.num_steps = 0
-        """Steps that ran on the GPU so far."""
+        """Steps sent to the GPU so far."""
+        self.num_prefill_tokens = 0
+        """Tokens of prompts in those steps; of answers too, where a preempted call resumed."""
+        self.num_decode_tokens = 0
+        """Tokens decoded in those steps, also for calls that had just ended."""
+        self.busy_s = 0.0
+        """Duration of those steps."""
         self._latency = latency
         self._schedule_s = schedule_s
         self._clock = VirtualClock()
@@ -215,6 +221,7 @@ class VllmEngine:
             start_time = max(start_time, self._in_flight[-1].end_time)
         self._in_flight.append(_Step(output, samples, start_time + step_s))
         self.num_steps += 1
+        self.busy_s += step_s
 
     def _wait_or_retry(self, now: float) -> None:
         if self._in_flight:
@@ -248,6 +255,8 @@ class VllmEngine:
                 num_prefill_tokens += num_tokens
                 attention += prefill_attention(num_tokens, num_computed - num_tokens)
             samples.append(not request.is_prefill_chunk)
+        self.num_prefill_tokens += num_prefill_tokens
+        self.num_decode_tokens += num_decode_seqs
         step_s = self._latency.step_s(
             num_prefill_tokens=num_prefill_tokens,
             num_decode_seqs=num_decode_seqs,

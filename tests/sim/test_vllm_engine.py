@@ -78,10 +78,12 @@ def test_a_single_token_is_the_first_and_the_last(async_scheduling: bool) -> Non
     assert events[0].time == events[1].time == approx(prefill_s(10))
 
 
-def test_without_async_a_newcomer_joins_the_next_step() -> None:
-    server = engine(async_scheduling=False)
+@every_scheduler
+def test_without_async_a_newcomer_joins_the_next_step(policy: PolicyConfig | None) -> None:
+    server = engine(policy=policy, async_scheduling=False)
+    a, b = call("a", output=3, deadline=60.0), call("b", output=2, deadline=60.0)
 
-    events = run(server, [(0.0, call("a", output=3)), (0.005, call("b", output=2))])
+    events = run(server, [(0.0, a), (0.005, b)])
 
     end_1 = prefill_s(100)
     end_2 = end_1 + LATENCY.step_s(
@@ -97,10 +99,14 @@ def test_without_async_a_newcomer_joins_the_next_step() -> None:
     assert server.num_steps == 3
 
 
-def test_with_async_a_newcomer_waits_for_the_step_that_is_planned_already() -> None:
-    server = engine()
+@every_scheduler
+def test_with_async_a_newcomer_waits_for_the_step_that_is_planned_already(
+    policy: PolicyConfig | None,
+) -> None:
+    server = engine(policy=policy)
+    a, b = call("a", output=3, deadline=60.0), call("b", output=2, deadline=60.0)
 
-    events = run(server, [(0.0, call("a", output=3)), (0.005, call("b", output=2))])
+    events = run(server, [(0.0, a), (0.005, b)])
 
     end_1 = prefill_s(100)
     end_2 = end_1 + decode_s(101)  # planned when the first one started, so without b
@@ -313,6 +319,19 @@ def test_an_engine_whose_last_call_is_aborted_ends_its_step_and_takes_the_next_c
     # Two steps are with the GPU: the prompt, and a token that nobody waits for any more.
     busy_s = prefill_s(2000) + decode_s(2001)
     assert first_token(drain(server), "next").time == approx(busy_s + prefill_s(100))
+
+
+def test_an_engine_emptied_while_it_plans_looks_again_when_its_step_ends() -> None:
+    server = engine(schedule_s=0.01)
+    server.submit(call("gone"), 0.0)
+    server.advance(0.0)
+    server.abort("gone", 0.005)
+
+    server.submit(call("next", output=1), 0.02)
+
+    end_1 = 0.01 + prefill_s(100)
+    assert server.next_event_time() == approx(end_1)
+    assert first_token(drain(server), "next").time == approx(end_1 + 0.01 + prefill_s(100))
 
 
 def test_an_engine_that_is_empty_but_busy_plans_when_its_step_ends() -> None:

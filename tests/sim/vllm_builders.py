@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import random
 import warnings
 from collections.abc import Iterable
 from typing import Any
@@ -14,10 +15,15 @@ from vllm_workflow.sim.vllm_server import VllmServer
 
 with warnings.catch_warnings():  # those of vLLM's dependencies are none of ours
     warnings.simplefilter("ignore")
+    from vllm.sampling_params import SamplingParams
+    from vllm.utils.hashing import sha256
+    from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.request import Request
     from vllm.v1.request import RequestStatus as RequestStatus
 
     from vllm_workflow.sim.vllm_engine import VllmEngine
 
+KIND_ORDER = [EventKind.FIRST_TOKEN, EventKind.FINISHED]
 LATENCY = LatencyModel(
     overhead_s=0.001,
     weights_s=0.009,
@@ -107,3 +113,35 @@ def finished(events: Iterable[EngineEvent], request_id: str = "r") -> EngineEven
 def one(events: Iterable[EngineEvent], request_id: str, kind: EventKind) -> EngineEvent:
     (event,) = [e for e in events if e.request_id == request_id and e.kind is kind]
     return event
+
+
+def mixed_arrivals(num_calls: int, *, seed: int = 1) -> list[tuple[float, EngineRequest]]:
+    """More work than a small server has room for, some of it urgent, most with shared prefixes."""
+    rng, now, arrivals = random.Random(seed), 0.0, []
+    for i in range(num_calls):
+        now += rng.expovariate(4.0)
+        arrivals.append(
+            (
+                now,
+                call(
+                    f"r{i}",
+                    prompt=rng.randrange(200, 1500),
+                    output=rng.randrange(1, 120),
+                    prefix=(part(rng.choice("st"), 150),),
+                    deadline=now + rng.choice([2.0, 10.0, 300.0]),
+                    workflow_id=f"w{i % 7}",
+                    service_s=1.0,
+                ),
+            )
+        )
+    return arrivals
+
+
+def vllm_request(token_ids: list[int], block_hasher: Any) -> Request:
+    return Request("r", token_ids, SamplingParams(), None, block_hasher=block_hasher)
+
+
+def block_hashes_of_vllm(token_ids: list[int], block_size: int) -> list[Any]:
+    init_none_hash(sha256)
+    hasher = get_request_block_hasher(block_size, sha256)
+    return vllm_request(token_ids, hasher).block_hashes

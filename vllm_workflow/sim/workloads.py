@@ -10,6 +10,7 @@ from itertools import count, islice
 from pathlib import Path
 
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.sim import workload_chase, workload_mac, workload_reforce
 from vllm_workflow.sim.rng import stream
 from vllm_workflow.sim.trace import read_trace
 from vllm_workflow.sim.types import PrefixPart, Trace, TraceRun
@@ -30,6 +31,9 @@ _BUILTIN: Mapping[str, tuple[Generator, str]] = {
         Chess(workflow="chess-flat", revisions=FLAT_REVISIONS).run,
         "CHESS with 0 to 10 revisions, all equally likely, as in the published traces",
     ),
+    "mac": (workload_mac.run, "MAC-SQL, a chain with a short repair loop"),
+    "chase": (workload_chase.run, "CHASE-SQL, 21 candidates side by side and a tournament"),
+    "reforce": (workload_reforce.run, "ReFoRCE, dialogues that grow with every turn"),
 }
 
 

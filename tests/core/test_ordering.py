@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import stage_request
-from vllm_workflow.core.ordering import ORDERING_POLICIES, STARVATION_RATIO, OrderingPolicy
+from vllm_workflow.core.ordering import ORDERING_POLICIES, OrderingPolicy
 from vllm_workflow.core.types import StageRequest
 
 instants = st.floats(-1e6, 1e6)
@@ -31,8 +31,8 @@ requests = st.builds(
 )
 
 
-def policy(name: str, patience_s: float = 60.0) -> OrderingPolicy:
-    return ORDERING_POLICIES[name](patience_s)
+def policy(name: str, patience_s: float = 60.0, starvation_ratio: float = 1.0) -> OrderingPolicy:
+    return ORDERING_POLICIES[name](patience_s, starvation_ratio)
 
 
 @pytest.mark.parametrize("name", ORDERING_POLICIES)
@@ -172,13 +172,13 @@ def test_of_calls_that_come_together_the_run_that_attained_less_goes_first(
 
 
 @pytest.mark.parametrize(("name", "field"), [("plas", "attained_s"), ("atlas", "attained_path_s")])
-@given(attained=st.floats(0.0, 1e3))
-def test_a_call_is_overtaken_by_new_runs_for_so_many_times_what_its_run_attained(
-    name: str, field: str, attained: float
+@given(attained=st.floats(0.0, 1e3), ratio=st.floats(0.0, 1e3))
+def test_a_call_lets_newer_runs_pass_for_so_many_times_what_its_run_attained(
+    name: str, field: str, attained: float, ratio: float
 ) -> None:
-    key = policy(name).key
+    key = policy(name, starvation_ratio=ratio).key
     call = replace(stage_request(arrival_time=100.0), **{field: attained})
-    wait_s = STARVATION_RATIO * attained
+    wait_s = ratio * attained
 
     assert key(call) <= key(stage_request(arrival_time=100.0 + wait_s + 0.001))
     if wait_s > 0.01:

@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from tests.builders import stage_request
 from vllm_workflow.core.config import DISPATCH_POLICIES, PRESETS, PolicyConfig
 from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import ConfigError
@@ -34,6 +35,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ({"preempt": 1}, "p: preempt: expected bool, got 1"),
         ({"prefill_chunk_cap": -1}, "p: prefill_chunk_cap: expected an integer from 0, got -1"),
         ({"dispatch": "random"}, r"p: dispatch: expected one of \('hexgen', .*got 'random'"),
+        ({"starvation_ratio": -1}, "p: starvation_ratio: expected a number from 0 to 1e6, got -1"),
+        ({"starvation_ratio": float("nan")}, "p: starvation_ratio: expected a number from 0"),
         ({"seed": -1}, "p: seed: expected an integer from 0, got -1"),
         ({"seed": 1.0}, "p: seed: expected int, got 1.0"),
         ({"ordering": "random"}, r"p: ordering: expected one of \('atlas', .*got 'random'"),
@@ -82,3 +85,14 @@ def test_values_can_be_replaced_but_not_by_wrong_ones() -> None:
     assert replace(PolicyConfig(), alpha=0.9).alpha == 0.9
     with pytest.raises(ConfigError, match="alpha"):
         replace(PolicyConfig(), alpha=9.0)
+
+
+def test_the_numbers_of_a_policy_reach_its_ordering() -> None:
+    call = stage_request(arrival_time=100.0, attained_s=5.0, attained_path_s=3.0)
+
+    def key(ordering: str) -> float:
+        config = PolicyConfig(ordering=ordering, patience_s=7.0, starvation_ratio=4.0)
+        return config.build_ordering().key(call)
+
+    assert (key("plas"), key("atlas")) == (120.0, 112.0)
+    assert (key("deadline"), key("slack"), key("sjf")) == (107.0, 107.0, 7.0)

@@ -67,16 +67,6 @@ def test_the_end_of_a_prompt_is_evicted_before_its_head() -> None:
     assert ledger.num_cached_tokens(chain("template", "schema")) == 100
 
 
-def test_the_engine_s_own_count_corrects_what_was_believed() -> None:
-    ledger = KvLedger(10_000)
-    ledger.admit("a", chain("template", "schema"), 0)
-    ledger.release("a")
-
-    ledger.correct(chain("template", "schema"), 120)
-
-    assert ledger.num_cached_tokens(chain("template", "schema")) == 100
-
-
 def test_a_call_that_never_ran_leaves_nothing_behind() -> None:
     ledger = KvLedger(10_000)
     ledger.admit("a", chain("template"), 0)

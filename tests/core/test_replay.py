@@ -9,7 +9,17 @@ from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_requ
 from vllm_workflow.core.config import DISPATCH_POLICIES, PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError
-from vllm_workflow.core.events import Added, Event, Marked, Settled, Submitted, from_json, to_json
+from vllm_workflow.core.events import (
+    Added,
+    Event,
+    Marked,
+    Polled,
+    Settled,
+    Submitted,
+    Withdrawn,
+    from_json,
+    to_json,
+)
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.replay import replay
 
@@ -39,13 +49,21 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
                 final=pick % 7 == 0,
                 stage=("generate", "judge")[pick % 2],
             )
-            call = brain.predict(call, num_prompt_bytes=100 * pick, max_tokens=pick or None)
+            call = brain.predict(
+                call,
+                num_prompt_bytes=100 * pick,
+                max_tokens=pick or None,
+                head=[(pick % 3, 40 * pick)] if pick % 2 else [],
+            )
             exclude = ["a"] if pick % 5 == 0 else []
             try:
                 decision = brain.submit(call, now=now, num_prompt_bytes=100 * pick, exclude=exclude)
             except NoInstanceError:
                 continue
-            in_flight[call.request_id] = decision.chosen.instance_id
+            if decision is not None:
+                in_flight[call.request_id] = decision.chosen.instance_id
+            elif pick % 6 == 5:
+                brain.withdraw(call.request_id)
         elif what in {"settle", "fail"} and in_flight:
             request_id = list(in_flight)[pick % len(in_flight)]
             end = outcome(
@@ -62,6 +80,8 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.mark("ab"[pick % 2], healthy=pick % 3 > 0)
         elif what == "add":
             brain.add(instance("c", latency=SLOW, max_num_seqs=1 + pick))
+        for decision in brain.poll(now):
+            in_flight[decision.request_id] = decision.chosen.instance_id
 
 
 def recorded(config: PolicyConfig, script: Iterable[Step], log: list[Event]) -> Dispatcher:
@@ -77,10 +97,18 @@ def recorded(config: PolicyConfig, script: Iterable[Step], log: list[Event]) -> 
     return brain
 
 
-def record(name: str, script: Iterable[Step]) -> list[Event]:
+def record(config: PolicyConfig, script: Iterable[Step]) -> list[Event]:
     log: list[Event] = []
-    recorded(PolicyConfig(dispatch=name), script, log)
+    recorded(config, script, log)
     return log
+
+
+POLICIES = [
+    PolicyConfig(dispatch=name, late_binding=late)
+    for name in DISPATCH_POLICIES
+    for late in (False, True)
+    if not (late and name == "round-robin")
+]
 
 
 def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
@@ -98,15 +126,19 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
                     num_prompt_bytes=event.num_prompt_bytes,
                     exclude=event.exclude,
                 )
+            case Polled():
+                brain.poll(event.now)
+            case Withdrawn():
+                brain.withdraw(event.request_id)
             case Settled():
                 brain.settle(event.outcome)
 
 
-@pytest.mark.parametrize("name", DISPATCH_POLICIES)
+@pytest.mark.parametrize("config", POLICIES, ids=lambda c: f"{c.dispatch}-late={c.late_binding}")
 @given(script=steps)
 @settings(max_examples=40)
-def test_recorded_decisions_replay_identically(name: str, script: list[Step]) -> None:
-    lines = [to_json(event) for event in record(name, script)]
+def test_recorded_decisions_replay_identically(config: PolicyConfig, script: list[Step]) -> None:
+    lines = [to_json(event) for event in record(config, script)]
 
     for recorded, replayed in replay(from_json(line) for line in lines):
         assert replayed == recorded
@@ -115,7 +147,7 @@ def test_recorded_decisions_replay_identically(name: str, script: list[Step]) ->
 @given(script=steps)
 @settings(max_examples=40)
 def test_every_event_is_read_back_as_it_was(script: list[Step]) -> None:
-    for event in record("hexgen", script):
+    for event in record(PolicyConfig(dispatch="hexgen", late_binding=True), script):
         if isinstance(event, Settled):  # nan, of a call that failed, is not equal to itself
             assert repr(from_json(to_json(event))) == repr(event)
         elif isinstance(event, Submitted):
@@ -128,7 +160,9 @@ def test_every_event_is_read_back_as_it_was(script: list[Step]) -> None:
 @settings(max_examples=40)
 def test_what_runs_have_attained_is_the_same_after_a_replay(script: list[Step]) -> None:
     log: list[Event] = []
-    brain = recorded(PolicyConfig(dispatch="power-of-two", ordering="atlas"), script, log)
+    brain = recorded(
+        PolicyConfig(dispatch="power-of-two", ordering="atlas", late_binding=True), script, log
+    )
     lines = [to_json(event) for event in log]
 
     again: list[Event] = []
@@ -142,7 +176,7 @@ def test_what_runs_have_attained_is_the_same_after_a_replay(script: list[Step]) 
 
 
 def test_another_policy_can_be_tried_on_a_log() -> None:
-    log = record("round-robin", [("submit", 1, 1.0)] * 4)
+    log = record(PolicyConfig(dispatch="round-robin"), [("submit", 1, 1.0)] * 4)
     pairs = list(replay(log, PolicyConfig(dispatch="least-outstanding")))
 
     assert [recorded.policy for recorded, _ in pairs] == ["round-robin"] * 4
@@ -158,13 +192,13 @@ def test_a_line_that_is_no_event_is_shown(line: str) -> None:
 
 
 def test_a_log_without_its_beginning_is_refused() -> None:
-    events = record("hexgen", [("submit", 1, 1.0)])
+    events = record(PolicyConfig(dispatch="hexgen"), [("submit", 1, 1.0)])
 
     with pytest.raises(ConfigError, match="the first event is not 'started'"):
         list(replay(events[1:]))
 
 
 def test_an_end_of_a_call_that_was_never_submitted_is_ignored() -> None:
-    log = record("hexgen", [])
+    log = record(PolicyConfig(dispatch="hexgen"), [])
 
     assert list(replay([*log, Settled(outcome=outcome("ghost", "a"))])) == []

@@ -224,7 +224,7 @@ def test_whatever_is_sent_gives_a_call_that_can_be_ranked(
     assert math.isfinite(reading.call.attained_s + reading.call.attained_path_s)
     assert not math.isinf(reading.call.run_arrival_time)
     for build_ordering in ORDERING_POLICIES.values():
-        assert math.isfinite(build_ordering(60.0).key(reading.call))
+        assert math.isfinite(build_ordering(60.0, 1.0).key(reading.call))
     assert len(reading.call.workflow_id) <= MAX_TEXT_LENGTH
     assert reading.num_unreadable >= 0
 

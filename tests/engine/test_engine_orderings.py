@@ -50,8 +50,8 @@ def test_a_new_run_goes_before_one_that_has_had_service_but_not_for_ever(
     fill_seats(scheduler)
     now = time.time()
     add(scheduler, build_request("served", arrival_time=now, wf_attained_ms=2_000))
-    add(scheduler, build_request("soon-after", arrival_time=now + 19.0, wf_id="new"))
-    add(scheduler, build_request("long-after", arrival_time=now + 21.0, wf_id="newer"))
+    add(scheduler, build_request("soon-after", arrival_time=now + 1.9, wf_id="new"))
+    add(scheduler, build_request("long-after", arrival_time=now + 2.1, wf_id="newer"))
 
     assert ids(scheduler.waiting) == ["soon-after", "served", "long-after"]
 

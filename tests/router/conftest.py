@@ -52,10 +52,13 @@ class Client:
 
 
 @asynccontextmanager
-async def _routing(*engines: FakeEngine | str, **config: Any) -> AsyncIterator[Client]:
+async def _routing(
+    *engines: FakeEngine | str, seats: int | None = None, **config: Any
+) -> AsyncIterator[Client]:
     instances = [
         {"id": "abcdefgh"[i], "url": e if isinstance(e, str) else e.url}
         | ({"models": ["m"]} if isinstance(e, str) else {})
+        | ({"max_num_seqs": seats} if seats else {})
         for i, e in enumerate(engines)
     ]
     data = {"port": 0, "shutdown_grace_s": 0.5, "instances": instances, **config}

@@ -12,7 +12,12 @@ from types import MappingProxyType
 from typing import Any
 
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.ordering import DEFAULT_PATIENCE_S, ORDERING_POLICIES, OrderingPolicy
+from vllm_workflow.core.ordering import (
+    DEFAULT_PATIENCE_S,
+    DEFAULT_STARVATION_RATIO,
+    ORDERING_POLICIES,
+    OrderingPolicy,
+)
 
 DISPATCH_POLICIES = (
     "hexgen",
@@ -36,8 +41,15 @@ class PolicyConfig:
     """`power-of-two` only: another seed draws other pairs of instances."""
     ordering: str = "slack"
     """Engine and router queue: which waiting call runs first."""
+    late_binding: bool = False
+    """Router: a call waits there, in the order of the policy, until an instance has a seat and
+    KV blocks for it. Not with `round-robin`, which takes each instance in turn."""
     patience_s: float = DEFAULT_PATIENCE_S
-    """Budget that a call without a deadline is ranked by, > 0."""
+    """Budget that a call without a deadline is ranked by, and duration of one of unknown
+    length, > 0."""
+    starvation_ratio: float = DEFAULT_STARVATION_RATIO
+    """`plas`, `atlas`: a call lets newer runs pass for so many times what its run has attained,
+    >= 0; 0 is `fcfs`, a large one is least attained service first, whoever starves."""
     preempt: bool = True
     """Engine: let an urgent waiting call take the seat or KV blocks of a slack-rich one."""
     urgent_slack_s: float = 5.0
@@ -63,9 +75,17 @@ class PolicyConfig:
         for name in ("patience_s", "preempt_margin_s"):
             value = getattr(self, name)
             _require(0.0 < value < math.inf, name, "a positive, finite number of seconds", self)
+        ratio_is_usable = 0.0 <= self.starvation_ratio <= 1e6
+        _require(ratio_is_usable, "starvation_ratio", "a number from 0 to 1e6", self)
         for name in ("urgent_slack_s", "preempt_cooldown_s"):
             value = getattr(self, name)
             _require(0.0 <= value < math.inf, name, "a finite number of seconds from 0", self)
+        _require(
+            not self.late_binding or self.dispatch != "round-robin",
+            "late_binding",
+            "false with dispatch: round-robin",
+            self,
+        )
         _require(self.seed >= 0, "seed", "an integer from 0", self)
         _require(self.prefill_chunk_cap >= 0, "prefill_chunk_cap", "an integer from 0", self)
 
@@ -147,7 +167,7 @@ class PolicyConfig:
         return hashlib.sha256(self.to_json().encode()).hexdigest()[:12]
 
     def build_ordering(self) -> OrderingPolicy:
-        return ORDERING_POLICIES[self.ordering](self.patience_s)
+        return ORDERING_POLICIES[self.ordering](self.patience_s, self.starvation_ratio)
 
 
 def _require(holds: bool, field: str, wanted: str, config: PolicyConfig) -> None:

@@ -1,23 +1,36 @@
 """The brain of the router: predictions, policy and ledger behind three calls.
 
-`submit` binds a call to an instance at once. A queue in front of the binding belongs here:
-`submit` would then answer None and a `poll(now)` hand out the decisions when they fall.
+With `late_binding` a call that no instance can start now waits here, in the order of the
+policy: `submit` answers None, and `poll(now)` hands out decisions as they fall, to be asked after
+whatever may have made room. Without it `submit` always decides.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+import math
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
+from vllm_workflow.core.backlog import Backlog
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import slack_s
 from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import NoInstanceError
-from vllm_workflow.core.events import Added, Event, Marked, Record, Settled, Started, Submitted
+from vllm_workflow.core.events import (
+    Added,
+    Marked,
+    Polled,
+    Record,
+    Settled,
+    Started,
+    Submitted,
+    Withdrawn,
+)
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.lengths import Lengths
+from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.runs import Attained, AttainedService
-from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
 
 _REST_KEPT_FOR = 32
@@ -25,6 +38,9 @@ _REST_KEPT_FOR = 32
 
 _MAX_TEXT_BYTES = 1 << 20
 """Bodies beyond this say nothing about tokens per byte."""
+
+_MAX_LOOKED_AT = 16
+"""Waiting calls that are considered when something has changed, from the first on."""
 
 _MAX_RESTS = 1024
 """Predictions kept at most: the model in their key comes from clients."""
@@ -59,16 +75,20 @@ class Dispatcher:
         self.lengths = Lengths()
         self._policy = build(config)
         self._workflows = {w.name: w for w in workflows}
-        self._record: Record = record or _forget
+        self._record = record
+        self._ordering = config.build_ordering()
+        self.backlog = Backlog()
+        self._due: dict[str, Decision] = {}
         self._sent: dict[str, _Sent] = {}
         self._rests: dict[tuple[str, str, str], float] = {}
         self._attained = AttainedService()
         self._num_settled = 0
-        self._record(Started(policy=config, fingerprint=config.fingerprint))
-        for instance in fleet:
-            self._record(Added(instance=instance))
-            if not fleet.is_healthy(instance.instance_id):
-                self._record(Marked(instance_id=instance.instance_id, healthy=False))
+        if record is not None:
+            record(Started(policy=config, fingerprint=config.fingerprint))
+            for instance in fleet:
+                record(Added(instance=instance))
+                if not fleet.is_healthy(instance.instance_id):
+                    record(Marked(instance_id=instance.instance_id, healthy=False))
         for workflow in self._workflows.values():
             for stage in workflow.stages:
                 self.lengths.declare(workflow.name, stage.name, stage.output_tokens)
@@ -77,19 +97,33 @@ class Dispatcher:
         """Add or replace an instance; a new one counts as healthy."""
         self.fleet.add(instance)
         self._rests.clear()
-        self._record(Added(instance=instance))
+        if self._record is not None:
+            self._record(Added(instance=instance))
 
     def mark(self, instance_id: str, *, healthy: bool) -> None:
         """Note whether calls may be sent to an instance."""
         if self.fleet.is_healthy(instance_id) != healthy:
             self.fleet.mark(instance_id, healthy=healthy)
             self._rests.clear()
-            self._record(Marked(instance_id=instance_id, healthy=healthy))
+            if self._record is not None:
+                self._record(Marked(instance_id=instance_id, healthy=healthy))
 
     def predict(
-        self, request: StageRequest, *, num_prompt_bytes: int, max_tokens: int | None
+        self,
+        request: StageRequest,
+        *,
+        num_prompt_bytes: int,
+        max_tokens: int | None,
+        head: Iterable[tuple[int, int]] = (),
     ) -> StageRequest:
-        """Fill in what only this end knows: lengths, the rest of the run, what it has attained."""
+        """Fill in what only this end knows: lengths, the rest of the run, what it has attained.
+
+        Args:
+            request: The call.
+            num_prompt_bytes: Size of its prompt.
+            max_tokens: The client's own bound on output tokens.
+            head: `(chain hash, bytes)` of the pieces of the prompt that others may share.
+        """
         attained = self._attained.of(request)
         return replace(
             request,
@@ -100,6 +134,10 @@ class Dispatcher:
             rest_s=0.0 if request.final else self._rest_s(request),
             attained_s=attained.total_s,
             attained_path_s=attained.path_s,
+            prefix=tuple(
+                Segment(chain_hash, self.lengths.prompt_tokens(num_bytes))
+                for chain_hash, num_bytes in head
+            ),
         )
 
     def attained(self, request: StageRequest) -> Attained:
@@ -113,8 +151,8 @@ class Dispatcher:
         now: float,
         num_prompt_bytes: int = 0,
         exclude: Collection[str] = (),
-    ) -> Decision:
-        """Choose an instance and reserve it; `settle` must follow.
+    ) -> Decision | None:
+        """Choose an instance and reserve it, or let the call wait; `settle` must follow.
 
         Args:
             request: With its predictions filled in.
@@ -122,22 +160,103 @@ class Dispatcher:
             num_prompt_bytes: Size of the prompt's text, to learn tokens per byte from.
             exclude: Instances that this call has already failed on.
 
+        Returns:
+            None with `late_binding` if no instance can start it now: a later `poll` decides,
+            unless `withdraw` comes first.
+
         Raises:
             NoInstanceError: No healthy instance outside `exclude` serves the model.
-            ValueError: The request is already in flight.
+            ValueError: The request is already in flight or waiting.
         """
         if request.request_id in self._sent:
             raise ValueError(f"request {request.request_id!r} is already in flight")
-        candidates = self.fleet.candidates(request, exclude=exclude)
+        excluded = tuple(exclude)
+        candidates = self.fleet.candidates(request, now=now, exclude=excluded)
         if not candidates:
-            raise NoInstanceError(self._why_none(request, exclude))
-        costs = self._policy.costs(request, candidates)
-        best = min(range(len(costs)), key=costs.__getitem__)
-        chosen = candidates[best]
+            raise NoInstanceError(self._why_none(request, excluded))
+        decision: Decision | None
+        if self.config.late_binding:
+            service_s = sum(c.service_s for c in candidates) / len(candidates)
+            request = replace(request, service_s=service_s)
+            key = self._ordering.key(request)
+            self.backlog.add(request, key, num_prompt_bytes, excluded)
+            self._bind_waiting(now)
+            decision = self._due.pop(request.request_id, None)
+        else:
+            costs = self._policy.costs(request, candidates)
+            best = min(range(len(costs)), key=costs.__getitem__)
+            decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
+        self._attained.begin(request)
+        if self._record is not None:
+            self._record(
+                Submitted(
+                    now=now,
+                    request=request,
+                    num_prompt_bytes=num_prompt_bytes,
+                    exclude=excluded,
+                    decision=decision,
+                )
+            )
+        return decision
+
+    def poll(self, now: float) -> list[Decision]:
+        """Return the decisions on calls that waited, now that something may have changed.
+
+        To be asked after each `submit`, `settle`, `withdraw`, `add` and `mark`.
+        """
+        if self.backlog:
+            self._bind_waiting(now)
+        if not self._due:
+            return []
+        decisions = list(self._due.values())
+        self._due.clear()
+        if self._record is not None:
+            self._record(Polled(now=now, decisions=tuple(decisions)))
+        return decisions
+
+    def withdraw(self, request_id: str) -> bool:
+        """Give up a call that waits; returns whether it did."""
+        found = self.backlog.remove(request_id) is not None
+        if found and self._record is not None:
+            self._record(Withdrawn(request_id=request_id))
+        return found
+
+    def _bind_waiting(self, now: float) -> None:
+        """Bind what can start now, first in order first; a call that cannot blocks few others."""
+        head_wait: tuple[str, float] | None = None
+        for waiting in self.backlog.first(_MAX_LOOKED_AT):
+            if not self.fleet.has_room():
+                break
+            request = waiting.request
+            candidates = self.fleet.candidates(request, now=now, exclude=waiting.exclude)
+            if not candidates:
+                continue
+            costs = self._policy.costs(request, candidates)
+            best = min(range(len(costs)), key=costs.__getitem__)
+            chosen = _startable(candidates, costs, best, head_wait)
+            if chosen is None:
+                if head_wait is None:
+                    head_wait = candidates[best].instance_id, candidates[best].queue_s
+                continue
+            self.backlog.remove(request.request_id)
+            self._due[request.request_id] = self._bind(
+                request, candidates, costs, chosen, now, waiting.num_prompt_bytes
+            )
+
+    def _bind(
+        self,
+        request: StageRequest,
+        candidates: tuple[Candidate, ...],
+        costs: Sequence[float],
+        index: int,
+        now: float,
+        num_prompt_bytes: int,
+    ) -> Decision:
+        chosen = candidates[index]
         decision = Decision(
             request_id=request.request_id,
             chosen=chosen,
-            cost=costs[best],
+            cost=costs[index],
             candidates=candidates,
             slack_s=slack_s(
                 deadline=request.deadline,
@@ -147,18 +266,8 @@ class Dispatcher:
             ),
             policy=self.config.dispatch,
         )
-        self.fleet.reserve(request.request_id, chosen)
+        self.fleet.reserve(request.request_id, chosen, now=now, request=request)
         self._sent[request.request_id] = _Sent(request, decision, num_prompt_bytes)
-        self._attained.begin(request)
-        self._record(
-            Submitted(
-                now=now,
-                request=request,
-                num_prompt_bytes=num_prompt_bytes,
-                exclude=tuple(exclude),
-                decision=decision,
-            )
-        )
         return decision
 
     def settle(self, outcome: Outcome) -> None:
@@ -169,8 +278,18 @@ class Dispatcher:
         sent = self._sent.pop(outcome.request_id, None)
         if sent is None:
             return
-        self._record(Settled(outcome=outcome))
-        self.fleet.release(outcome.request_id, sent.decision.chosen.instance_id)
+        if self._record is not None:
+            self._record(Settled(outcome=outcome))
+        instance_id = sent.decision.chosen.instance_id
+        # Without a first byte the prompt may never have been computed.
+        ran = outcome.ok or not math.isnan(outcome.ttft_s)
+        self.fleet.release(outcome.request_id, instance_id, ran=ran)
+        if outcome.num_cached_tokens is not None:
+            self.fleet.observe_cached(
+                instance_id,
+                predicted=sent.decision.chosen.num_cached_tokens,
+                actual=outcome.num_cached_tokens,
+            )
         if outcome.ok:
             self._learn(sent, outcome)
 
@@ -256,5 +375,35 @@ class Dispatcher:
         return f"no healthy instance serves model {request.model!r}{tried}"
 
 
-def _forget(event: Event) -> None:
-    """Record nothing."""
+def _startable(
+    candidates: Sequence[Candidate],
+    costs: Sequence[float],
+    best: int,
+    head_wait: tuple[str, float] | None,
+) -> int | None:
+    """Index of the candidate to start a call on now; None if it had better wait.
+
+    Args:
+        candidates: Predictions; those with no `queue_s` can start it.
+        costs: Of the policy.
+        best: Index of the smallest cost, the time to wait included.
+        head_wait: Instance that a call which goes first waits for, and how long: what would
+            still be there by then is not started there.
+    """
+
+    def can_start(index: int) -> bool:
+        candidate = candidates[index]
+        if candidate.queue_s > 0.0:
+            return False
+        if head_wait is None or head_wait[0] != candidate.instance_id:
+            return True
+        return candidate.finish_s <= head_wait[1]
+
+    if can_start(best):
+        return best
+    able = [i for i in range(len(candidates)) if can_start(i)]
+    if not able:
+        return None
+    next_best = min(able, key=costs.__getitem__)
+    # To wait pays where the other instance is done with the call earlier, waiting included.
+    return None if costs[best] < costs[next_best] else next_best

@@ -16,6 +16,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 
 
@@ -44,13 +45,29 @@ class Marked:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
-    """A call was bound to an instance."""
+    """A call came, and was bound to an instance or began to wait."""
 
     now: float
     request: StageRequest
     num_prompt_bytes: int
     exclude: tuple[str, ...]
-    decision: Decision
+    decision: Decision | None
+    """None: it waits."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Polled:
+    """Calls that had waited were bound to instances."""
+
+    now: float
+    decisions: tuple[Decision, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Withdrawn:
+    """A call that waited was given up."""
+
+    request_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,11 +77,12 @@ class Settled:
     outcome: Outcome
 
 
-Event = Started | Added | Marked | Submitted | Settled
+Event = Started | Added | Marked | Submitted | Polled | Withdrawn | Settled
 Record = Callable[[Event], None]
 
 _EVENTS: Mapping[str, type[Event]] = {
-    cls.__name__.lower(): cls for cls in (Started, Added, Marked, Submitted, Settled)
+    cls.__name__.lower(): cls
+    for cls in (Started, Added, Marked, Submitted, Polled, Withdrawn, Settled)
 }
 _NESTED: Mapping[str, type[Any]] = {
     "policy": PolicyConfig,
@@ -75,6 +93,7 @@ _NESTED: Mapping[str, type[Any]] = {
     "chosen": Candidate,
     "outcome": Outcome,
 }
+_ITEMS: Mapping[str, type[Any]] = {"candidates": Candidate, "decisions": Decision}
 
 
 def to_json(event: Event) -> str:
@@ -126,8 +145,10 @@ def _build(cls: type[Any], data: dict[str, Any]) -> Any:
         # A policy has a field `policy` too, which holds a name.
         if name in _NESTED and isinstance(value, dict):
             values[name] = _build(_NESTED[name], value)
-        elif name == "candidates":
-            values[name] = tuple(_build(Candidate, item) for item in value)
+        elif name in _ITEMS:
+            values[name] = tuple(_build(_ITEMS[name], item) for item in value)
+        elif name == "prefix":
+            values[name] = tuple(Segment(*item) for item in value)
         else:
             values[name] = tuple(value) if isinstance(value, list) else value
     return cls(**values)

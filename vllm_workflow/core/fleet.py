@@ -60,6 +60,8 @@ class _Account:
     drift: float = 1.0
     """Actual over predicted service, smoothed."""
     num_observed: int = 0
+    hit_share: float = 1.0
+    """Of the prompt tokens that should be in its prefix cache, those that were."""
 
 
 class Fleet:
@@ -116,8 +118,10 @@ class Fleet:
                 or not instance.serves(request.model)
             ):
                 continue
-            num_cached = account.kv.num_cached_tokens(request.prefix) if request.prefix else 0
-            num_cached = min(num_cached, request.num_prompt_tokens - 1)
+            num_cached = 0
+            if request.prefix:
+                num_held = account.kv.num_cached_tokens(request.prefix)
+                num_cached = int(account.hit_share * min(num_held, request.num_prompt_tokens - 1))
             key = (id(instance.latency), num_cached)
             prefill_s = prefills.get(key)
             if prefill_s is None:
@@ -125,8 +129,32 @@ class Fleet:
                     request.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
                 )
             num_new_tokens = account.kv.num_new_tokens(request.prefix, num_own_tokens)
-            found.append(_predict(account, request, prefill_s, num_new_tokens, now))
+            found.append(_predict(account, request, prefill_s, num_cached, num_new_tokens, now))
         return tuple(found)
+
+    def has_room(self) -> bool:
+        """Whether any healthy instance can start a further call, if it is a small one."""
+        return any(
+            a.healthy
+            and (
+                not a.reserved
+                or (len(a.reserved) < a.instance.max_num_seqs and a.kv.num_free_tokens > 0.0)
+            )
+            for a in self._accounts.values()
+        )
+
+    def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
+        """Learn how far an instance's prefix cache holds what it is believed to hold.
+
+        Args:
+            instance_id: Where a call ran.
+            predicted: `num_cached_tokens` of its candidate; 0 says nothing.
+            actual: As the engine counted.
+        """
+        if predicted > 0:
+            account = self._accounts[instance_id]
+            share = min(max(actual / predicted, 0.0), 1.0)
+            account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
 
     def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
         """Service of one such call on an idle instance, mean over those that serve `model`.
@@ -237,13 +265,19 @@ def _capacity(instance: Instance) -> float:
 
 
 def _predict(
-    account: _Account, request: StageRequest, prefill_s: float, num_new_tokens: float, now: float
+    account: _Account,
+    request: StageRequest,
+    prefill_s: float,
+    num_cached_tokens: int,
+    num_new_tokens: float,
+    now: float,
 ) -> Candidate:
     instance, num_ahead = account.instance, len(account.reserved)
     latency, seats, drift = instance.latency, instance.max_num_seqs, account.drift
     queue_s = 0.0
     num_beside = num_ahead
-    if num_ahead >= seats or num_new_tokens > account.kv.num_free_tokens:
+    # An idle instance takes any call: no other will end and make more room.
+    if num_ahead and (num_ahead >= seats or num_new_tokens > account.kv.num_free_tokens):
         queue_s, num_beside = _room_s(account, num_new_tokens, now)
     num_decoded = request.expected_output_tokens - 1.0
     if num_decoded < 0.0:
@@ -261,6 +295,7 @@ def _predict(
         drift * num_beside * (prefill_s + slowdown_s),
         num_ahead,
         account.outstanding_s,
+        num_cached_tokens,
     )
 
 

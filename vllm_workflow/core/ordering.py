@@ -15,8 +15,7 @@ from vllm_workflow.core.deadline import proportional_budget_s
 from vllm_workflow.core.types import StageRequest
 
 DEFAULT_PATIENCE_S = 60.0
-STARVATION_RATIO = 10.0
-"""Seconds of waiting that make up for one second of attained service."""
+DEFAULT_STARVATION_RATIO = 1.0
 
 
 class OrderingPolicy(Protocol):
@@ -131,14 +130,15 @@ class LeastAttained:
     first level once waiting over service exceeds a threshold, so that none starves. Here the
     same is one constant number, arrival + `starvation_ratio` · attained: a call that has
     waited `starvation_ratio` times what its run has attained goes before all that come from
-    then on, and calls whose runs have attained about as much go by arrival. The ratio is this
-    package's. Autellix also takes the seat of a running call; this order does not. A call of
-    unknown run has attained nothing, as the first call of any run.
+    then on, and calls whose runs have attained about as much go by arrival. Autellix also
+    takes the seat of a running call; this order does not. A call of unknown run has attained
+    nothing, as the first call of any run.
     """
 
     key_is_instant: ClassVar[bool] = True
 
-    starvation_ratio: float = STARVATION_RATIO
+    starvation_ratio: float = DEFAULT_STARVATION_RATIO
+    """Seconds of waiting that make up for one second of attained service."""
 
     def key(self, request: StageRequest) -> float:
         return request.arrival_time + self.starvation_ratio * request.attained_s
@@ -155,7 +155,7 @@ class LeastAttainedPath:
 
     key_is_instant: ClassVar[bool] = True
 
-    starvation_ratio: float = STARVATION_RATIO
+    starvation_ratio: float = DEFAULT_STARVATION_RATIO
 
     def key(self, request: StageRequest) -> float:
         return request.arrival_time + self.starvation_ratio * request.attained_path_s
@@ -181,8 +181,9 @@ class ShortestCall:
 class ShortestRemaining:
     """The run with the least predicted work left goes first, this call included (SRPT).
 
-    Without preemption: a call that runs keeps its seat. Long runs starve under lasting load.
-    A call of which neither service nor rest is known is ranked as if it took `patience_s`.
+    Without preemption: a call that runs keeps its seat. Long runs starve under lasting load,
+    and a run whose workflow is not declared counts as one that ends with this call. A call
+    of which neither service nor rest is known is ranked as if it took `patience_s`.
     """
 
     key_is_instant: ClassVar[bool] = False
@@ -194,17 +195,18 @@ class ShortestRemaining:
         return remaining_s if remaining_s > 0.0 else self.patience_s
 
 
-ORDERING_POLICIES: Mapping[str, Callable[[float], OrderingPolicy]] = MappingProxyType(
+ORDERING_POLICIES: Mapping[str, Callable[[float, float], OrderingPolicy]] = MappingProxyType(
     {
-        "atlas": lambda patience_s: LeastAttainedPath(),
-        "deadline": EarliestDeadline,
-        "fcfs": lambda patience_s: Fcfs(),
-        "plas": lambda patience_s: LeastAttained(),
-        "program-fcfs": lambda patience_s: ProgramFcfs(),
-        "shortest-remaining": ShortestRemaining,
-        "sjf": ShortestCall,
-        "slack": LeastSlack,
-        "urgency": Urgency,
+        "atlas": lambda patience_s, ratio: LeastAttainedPath(ratio),
+        "deadline": lambda patience_s, ratio: EarliestDeadline(patience_s),
+        "fcfs": lambda patience_s, ratio: Fcfs(),
+        "plas": lambda patience_s, ratio: LeastAttained(ratio),
+        "program-fcfs": lambda patience_s, ratio: ProgramFcfs(),
+        "shortest-remaining": lambda patience_s, ratio: ShortestRemaining(patience_s),
+        "sjf": lambda patience_s, ratio: ShortestCall(patience_s),
+        "slack": lambda patience_s, ratio: LeastSlack(patience_s),
+        "urgency": lambda patience_s, ratio: Urgency(patience_s),
     }
 )
-"""Every ordering policy by the name that `policy.json` uses; called with `patience_s`."""
+"""Every ordering policy by the name that `policy.json` uses; made of `patience_s` and
+`starvation_ratio`."""

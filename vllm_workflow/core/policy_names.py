@@ -90,8 +90,8 @@ ALL: tuple[str, ...] = (
     "least-outstanding+slack",
     *(f"predicted-finish+{ordering}" for ordering in ORDERING if ordering != "slack"),
 )
-"""The default, what others do, the published system's own ablations, and the default's dispatch
-or ordering with each other half. No two are the same policy."""
+"""The default, what others do, ablations of HexGen-Text2SQL, and each half of the default with
+other halves. No two are the same policy."""
 
 
 def parse(name: str) -> PolicyConfig:

@@ -126,14 +126,6 @@ class KvLedger:
             self.num_used_tokens = 0.0  # no rounding error outlives the calls
         self._evict()
 
-    def correct(self, chain: Chain, num_cached_tokens: int) -> None:
-        """Forget what the engine says it did not have of a prompt, where nothing else reads it."""
-        num_before = 0
-        for segment in chain:
-            num_before += segment.num_tokens
-            if num_before > num_cached_tokens and segment.chain_hash in self._idle:
-                self._forget(segment.chain_hash)
-
     def clear(self) -> None:
         """Forget every prefix that no call in flight reads: the engine has restarted."""
         for chain_hash in list(self._idle):

@@ -3,22 +3,33 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from itertools import zip_longest
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Added, Event, Marked, Settled, Started, Submitted
+from vllm_workflow.core.events import (
+    Added,
+    Event,
+    Marked,
+    Polled,
+    Settled,
+    Started,
+    Submitted,
+    Withdrawn,
+)
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.types import Decision
 
 
 def replay(
     events: Iterable[Event], policy: PolicyConfig | None = None
-) -> Iterator[tuple[Decision, Decision]]:
+) -> Iterator[tuple[Decision | None, Decision | None]]:
     """Yield each recorded decision with the one that the same events lead to now.
 
     Under the recorded policy the two are equal. Under another one the later of them tell
-    how it would have decided on the load that the recorded policy made.
+    how it would have decided on the load that the recorded policy made. None stands for a
+    call that one of them had wait.
 
     Args:
         events: From the log, in its order.
@@ -40,14 +51,17 @@ def replay(
             case Marked():
                 dispatcher.mark(event.instance_id, healthy=event.healthy)
             case Submitted():
-                yield (
-                    event.decision,
-                    dispatcher.submit(
-                        event.request,
-                        now=event.now,
-                        num_prompt_bytes=event.num_prompt_bytes,
-                        exclude=event.exclude,
-                    ),
+                decision = dispatcher.submit(
+                    event.request,
+                    now=event.now,
+                    num_prompt_bytes=event.num_prompt_bytes,
+                    exclude=event.exclude,
                 )
+                if event.decision is not None or decision is not None:
+                    yield event.decision, decision
+            case Polled():
+                yield from zip_longest(event.decisions, dispatcher.poll(event.now))
+            case Withdrawn():
+                dispatcher.withdraw(event.request_id)
             case Settled():
                 dispatcher.settle(event.outcome)

@@ -80,6 +80,8 @@ class Candidate(NamedTuple):
     """Calls sent to the instance and not yet answered."""
     outstanding_s: float = 0.0
     """Predicted service of those calls, summed; what they have already done is not subtracted."""
+    num_cached_tokens: int = 0
+    """Prompt tokens that the instance's prefix cache is believed to hold."""
 
     @property
     def service_s(self) -> float:

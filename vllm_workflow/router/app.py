@@ -18,6 +18,7 @@ from aiohttp import web
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.errors import error_response
@@ -110,8 +111,11 @@ async def serve(config: RouterConfig) -> AsyncIterator[Router]:
         if log:
             stack.callback(log.flush)
         session = await stack.enter_async_context(_session())
-        upstreams = Upstreams(config.instances, dispatcher, session, metrics)
-        proxy = Proxy(dispatcher, upstreams, session, metrics, set_priority=config.set_priority)
+        binder = Binder(dispatcher)
+        upstreams = Upstreams(config.instances, dispatcher, session, metrics, binder.poll)
+        proxy = Proxy(
+            dispatcher, binder, upstreams, session, metrics, set_priority=config.set_priority
+        )
         await upstreams.probe_all()
         router = Router("", dispatcher, upstreams, proxy, metrics)
         watchers = [upstreams.run(), router.expire_runs(), *([log.run()] if log else [])]

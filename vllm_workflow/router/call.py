@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import math
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
+from vllm_workflow.core.handover import handover
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.body import Body, with_additions
@@ -132,15 +132,8 @@ def _xargs(
         "wf_tenant": info.tenant_id,
     }
     xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
-    if math.isfinite(request.deadline):
-        xargs["wf_budget_ms"] = max(0, round(1000.0 * (request.deadline - now)))
-    xargs["wf_rest_ms"] = round(1000.0 * request.rest_s)
-    xargs["wf_service_ms"] = round(1000.0 * decision.chosen.service_s)
-    if math.isfinite(request.run_arrival_time):
-        xargs["wf_age_ms"] = max(0, round(1000.0 * (now - request.run_arrival_time)))
-    if request.attained_s > 0.0:
-        xargs["wf_attained_ms"] = round(1000.0 * request.attained_s)
-        xargs["wf_attained_path_ms"] = round(1000.0 * request.attained_path_s)
+    told = handover(request, decision, now=now)
+    xargs |= {f"wf_{name}": ms for name, ms in told._asdict().items() if ms is not None}
     if info.final:
         xargs["wf_final"] = 1
     return xargs

@@ -72,6 +72,8 @@ class InstanceConfig(_Strict):
     """Models it serves; asked of the server if empty."""
     max_num_seqs: Annotated[int, Field(ge=1)] = 128
     """As the server was started with."""
+    num_kv_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that its KV cache holds; by default those of the profile, or as datasheets say."""
     latency: LatencyConfig = LatencyConfig()
 
     @field_validator("url")
@@ -92,35 +94,35 @@ class InstanceConfig(_Strict):
         return data
 
     def build(self, models: Sequence[str] | None = None) -> Instance:
-        """Return the core's value, with `models` where the configuration names none."""
-        return Instance(
-            instance_id=self.id,
-            models=tuple(self.models or models or ()),
-            latency=self.latency_model(),
-            max_num_seqs=self.max_num_seqs,
-        )
-
-    def latency_model(self) -> LatencyModel:
-        """Return what `latency` sets, on top of the profile or of the prior from datasheets.
+        """Return the core's value, with `models` where the configuration names none.
 
         Raises:
             ConfigError: Unknown GPU or shape, or a profile that cannot be used.
         """
+        profile = self._latency_profile()
+        return Instance(
+            instance_id=self.id,
+            models=tuple(self.models or models or ()),
+            latency=self.latency.build(profile.latency) if profile else self.latency.build(),
+            max_num_seqs=self.max_num_seqs,
+            num_kv_tokens=self.num_kv_tokens or (profile.num_kv_tokens if profile else None),
+        )
+
+    def _latency_profile(self) -> LatencyProfile | None:
         if self.profile:
-            return self.latency.build(LatencyProfile.from_file(Path(self.profile)).latency)
+            return LatencyProfile.from_file(Path(self.profile))
         if not self.model_shape:
-            return self.latency.build()
-        found = catalogue.profile(
+            return None
+        return catalogue.profile(
             self.gpu, self.model_shape, tp=self.tp, weight_bits=self.weight_bits
         )
-        return self.latency.build(found.latency)
 
     @model_validator(mode="after")
     def _check(self) -> InstanceConfig:
         for name in ("tp", "weight_bits"):
             if name in self.model_fields_set and not self.model_shape:
                 raise ValueError(f"{name}: expected model_shape beside it, got none")
-        self.latency_model()
+        self.build()
         return self
 
 

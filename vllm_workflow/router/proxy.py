@@ -29,11 +29,13 @@ from vllm_workflow.router.attempt import (
     Tries,
     read_refusal,
 )
+from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import parse
 from vllm_workflow.router.call import Call, forwarded_body, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_json, error_response
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.prefixes import head_of
 from vllm_workflow.router.runs import Runs
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
@@ -59,6 +61,7 @@ class Proxy:
     def __init__(
         self,
         dispatcher: Dispatcher,
+        binder: Binder,
         upstreams: Upstreams,
         session: aiohttp.ClientSession,
         metrics: Metrics,
@@ -66,6 +69,7 @@ class Proxy:
         set_priority: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
+        self._binder = binder
         self._upstreams = upstreams
         self._session = session
         self._metrics = metrics
@@ -153,6 +157,7 @@ class Proxy:
                 ),
                 num_prompt_bytes=len(call.body.raw),
                 max_tokens=call.body.max_tokens if call.takes_xargs else 1,
+                head=head_of(call.body.members) if call.takes_xargs else (),
             )
             if call.info.expected_output_tokens is not None:
                 predicted = replace(
@@ -168,9 +173,8 @@ class Proxy:
         tries = Tries()
         while tries.may_go_on:
             try:
-                decision = self._dispatcher.submit(
+                decision = await self._binder.bind(
                     call.request,
-                    now=time.monotonic(),
                     num_prompt_bytes=len(call.body.raw),
                     exclude=tries.excluded,
                 )
@@ -199,7 +203,7 @@ class Proxy:
             yield attempt
         finally:
             outcome = attempt.outcome(time.monotonic())
-            self._dispatcher.settle(outcome)
+            self._binder.settle(outcome)
             self._metrics.settled(decision, outcome)
 
     @asynccontextmanager

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -76,8 +76,10 @@ class Upstreams:
         dispatcher: Dispatcher,
         session: aiohttp.ClientSession,
         metrics: Metrics,
+        changed: Callable[[], None],
     ) -> None:
         self._dispatcher = dispatcher
+        self._changed = changed
         self._session = session
         self._metrics = metrics
         self._upstreams = {config.id: Upstream(config) for config in configs}
@@ -161,6 +163,7 @@ class Upstreams:
         if cards and cards != upstream.cards:
             upstream.cards = cards
             self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
+            self._changed()
         elif not cards and not upstream.model_cards():
             _logger.warning(
                 "instance %s does not tell what it serves; it is sent calls for any model "
@@ -177,6 +180,7 @@ class Upstreams:
             return
         self._dispatcher.mark(upstream.config.id, healthy=healthy)
         self._metrics.healthy(upstream.config.id, healthy)
+        self._changed()
         if healthy:
             _logger.info("instance %s is healthy", upstream.config.id)
         else:

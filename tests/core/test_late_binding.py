@@ -1,0 +1,203 @@
+import math
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_request
+from vllm_workflow.core.backlog import Backlog
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.dispatcher import Dispatcher
+from vllm_workflow.core.errors import ConfigError, NoInstanceError
+from vllm_workflow.core.fleet import Instance
+from vllm_workflow.core.types import Decision
+
+LATE = PolicyConfig(late_binding=True, ordering="deadline")
+
+
+def brain(*instances: Instance, config: PolicyConfig = LATE) -> Dispatcher:
+    return dispatcher(*instances, config=config)
+
+
+def end(each: Dispatcher, decision: Decision) -> None:
+    each.settle(outcome(decision.request_id, decision.chosen.instance_id))
+
+
+def test_a_call_waits_until_a_seat_is_free() -> None:
+    each = brain(instance("a", max_num_seqs=1))
+    first = each.submit(stage_request("first"), now=0.0)
+    assert first is not None
+
+    assert each.submit(stage_request("second"), now=0.1) is None
+    assert each.poll(0.2) == []
+    end(each, first)
+
+    assert [d.request_id for d in each.poll(0.3)] == ["second"]
+    assert each.poll(0.3) == []
+
+
+def test_a_call_waits_until_the_kv_cache_has_room() -> None:
+    each = brain(instance("a", num_kv_tokens=250))
+    first = each.submit(stage_request("first"), now=0.0)
+    second = each.submit(stage_request("second"), now=0.0)
+    assert first is not None
+    assert second is not None
+
+    assert each.submit(stage_request("third"), now=0.0) is None
+    end(each, second)
+
+    assert [d.request_id for d in each.poll(1.0)] == ["third"]
+
+
+def test_the_room_that_comes_free_goes_to_the_first_in_order() -> None:
+    each = brain(instance("a", max_num_seqs=1))
+    running = each.submit(stage_request("running"), now=0.0)
+    assert running is not None
+    for name, deadline in (("late", 90.0), ("early", 30.0), ("middle", 60.0)):
+        each.submit(stage_request(name, deadline=deadline), now=0.0)
+
+    order = []
+    while running is not None:
+        end(each, running)
+        running = next(iter(each.poll(1.0)), None)
+        order.extend([running.request_id] if running else [])
+
+    assert order == ["early", "middle", "late"]
+
+
+def test_the_client_s_priority_goes_before_the_policy_s_order() -> None:
+    backlog = Backlog()
+    backlog.add(stage_request("ordinary"), 1.0, 0, ())
+    backlog.add(stage_request("favoured", priority=-1), 2.0, 0, ())
+
+    assert [w.request.request_id for w in backlog] == ["favoured", "ordinary"]
+
+
+def test_a_call_that_is_given_up_takes_nobody_s_place() -> None:
+    each = brain(instance("a", max_num_seqs=1))
+    running = each.submit(stage_request("running"), now=0.0)
+    assert running is not None
+    each.submit(stage_request("gone"), now=0.0)
+    each.submit(stage_request("next"), now=0.0)
+
+    assert each.withdraw("gone")
+    assert not each.withdraw("gone")
+    end(each, running)
+
+    assert [d.request_id for d in each.poll(1.0)] == ["next"]
+
+
+def test_a_call_that_waits_is_not_submitted_twice() -> None:
+    each = brain(instance("a", max_num_seqs=1))
+    each.submit(stage_request("running"), now=0.0)
+    each.submit(stage_request("waiting"), now=0.0)
+
+    with pytest.raises(ValueError, match="request 'waiting' is already waiting"):
+        each.submit(stage_request("waiting"), now=0.0)
+
+
+def test_a_small_call_does_not_delay_a_large_one_that_goes_first() -> None:
+    each = brain(instance("a", num_kv_tokens=1_000))
+    half = stage_request("half", num_prompt_tokens=500, expected_output_tokens=100.0)
+    running = each.submit(half, now=0.0)
+    assert running is not None
+    large = stage_request("large", deadline=9.0, num_prompt_tokens=900)
+    assert each.submit(large, now=0.0) is None
+
+    # It would still be there when the large one could start.
+    long = stage_request("long", num_prompt_tokens=10, expected_output_tokens=300.0)
+    short = stage_request("short", num_prompt_tokens=10, expected_output_tokens=5.0)
+
+    assert each.submit(long, now=0.0) is None
+    assert each.submit(short, now=0.0) is not None
+
+
+def test_a_call_waits_for_the_fast_instance_where_that_is_sooner() -> None:
+    each = brain(instance("fast", latency=FAST, max_num_seqs=1), instance("slow", latency=SLOW))
+    long = stage_request("long", expected_output_tokens=500.0)
+    short = stage_request("short", expected_output_tokens=2.0)
+    running = each.submit(short, now=0.0)
+    assert running is not None
+    assert running.chosen.instance_id == "fast"
+
+    assert each.submit(long, now=0.0) is None
+    end(each, running)
+
+    assert [d.chosen.instance_id for d in each.poll(0.1)] == ["fast"]
+
+
+def test_an_idle_instance_takes_a_call_that_is_larger_than_its_cache() -> None:
+    each = brain(instance("a", num_kv_tokens=50))
+
+    assert each.submit(stage_request("huge", num_prompt_tokens=500), now=0.0) is not None
+
+
+def test_an_instance_that_recovers_takes_what_waits() -> None:
+    each = brain(instance("a", max_num_seqs=1), instance("b", max_num_seqs=1))
+    each.mark("b", healthy=False)
+    each.submit(stage_request("running"), now=0.0)
+    assert each.submit(stage_request("waiting"), now=0.0) is None
+
+    each.mark("b", healthy=True)
+
+    assert [d.chosen.instance_id for d in each.poll(1.0)] == ["b"]
+
+
+def test_with_no_healthy_instance_there_is_nothing_to_wait_for() -> None:
+    each = brain(instance("a"))
+    each.mark("a", healthy=False)
+
+    with pytest.raises(NoInstanceError):
+        each.submit(stage_request(), now=0.0)
+
+
+def test_to_take_each_in_turn_cannot_wait() -> None:
+    with pytest.raises(ConfigError, match="late_binding: expected false with dispatch"):
+        PolicyConfig(dispatch="round-robin", late_binding=True)
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 1_500), st.floats(1.0, 400.0)), max_size=40),
+    picks=st.lists(st.integers(0, 1_000), min_size=200, max_size=200),
+)
+def test_every_call_is_bound_once_and_never_do_all_wait(
+    sizes: list[tuple[int, float]], picks: list[int]
+) -> None:
+    each = brain(
+        instance("a", max_num_seqs=3, num_kv_tokens=2_000),
+        instance("b", latency=SLOW, max_num_seqs=2, num_kv_tokens=900),
+    )
+    now, bound, live = 0.0, list[str](), list[Decision]()
+    todo = [
+        stage_request(
+            f"r{n}",
+            deadline=100.0 + 7 * (n % 5) if n % 3 else math.inf,
+            num_prompt_tokens=tokens,
+            expected_output_tokens=output,
+        )
+        for n, (tokens, output) in enumerate(sizes)
+    ]
+    for pick in picks:
+        now += 0.1
+        if todo and pick % 2:
+            decision = each.submit(todo.pop(), now=now)
+            live.extend([decision] if decision else [])
+        elif live:
+            end(each, live.pop(pick % len(live)))
+        live.extend(each.poll(now))
+        assert not each.backlog or live, "calls wait and no instance has anything to do"
+        for instance_id, seats in (("a", 3), ("b", 2)):
+            assert each.fleet.num_outstanding(instance_id) <= seats
+    while live or todo:
+        if todo:
+            decision = each.submit(todo.pop(), now=now)
+            live.extend([decision] if decision else [])
+        if live:
+            last = live.pop()
+            bound.append(last.request_id)
+            end(each, last)
+        live.extend(each.poll(now))
+
+    assert not each.backlog
+    assert each.num_in_flight == each.fleet.num_outstanding() == 0
+    assert len(set(bound)) == len(bound)

@@ -1,0 +1,116 @@
+"""The event-driven engine does exactly what a step-by-step, block-by-block one does."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.sim.builders import drive, engine_request
+from tests.sim.naive import NaiveEngine
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.ordering import ORDERING_POLICIES
+from vllm_workflow.sim.engine import EventEngine
+from vllm_workflow.sim.types import EngineRequest, PrefixPart
+
+BLOCK_SIZE = 4
+# Times that are not multiples of one another, so that no two events fall together by chance.
+_TIMES = st.integers(1, 10**6).map(lambda i: i * 1.0000193e-6)
+
+
+@st.composite
+def latencies(draw: st.DrawFn) -> LatencyModel:
+    per_token_s = draw(st.sampled_from([0.0, 1.37e-4, 1.9e-3]))
+    return LatencyModel(
+        overhead_s=draw(st.sampled_from([1.113e-3, 3.017e-3])),
+        weights_s=draw(st.sampled_from([0.0, 7.3e-3])),
+        per_token_s=per_token_s,
+        per_token_below_knee_s=per_token_s * draw(st.sampled_from([0.0, 0.45, 1.0])),
+        num_knee_tokens=draw(st.sampled_from([None, 0.0, 3.5, 12.0])),
+        per_seq_s=draw(st.sampled_from([0.0, 2.3e-4])),
+        per_kv_token_s=draw(st.sampled_from([0.0, 1.1e-6, 4.7e-5])),
+        per_prefill_kv_token_s=draw(st.sampled_from([0.0, 3.3e-7])),
+        max_num_batched_tokens=draw(st.sampled_from([3, 8, 17, 64])),
+    )
+
+
+@st.composite
+def policies(draw: st.DrawFn) -> PolicyConfig:
+    return PolicyConfig(
+        ordering=draw(st.sampled_from(sorted(ORDERING_POLICIES))),
+        preempt=draw(st.booleans()),
+        patience_s=draw(st.sampled_from([0.1, 1.0])),
+        urgent_slack_s=draw(st.sampled_from([0.0, 0.05, 0.3])),
+        preempt_margin_s=draw(st.sampled_from([0.01, 0.1])),
+        preempt_cooldown_s=draw(st.sampled_from([0.0, 0.02, 0.2])),
+        prefill_chunk_cap=draw(st.sampled_from([0, 0, 2, 5])),
+    )
+
+
+@st.composite
+def requests(draw: st.DrawFn, num_blocks: int) -> list[EngineRequest]:
+    most = (num_blocks - 1) * BLOCK_SIZE
+    found = []
+    for index in range(draw(st.integers(1, 9))):
+        now = draw(st.one_of(st.just(0.0), _TIMES)) * 0.4
+        prompt = draw(st.integers(1, most))
+        prefix, left = [], prompt
+        for name, size in draw(st.lists(st.sampled_from(PARTS), max_size=3)):
+            if size <= left:
+                prefix.append(PrefixPart(part_id=name, num_tokens=size))
+                left -= size
+        found.append(
+            engine_request(
+                f"r{index}",
+                now=now,
+                prompt=prompt,
+                output=draw(st.integers(1, min(40, most - prompt + 1))),
+                prefix=tuple(prefix),
+                deadline=now + draw(st.one_of(st.just(math.inf), _TIMES)),
+                rest_s=draw(st.sampled_from([0.0, 0.031])),
+                service_s=draw(st.sampled_from([0.0, 0.017])),
+            )
+        )
+    return found
+
+
+PARTS = [("template", 12), ("template", 13), ("schema", 9), ("schema", 4), ("hint", 2)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> tuple[object, ...]:
+    num_blocks = draw(st.sampled_from([4, 9, 16, 60]))
+    found = draw(requests(num_blocks))
+    aborts = draw(
+        st.lists(
+            st.tuples(_TIMES, st.sampled_from([r.request.request_id for r in found])), max_size=2
+        )
+    )
+    seats = draw(st.sampled_from([1, 2, 3, 16]))
+    return draw(latencies()), draw(policies()), num_blocks, seats, found, aborts
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(cases())
+def test_event_engine_equals_stepping_engine(case: tuple[object, ...]) -> None:
+    latency, config, num_blocks, seats, found, aborts = case
+    options = {"config": config, "max_num_seqs": seats, "num_kv_blocks": num_blocks}
+    fast = EventEngine("fast", latency, block_size=BLOCK_SIZE, **options)
+    naive = NaiveEngine(latency, block_size=BLOCK_SIZE, **options)
+
+    got, wanted = drive(fast, found, aborts), drive(naive, found, aborts)
+
+    assert _rows(got) == [(pytest.approx(time, rel=1e-9), *rest) for time, *rest in _rows(wanted)]
+    assert fast.pool.num_free == fast.pool.num_blocks
+    assert len(naive.pool.queue) == num_blocks - 1
+
+
+def _rows(events: list[object]) -> list[tuple[object, ...]]:
+    """Events in an order that does not depend on who comes first at one instant."""
+    rows = [
+        (e.time, e.request_id, e.kind.value, e.num_cached_tokens, e.num_preemptions) for e in events
+    ]
+    return sorted(rows, key=lambda r: (r[1], r[2]))

@@ -1,0 +1,45 @@
+"""What a router tells an engine of a call: durations, since their clocks need not agree."""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from vllm_workflow.core.types import Decision, StageRequest
+
+
+class Handover(NamedTuple):
+    """The numbers that travel with a call, in whole milliseconds; None is not sent."""
+
+    budget_ms: int | None
+    """What is left of the run's budget, 0 if that is nothing; None without a deadline."""
+    rest_ms: int
+    """Predicted work of the run after this call."""
+    service_ms: int
+    """Predicted duration of this call on the chosen instance."""
+    age_ms: int | None
+    """Since the run's first call; None if that is unknown."""
+    attained_ms: int | None
+    """Service that the run's finished calls have had, summed; None if there was none."""
+    attained_path_ms: int | None
+    """The same along the longest path of calls."""
+
+
+def handover(request: StageRequest, decision: Decision, *, now: float) -> Handover:
+    """Return what goes out with `request` at `now`, an instant on its own clock."""
+    budget_ms = age_ms = attained_ms = attained_path_ms = None
+    if math.isfinite(request.deadline):
+        budget_ms = max(0, round(1000.0 * (request.deadline - now)))
+    if math.isfinite(request.run_arrival_time):
+        age_ms = max(0, round(1000.0 * (now - request.run_arrival_time)))
+    if request.attained_s > 0.0:
+        attained_ms = round(1000.0 * request.attained_s)
+        attained_path_ms = round(1000.0 * request.attained_path_s)
+    return Handover(
+        budget_ms,
+        round(1000.0 * request.rest_s),
+        round(1000.0 * decision.chosen.service_s),
+        age_ms,
+        attained_ms,
+        attained_path_ms,
+    )

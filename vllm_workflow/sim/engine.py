@@ -1,0 +1,494 @@
+"""Level 1: one vLLM engine as a chain of events, with closed forms between them.
+
+The engine does what vLLM's V1 scheduler does: running calls first, in order, then the head of
+the queue while there are seats, tokens and KV blocks; prompts in chunks; the last of the running
+loses its blocks when they run out, and computes again. Order and seat preemption are those of
+the engine plug-in.
+
+A step with prompt tokens in it is an event of its own. Between two such steps nothing but
+decoding happens: the n-th of these steps takes `first_s + n · B · per_kv_token_s`, an
+arithmetic series, so that where a later event falls is solved for, not stepped to.
+
+Beside the approximations of `LatencyModel`: what a step decides on is known when the step
+before has ended (no asynchronous scheduling), and output ends without a look at its text.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from bisect import insort
+from collections.abc import Sequence
+from operator import attrgetter
+
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.latency import LatencyModel, prefill_attention
+from vllm_workflow.sim.live import LiveCall, Ranking, WaitingLine
+from vllm_workflow.sim.prefix_cache import BlockPool
+from vllm_workflow.sim.seats import SeatPreemption
+from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
+
+DEFAULT_BLOCK_SIZE = 16
+_BY_RANK = attrgetter("rank")
+_MAX_STEPS = 1 << 40
+
+
+class EventEngine:
+    """A `SimEngine` that costs time per event, not per step.
+
+    Args:
+        instance_id: Its name.
+        latency: Step times; `max_num_batched_tokens` is the token budget of a step.
+        config: Order, and seat preemption.
+        max_num_seqs: Calls that run side by side.
+        num_kv_blocks: As vLLM reports them. One of these holds nothing, there as here.
+        block_size: Tokens of a KV block.
+
+    Raises:
+        ConfigError: No seat, or no block.
+    """
+
+    def __init__(
+        self,
+        instance_id: str,
+        latency: LatencyModel,
+        *,
+        config: PolicyConfig | None = None,
+        max_num_seqs: int = 128,
+        num_kv_blocks: int = 1 << 20,
+        block_size: int = DEFAULT_BLOCK_SIZE,
+    ) -> None:
+        for name, value, least in (
+            ("max_num_seqs", max_num_seqs, 1),
+            ("num_kv_blocks", num_kv_blocks, 2),
+            ("block_size", block_size, 1),
+        ):
+            if value < least:
+                raise ConfigError(
+                    f"instance {instance_id!r}: {name}: expected at least {least}, got {value}"
+                )
+        config = config or PolicyConfig()
+        self.instance_id = instance_id
+        self.pool = BlockPool(num_kv_blocks - 1, block_size)
+        self._ranking = Ranking(config)
+        self._reorders = self._ranking.reorders
+        self._max_num_seqs = max_num_seqs
+        self._max_tokens = int(latency.max_num_batched_tokens)
+        self._block_size = block_size
+        self._prefill_cap = config.prefill_chunk_cap
+        self._urgent_slack_s = config.urgent_slack_s
+        self._cooldown_s = config.preempt_cooldown_s
+        self._set_latency(latency)
+        self._calls: dict[str, LiveCall] = {}
+        self._running: list[LiveCall] = []
+        self._waiting = WaitingLine()
+        self._num_aborted = 0
+        self._seats = None
+        if config.preempt:
+            self._seats = SeatPreemption(
+                config,
+                self._running,
+                self._waiting,
+                self.pool,
+                max_num_seqs,
+                self._preempt,
+                self._num_computed,
+            )
+        # Calls that decode: how many, since when, and until when, counted in decode steps.
+        self._num_decode_steps = 0
+        self._num_decoding = 0
+        self._sum_base = 0
+        self._num_by_residue = [0] * block_size
+        self._finishes: list[tuple[int, int, LiveCall]] = []
+        self._num_joined = 0
+        self._prefilling: list[LiveCall] = []
+        # The steps under way: none of them, `inf`; one with prompt tokens; or several without.
+        self._end = math.inf
+        self._start = 0.0
+        self._num_steps = 0
+        self._first_s = 0.0
+        self._growth_s = 0.0
+        self._chunks: list[LiveCall] = []
+
+    def submit(self, request: EngineRequest, now: float) -> None:
+        """Enqueue a call.
+
+        Raises:
+            ValueError: Its id is in use, or it is longer than all KV blocks together.
+        """
+        told = request.request
+        if told.request_id in self._calls:
+            raise ValueError(
+                f"instance {self.instance_id!r}: call {told.request_id!r} is there already"
+            )
+        num_tokens = request.num_prompt_tokens + max(1, request.num_output_tokens) - 1
+        if num_tokens > self.pool.num_blocks * self._block_size:
+            raise ConfigError(
+                f"instance {self.instance_id!r}: call {told.request_id!r}: expected at most "
+                f"{self.pool.num_blocks * self._block_size} tokens, which is all its KV cache "
+                f"holds, got {num_tokens}"
+            )
+        table = self.pool.table(request.prefix, request.num_prompt_tokens)
+        call = LiveCall(request, table)
+        self._ranking.place(call, told)
+        self._calls[call.request_id] = call
+        self._waiting.append(call)
+        if self._end == math.inf:
+            self._end = now
+        elif self._num_steps > 1:
+            self._cut_short(now)
+
+    def abort(self, request_id: str, now: float) -> None:
+        """Forget a call; a running one leaves at the end of the step under way."""
+        call = self._calls.pop(request_id, None)
+        if call is None:
+            return
+        if call.is_running:
+            call.is_aborted = True
+            self._num_aborted += 1
+        else:
+            self._waiting.remove(call)
+        if self._num_steps > 1:
+            self._cut_short(now)
+
+    def next_event_time(self) -> float:
+        return self._end
+
+    def advance(self, now: float) -> list[EngineEvent]:
+        events: list[EngineEvent] = []
+        while self._end <= now:
+            end = self._end
+            if self._num_steps:
+                self._complete(end, events)
+            self._begin(end)
+        return events
+
+    @property
+    def num_running(self) -> int:
+        return len(self._running)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    # The step that ends.
+
+    def _complete(self, now: float, events: list[EngineEvent]) -> None:
+        """Count the tokens of the steps that end now, and let go of calls that end with them."""
+        if self._num_steps > 1:  # the blocks of the first step were taken when it began
+            self.pool.take(self._num_blocks_for(self._num_decode_steps + 1, self._num_steps - 1))
+        self._num_decode_steps += self._num_steps
+        num_steps = self._num_decode_steps
+        done: list[LiveCall] = []
+        for call in self._chunks:
+            call.num_computed += call.chunk
+            if call.num_computed == call.prefill_end and not call.is_aborted:
+                self._prefilling.remove(call)
+                if not call.num_generated:
+                    events.append(_event(call, now, EventKind.FIRST_TOKEN))
+                call.num_generated += 1
+                if call.num_generated == call.num_output:
+                    done.append(call)
+                else:
+                    self._join_decoding(call)
+        finishes = self._finishes
+        while finishes and finishes[0][0] <= num_steps:
+            finish_at, _, call = heapq.heappop(finishes)
+            if call.is_decoding and call.finish_at == finish_at:
+                self._leave_decoding(call)
+                if not call.is_aborted:
+                    done.append(call)
+        if self._num_aborted:
+            self._drop_aborted()
+        if len(done) > 1:
+            done.sort(key=self._running.index)
+        for call in done:
+            self._running.remove(call)
+            self.pool.free(call.table, call.num_computed)
+            del self._calls[call.request_id]
+            events.append(_event(call, now, EventKind.FINISHED))
+
+    def _drop_aborted(self) -> None:
+        for call in [c for c in self._running if c.is_aborted]:
+            if call.is_decoding:
+                self._leave_decoding(call)
+            if call in self._prefilling:
+                self._prefilling.remove(call)
+            self._running.remove(call)
+            self.pool.free(call.table, call.num_computed)
+        self._num_aborted = 0
+
+    def _join_decoding(self, call: LiveCall) -> None:
+        call.is_decoding = True
+        call.base = call.num_computed - self._num_decode_steps
+        self._num_decoding += 1
+        self._sum_base += call.base
+        self._num_by_residue[call.base % self._block_size] += 1
+        self._schedule_finish(call, self._num_decode_steps + call.num_output - call.num_generated)
+
+    def _schedule_finish(self, call: LiveCall, finish_at: int) -> None:
+        call.finish_at = finish_at
+        self._num_joined += 1
+        heapq.heappush(self._finishes, (finish_at, self._num_joined, call))
+
+    def _leave_decoding(self, call: LiveCall) -> None:
+        call.num_computed = call.base + self._num_decode_steps
+        call.num_generated = call.num_output - (call.finish_at - self._num_decode_steps)
+        call.is_decoding = False
+        self._num_decoding -= 1
+        self._sum_base -= call.base
+        self._num_by_residue[call.base % self._block_size] -= 1
+
+    def _num_computed(self, call: LiveCall) -> int:
+        return call.base + self._num_decode_steps if call.is_decoding else call.num_computed
+
+    def _preempt(self, call: LiveCall) -> None:
+        """Send a running call back to the queue; what it computed is lost but for the cache."""
+        self._running.remove(call)
+        if call.is_decoding:
+            self._leave_decoding(call)
+        else:
+            self._prefilling.remove(call)
+        self.pool.free(call.table, call.num_computed, may_return=True)
+        call.prefill_end = call.num_prompt + call.num_generated
+        call.num_computed = 0
+        call.num_preemptions += 1
+        call.is_running = False
+        self._waiting.prepend(call)
+
+    # The step that begins.
+
+    def _begin(self, now: float) -> None:
+        """Make the next step, and find out how many like it follow."""
+        self._start = now
+        self._chunks = []
+        if not self._running and not self._waiting:
+            self._num_steps = 0
+            self._end = math.inf
+            return
+        seats = self._seats
+        made_room = bool(seats and self._waiting and self._running and seats.make_room(now))
+        cap = self._prefill_cap if self._prefill_cap and self._is_urgent_one_present(now) else 0
+        num_preempted, tokens_left, num_idle = self._schedule_running(now, cap)
+        if not num_preempted:
+            tokens_left = self._admit_waiting(now, tokens_left, cap)
+        is_news = bool(seats and seats.note_step(now, has_token_budget=tokens_left > 0))
+        num_decoding = self._num_decoding - num_idle
+        self._first_s = self._step_s(num_decoding)
+        self._growth_s = num_decoding * self._per_kv_token_s
+        self._num_steps = 1
+        if not (self._chunks or num_preempted or num_idle or made_room or is_news):
+            self._num_steps = self._num_steps_alike(now)
+        self._end = now + self._steps_s(self._num_steps)
+
+    def _schedule_running(self, now: float, cap: int) -> tuple[int, int, int]:
+        """Give the running calls their tokens and blocks.
+
+        Returns:
+            How many were preempted for it; tokens left of the budget; how many decoding calls
+            got none.
+        """
+        num_decoding, prefilling = self._num_decoding, self._prefilling
+        tokens_left = self._max_tokens - num_decoding
+        num_needed = self._num_by_residue[-self._num_decode_steps % self._block_size]
+        if not prefilling and tokens_left >= 0 and num_needed <= self.pool.num_free:
+            self.pool.take(num_needed)
+            return 0, tokens_left, 0
+        return self._walk_running(now, cap)
+
+    def _walk_running(self, now: float, cap: int) -> tuple[int, int, int]:
+        """`_schedule_running`, call by call."""
+        pool, running, size = self.pool, self._running, self._block_size
+        tokens_left, num_preempted, index = self._max_tokens, 0, 0
+        while index < len(running) and tokens_left > 0:
+            call = running[index]
+            if call.is_decoding:
+                num_tokens = 1
+                num_needed = 1 if (call.base + self._num_decode_steps) % size == 0 else 0
+            else:
+                num_tokens = min(call.prefill_end - call.num_computed, tokens_left)
+                if 0 < cap < num_tokens and not call.is_urgent(now, self._urgent_slack_s):
+                    num_tokens = cap
+                num_needed = -(-(call.num_computed + num_tokens) // size) - call.table.num_blocks
+            while num_needed > pool.num_free:
+                victim = running[-1]
+                self._preempt(victim)
+                num_preempted += 1
+                if victim is call:
+                    break
+            if not call.is_running:
+                break
+            if call.is_decoding:
+                pool.take(num_needed)
+            else:
+                call.chunk = num_tokens
+                pool.grow(call.table, call.num_computed + num_tokens)
+                self._chunks.append(call)
+            tokens_left -= num_tokens
+            index += 1
+        return num_preempted, tokens_left, self._skip(running[index:])
+
+    def _skip(self, calls: Sequence[LiveCall]) -> int:
+        """Let decoding calls miss the step that begins."""
+        num_idle = self._idle_base = 0
+        for call in calls:
+            if call.is_decoding:
+                num_idle += 1
+                self._num_by_residue[call.base % self._block_size] -= 1
+                call.base -= 1
+                self._sum_base -= 1
+                self._num_by_residue[call.base % self._block_size] += 1
+                self._schedule_finish(call, call.finish_at + 1)
+                self._idle_base += call.base
+        return num_idle
+
+    def _admit_waiting(self, now: float, tokens_left: int, cap: int) -> int:
+        """Take calls from the queue while there are seats, tokens and blocks."""
+        waiting, running, pool = self._waiting, self._running, self.pool
+        size = self._block_size
+        while waiting and tokens_left > 0 and len(running) < self._max_num_seqs:
+            call = waiting.head()
+            table, end = call.table, call.prefill_end
+            # At least one token is computed, whose logits give the next one.
+            hits, num_hit, num_hit_free = pool.lookup(table, (end - 1) // size)
+            if -(-end // size) - num_hit + num_hit_free > pool.num_free:
+                break
+            waiting.pop()
+            num_tokens = min(end - num_hit * size, tokens_left)
+            if 0 < cap < num_tokens and not call.is_urgent(now, self._urgent_slack_s):
+                num_tokens = cap
+            pool.touch(table, hits, num_hit)
+            call.num_computed = num_hit * size
+            call.chunk = num_tokens
+            pool.grow(table, call.num_computed + num_tokens)
+            tokens_left -= num_tokens
+            self._seat(call, now)
+        return tokens_left
+
+    def _seat(self, call: LiveCall, now: float) -> None:
+        if call.was_admitted:
+            call.protected_until = now + self._cooldown_s
+        else:
+            call.num_cached = call.num_computed
+            call.was_admitted = True
+        call.is_running = True
+        self._chunks.append(call)
+        self._prefilling.append(call)
+        if self._reorders:
+            insort(self._running, call, key=_BY_RANK)
+        else:
+            self._running.append(call)
+
+    def _is_urgent_one_present(self, now: float) -> bool:
+        calls = self._running[:1]
+        if self._waiting:
+            calls.append(self._waiting.head())
+        return any(call.is_urgent(now, self._urgent_slack_s) for call in calls)
+
+    # How long it takes.
+
+    def _set_latency(self, latency: LatencyModel) -> None:
+        self._fixed_s = latency.overhead_s + latency.weights_s
+        self._below_s = latency.per_token_below_knee_s
+        self._above_s = latency.per_token_s - latency.per_token_below_knee_s
+        self._knee = latency.knee_tokens
+        self._per_seq_s = latency.per_seq_s
+        self._per_kv_token_s = latency.per_kv_token_s
+        self._per_prefill_kv_token_s = latency.per_prefill_kv_token_s
+        self._idle_base = 0
+
+    def _step_s(self, num_decoding: int) -> float:
+        """Seconds of the step that begins; `LatencyModel.step_s` without its calls."""
+        context = self._sum_base + num_decoding * (self._num_decode_steps + 1)
+        if self._idle_base:
+            context -= self._idle_base
+            self._idle_base = 0
+        num_tokens = num_decoding
+        attention = 0.0
+        for call in self._chunks:
+            num_tokens += call.chunk
+            attention += prefill_attention(call.chunk, call.num_computed)
+        step_s = (
+            self._fixed_s
+            + num_tokens * self._below_s
+            + num_decoding * self._per_seq_s
+            + context * self._per_kv_token_s
+            + attention * self._per_prefill_kv_token_s
+        )
+        if num_tokens > self._knee:
+            step_s += (num_tokens - self._knee) * self._above_s
+        return step_s
+
+    def _steps_s(self, num_steps: int) -> float:
+        """Seconds of the first steps from `_start` on."""
+        return num_steps * self._first_s + 0.5 * num_steps * (num_steps - 1) * self._growth_s
+
+    def _num_steps_until(self, time: float) -> int:
+        """Steps from `_start` on until the first that ends at `time` or later, at least 1."""
+        wanted_s = time - self._start
+        if wanted_s <= self._first_s:
+            return 1
+        if wanted_s == math.inf:
+            return _MAX_STEPS
+        half = 0.5 * self._growth_s
+        b = self._first_s - half
+        # half n² + b n = wanted_s, in the form that is stable for a small `half`.
+        num_steps = max(1, math.ceil(2 * wanted_s / (b + math.sqrt(b * b + 4 * half * wanted_s))))
+        while self._start + self._steps_s(num_steps) < time:
+            num_steps += 1
+        while num_steps > 1 and self._start + self._steps_s(num_steps - 1) >= time:
+            num_steps -= 1
+        return num_steps
+
+    def _cut_short(self, now: float) -> None:
+        """Let the steps under way end with the one that `now` falls into."""
+        num_steps = self._num_steps_until(now)
+        if num_steps < self._num_steps:
+            self._num_steps = num_steps
+            self._end = self._start + self._steps_s(num_steps)
+
+    def _num_steps_alike(self, now: float) -> int:
+        """Steps until a call ends, KV blocks run out, or a waiting call becomes urgent."""
+        finishes = self._finishes
+        while not (finishes[0][2].is_decoding and finishes[0][2].finish_at == finishes[0][0]):
+            heapq.heappop(finishes)
+        num_steps = finishes[0][0] - self._num_decode_steps
+        if self._num_decoding * (num_steps // self._block_size + 1) > self.pool.num_free:
+            num_steps = min(num_steps, self._num_steps_with_blocks(num_steps))
+        if self._seats and self._waiting and num_steps > 1:
+            until = self._seats.quiet_until(now)
+            if until < self._start + self._steps_s(num_steps):
+                num_steps = min(num_steps, self._num_steps_until(until))
+        return num_steps
+
+    def _num_steps_with_blocks(self, num_steps: int) -> int:
+        """Steps that the free blocks last for; those of the first step are taken already."""
+        num_free, step = self.pool.num_free, 1
+        num_cycles = min(num_free // self._num_decoding, num_steps // self._block_size)
+        num_free -= num_cycles * self._num_decoding
+        step += num_cycles * self._block_size
+        while step < num_steps:
+            num_free -= self._num_by_residue[-(self._num_decode_steps + step) % self._block_size]
+            if num_free < 0:
+                break
+            step += 1
+        return step
+
+    def _num_blocks_for(self, from_step: int, num_steps: int) -> int:
+        """Blocks that the decoding calls begin in some steps."""
+        num_cycles, num_further = divmod(num_steps, self._block_size)
+        num_blocks = num_cycles * self._num_decoding
+        for step in range(from_step, from_step + num_further):
+            num_blocks += self._num_by_residue[-step % self._block_size]
+        return num_blocks
+
+
+def _event(call: LiveCall, now: float, kind: EventKind) -> EngineEvent:
+    return EngineEvent(
+        time=now,
+        request_id=call.request_id,
+        kind=kind,
+        num_cached_tokens=call.num_cached,
+        num_preemptions=call.num_preemptions,
+    )

@@ -1,0 +1,159 @@
+"""One call inside the level 1 engine, and the waiting line."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import math
+
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.deadline import slack_s
+from vllm_workflow.core.types import StageRequest
+from vllm_workflow.sim.prefix_cache import BlockTable
+from vllm_workflow.sim.types import EngineRequest
+
+
+class LiveCall:
+    """What the engine keeps of a call from `submit` to its end."""
+
+    __slots__ = (
+        "base",
+        "chunk",
+        "deadline",
+        "finish_at",
+        "is_aborted",
+        "is_decoding",
+        "is_running",
+        "key",
+        "latest_start",
+        "num_cached",
+        "num_computed",
+        "num_generated",
+        "num_output",
+        "num_preemptions",
+        "num_prompt",
+        "num_seats_lost",
+        "prefill_end",
+        "protected_until",
+        "rank",
+        "request_id",
+        "table",
+        "was_admitted",
+    )
+
+    def __init__(self, request: EngineRequest, table: BlockTable) -> None:
+        self.request_id = request.request.request_id
+        self.deadline = request.request.deadline
+        self.num_prompt = request.num_prompt_tokens
+        self.num_output = max(1, request.num_output_tokens)
+        self.table = table
+        self.key = 0.0
+        """Rank among the waiting calls."""
+        self.latest_start = 0.0
+        """Instant at which its slack is zero."""
+        self.rank = 0.0
+        """Place among the running calls; the last is the first to lose its blocks."""
+        self.num_generated = 0
+        """Output tokens; while it decodes, as of when that began."""
+        self.prefill_end = self.num_prompt
+        """Tokens to compute before the next output token; a preempted call computes its own
+        output again."""
+        self.num_computed = 0
+        """Of them; while it decodes, see `base`."""
+        self.chunk = 0
+        """Tokens that the present step computes of its prefill."""
+        self.base = 0
+        """While it decodes: computed tokens minus the engine's count of decode steps."""
+        self.finish_at = 0
+        """While it decodes: count of decode steps at which it ends."""
+        self.num_cached = 0
+        self.num_preemptions = 0
+        self.num_seats_lost = 0
+        """Preemptions in favour of a more urgent call."""
+        self.protected_until = -math.inf
+        self.was_admitted = False
+        self.is_running = False
+        self.is_decoding = False
+        self.is_aborted = False
+
+    def is_urgent(self, now: float, urgent_slack_s: float) -> bool:
+        """Whether it has little slack and a deadline that is still ahead."""
+        return now < self.deadline < math.inf and self.latest_start - now < urgent_slack_s
+
+    def urgent_from(self, now: float, urgent_slack_s: float) -> float:
+        """Instant after which it will be urgent, for one that is not; `inf` for never."""
+        if self.deadline <= now or self.deadline == math.inf:
+            return math.inf
+        return self.latest_start - urgent_slack_s
+
+
+class Ranking:
+    """Gives calls their places, as the engine plug-in does."""
+
+    __slots__ = ("_by_slack", "_ordering", "_patience_s", "reorders")
+
+    def __init__(self, config: PolicyConfig) -> None:
+        self._ordering = config.build_ordering()
+        self._by_slack = config.preempt
+        self._patience_s = config.patience_s
+        self.reorders = config.preempt or config.ordering != "fcfs"
+        """False: vLLM's own order, in the queue and among the running."""
+
+    def place(self, call: LiveCall, request: StageRequest) -> None:
+        """Set what a call is ranked by, waiting and running."""
+        key = self._ordering.key(request)
+        call.key = request.arrival_time if math.isnan(key) else key
+        call.latest_start = self._latest_start(request)
+        call.rank = call.latest_start if self._by_slack else call.key
+
+    def _latest_start(self, request: StageRequest) -> float:
+        deadline = request.deadline
+        if deadline == math.inf:
+            deadline = request.arrival_time + self._patience_s
+        return slack_s(
+            deadline=deadline, now=0.0, finish_s=request.service_s, rest_s=request.rest_s
+        )
+
+
+class WaitingLine:
+    """Smallest key first, first come first served among equals; a preempted call goes before
+    its equals."""
+
+    __slots__ = ("_back", "_front", "_heap", "_places")
+
+    def __init__(self) -> None:
+        self._heap: list[tuple[float, int, LiveCall]] = []
+        self._places: dict[str, int] = {}
+        self._back = itertools.count()
+        self._front = itertools.count(-1, -1)
+
+    def append(self, call: LiveCall) -> None:
+        self._push(call, next(self._back))
+
+    def prepend(self, call: LiveCall) -> None:
+        self._push(call, next(self._front))
+
+    def head(self) -> LiveCall:
+        heap = self._heap
+        while self._places.get(heap[0][2].request_id) != heap[0][1]:
+            heapq.heappop(heap)
+        return heap[0][2]
+
+    def pop(self) -> None:
+        """Take the head away."""
+        del self._places[self.head().request_id]
+        heapq.heappop(self._heap)
+
+    def remove(self, call: LiveCall) -> None:
+        self._places.pop(call.request_id, None)
+
+    def first(self, n: int) -> list[LiveCall]:
+        live = (e for e in self._heap if self._places.get(e[2].request_id) == e[1])
+        return [entry[2] for entry in heapq.nsmallest(n, live)]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def _push(self, call: LiveCall, place: int) -> None:
+        self._places[call.request_id] = place
+        heapq.heappush(self._heap, (call.key, place, call))

@@ -1,0 +1,507 @@
+"""Runs go through the router's dispatcher to engines in virtual time.
+
+Every decision is made by `core.Dispatcher`, on what a router would know when it decides: calls
+become known as those before them end, lengths as they are counted. True lengths reach the
+engines only. The loop is the same whatever the engines are, see `SimEngine`.
+"""
+
+from __future__ import annotations
+
+import math
+import time as clock
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.dispatcher import Dispatcher
+from vllm_workflow.core.errors import ConfigError, NoInstanceError
+from vllm_workflow.core.events import Record
+from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.core.handover import handover
+from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.core.workflow import WorkflowProfile
+from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
+from vllm_workflow.sim.kernel import Kernel
+from vllm_workflow.sim.types import (
+    EngineEvent,
+    EngineRequest,
+    EventKind,
+    SimEngine,
+    TraceCall,
+    TraceRun,
+)
+
+_BYTES_PER_TOKEN = 4.0
+"""Of prompts; the dispatcher starts from the same guess and learns from what is counted."""
+_FIRST, _THEN, _ENGINE = 0, 1, 2
+"""Priorities at one instant: outages, then calls, then steps, which see all calls of it."""
+
+LengthHint = Callable[[TraceRun, TraceCall], float]
+"""Output tokens that a client announces for a call, right or wrong."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Outage:
+    """An instance is gone for a while: its calls are lost, its clients make them again."""
+
+    instance_id: str
+    start_s: float
+    end_s: float = math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CallResult:
+    """What became of one call; instants, `nan` for what did not happen."""
+
+    run_id: str
+    call_id: str
+    stage: str
+    instance_id: str
+    """Of the last attempt."""
+    submit_time: float
+    """When the client made it."""
+    first_token_time: float = math.nan
+    end_time: float = math.nan
+    num_prompt_tokens: int
+    num_output_tokens: int
+    num_cached_tokens: int = 0
+    num_preemptions: int = 0
+    num_attempts: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunResult:
+    """What became of one run."""
+
+    run_id: str
+    workflow: str
+    tenant: str
+    arrival_time: float
+    end_time: float
+    """`nan` if it did not end."""
+    slo_s: float | None
+    num_calls: int
+
+    @property
+    def finished(self) -> bool:
+        return not math.isnan(self.end_time)
+
+    @property
+    def latency_s(self) -> float:
+        """End to end; `inf` if it did not end."""
+        return self.end_time - self.arrival_time if self.finished else math.inf
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SimResult:
+    """What a simulation came to."""
+
+    runs: tuple[RunResult, ...]
+    """All that arrived, in order of arrival."""
+    calls: tuple[CallResult, ...]
+    """All that were made, in that order."""
+    end_time: float
+    """Of the last thing that happened."""
+    policy: str
+    """Its fingerprint."""
+    decision_us: tuple[float, ...] = ()
+    """Real microseconds of each decision, if asked for; the only part that differs from one
+    simulation to the next."""
+
+
+def simulate(
+    runs: Sequence[TraceRun],
+    fleet: Sequence[SimInstance],
+    policy: PolicyConfig | None = None,
+    *,
+    arrivals: Sequence[float] | None = None,
+    engines: EngineFactory = event_engine,
+    workflows: Iterable[WorkflowProfile] = (),
+    hint: LengthHint | None = None,
+    outages: Iterable[Outage] = (),
+    until_s: float = math.inf,
+    record: Record | None = None,
+    time_decisions: bool = False,
+) -> SimResult:
+    """Simulate `runs` on `fleet`. Equal arguments give equal results.
+
+    Args:
+        runs: With an `arrival_s` each, unless `arrivals` are given.
+        fleet: At least one instance.
+        policy: Of router and engines.
+        arrivals: Instants, one per run.
+        engines: Makes each instance's engine; level 1 by default.
+        workflows: Declared to the router.
+        hint: Lengths that clients announce; by default none, the router learns them.
+        outages: Instances that go, and come back.
+        until_s: Instant at which to stop; what has not ended by then is unfinished.
+        record: Gets the dispatcher's log.
+        time_decisions: Fill in `SimResult.decision_us`.
+
+    Raises:
+        ConfigError: Runs without arrivals, two of one name, an outage of an unknown instance,
+            or a call longer than an engine's KV cache.
+    """
+    simulation = _Simulation(
+        fleet,
+        policy or PolicyConfig(),
+        engines=engines,
+        workflows=workflows,
+        hint=hint,
+        record=record,
+        time_decisions=time_decisions,
+    )
+    simulation.announce(_arriving(runs, arrivals), outages)
+    simulation.kernel.run(until_s)
+    return simulation.result()
+
+
+def _arriving(
+    runs: Sequence[TraceRun], arrivals: Sequence[float] | None
+) -> list[tuple[float, TraceRun]]:
+    if arrivals is not None and len(arrivals) != len(runs):
+        raise ConfigError(f"arrivals: expected one per run, {len(runs)}, got {len(arrivals)}")
+    times = arrivals if arrivals is not None else [run.arrival_s for run in runs]
+    arriving = []
+    for time, run in zip(times, runs):
+        if time is None or not 0.0 <= time < math.inf:
+            raise ConfigError(f"run {run.run_id!r}: expected an arrival from 0 s on, got {time!r}")
+        arriving.append((time, run))
+    if len({run.run_id for run in runs}) != len(runs):
+        raise ConfigError("runs: expected each run_id once, got one twice")
+    return arriving
+
+
+class _Run:
+    """A run under way: what of it has been revealed."""
+
+    __slots__ = ("arrival_time", "end_time", "final", "missing", "num_open", "then", "trace")
+
+    def __init__(self, trace: TraceRun, now: float) -> None:
+        self.trace = trace
+        self.arrival_time = now
+        self.end_time = math.nan
+        self.num_open = len(trace.calls)
+        self.missing: dict[str, int] = {}
+        """Calls yet to end before a call is made."""
+        self.then: dict[str, list[TraceCall]] = {}
+        for call in trace.calls:
+            self.missing[call.call_id] = len(call.after)
+            for before in call.after:
+                self.then.setdefault(before, []).append(call)
+        self.final = _announced_as_final(trace, self.then)
+
+    @property
+    def deadline(self) -> float:
+        slo_s = self.trace.slo_s
+        return math.inf if slo_s is None else self.arrival_time + slo_s
+
+
+def _announced_as_final(trace: TraceRun, then: dict[str, list[TraceCall]]) -> str:
+    """Id of the call that the client can tell is the last one: its stage says so.
+
+    That is, nothing runs beside it, and its stage has not occurred before in the run: of a
+    loop nobody knows which round is the last.
+    """
+    last = trace.calls[-1]
+    open_ends = [c for c in trace.calls if c.call_id not in then]
+    if len(open_ends) == 1 and sum(c.stage == last.stage for c in trace.calls) == 1:
+        return last.call_id
+    return ""
+
+
+class _Call:
+    """A call that has been made."""
+
+    __slots__ = (
+        "end_time",
+        "first_token_time",
+        "instance",
+        "num_attempts",
+        "num_cached",
+        "num_preemptions",
+        "request",
+        "run",
+        "sent_time",
+        "submit_time",
+        "trace",
+    )
+
+    def __init__(self, run: _Run, trace: TraceCall, now: float) -> None:
+        self.run = run
+        self.trace = trace
+        self.submit_time = now
+        self.sent_time = math.nan
+        self.first_token_time = math.nan
+        self.end_time = math.nan
+        self.instance = -1
+        self.num_attempts = 0
+        self.num_cached = 0
+        self.num_preemptions = 0
+        self.request: StageRequest | None = None
+
+
+class _Simulation:
+    """The loop, and what it keeps track of."""
+
+    def __init__(
+        self,
+        fleet: Sequence[SimInstance],
+        policy: PolicyConfig,
+        *,
+        engines: EngineFactory,
+        workflows: Iterable[WorkflowProfile],
+        hint: LengthHint | None,
+        record: Record | None,
+        time_decisions: bool,
+    ) -> None:
+        self.kernel = Kernel()
+        self._policy = policy
+        ledger = Fleet()
+        self._engines: list[SimEngine] = []
+        self._index: dict[str, int] = {}
+        for each in fleet:
+            if each.instance.instance_id in self._index:
+                raise ConfigError(f"fleet: {each.instance.instance_id!r} is there twice")
+            self._index[each.instance.instance_id] = len(self._engines)
+            ledger.add(each.instance)
+            self._engines.append(engines(each, policy))
+        if not self._engines:
+            raise ConfigError("fleet: expected at least one instance, got none")
+        self._dispatcher = Dispatcher(ledger, policy, workflows, record)
+        self._wakes = [math.inf] * len(self._engines)
+        self._hint = hint
+        self._runs: list[_Run] = []
+        self._calls: list[_Call] = []
+        self._in_flight: dict[str, _Call] = {}
+        self._stranded: list[_Call] = []
+        self._decision_us: list[float] | None = [] if time_decisions else None
+
+    def announce(
+        self, arriving: Iterable[tuple[float, TraceRun]], outages: Iterable[Outage]
+    ) -> None:
+        """Put everything on the calendar that does not depend on what happens."""
+        for time, run in arriving:
+            self.kernel.at(time, self._arrive, run, priority=_THEN)
+        for outage in outages:
+            index = self._index.get(outage.instance_id)
+            if index is None:
+                raise ConfigError(
+                    f"outage: expected one of {sorted(self._index)}, got {outage.instance_id!r}"
+                )
+            self.kernel.at(outage.start_s, self._go_down, index, priority=_FIRST)
+            if outage.end_s < math.inf:
+                self.kernel.at(outage.end_s, self._come_back, index, priority=_FIRST)
+
+    def result(self) -> SimResult:
+        ids = [engine.instance_id for engine in self._engines]
+        return SimResult(
+            runs=tuple(_run_result(run) for run in self._runs),
+            calls=tuple(_call_result(call, ids) for call in self._calls),
+            end_time=self.kernel.now,
+            policy=self._policy.fingerprint,
+            decision_us=tuple(self._decision_us or ()),
+        )
+
+    # A run goes on.
+
+    def _arrive(self, trace: TraceRun) -> None:
+        run = _Run(trace, self.kernel.now)
+        self._runs.append(run)
+        for call in trace.calls:
+            if not call.after:
+                self._reveal(run, call)
+        if not trace.calls:
+            run.end_time = self.kernel.now
+
+    def _reveal(self, run: _Run, trace: TraceCall) -> None:
+        if trace.gap_s > 0.0:
+            self.kernel.at(
+                self.kernel.now + trace.gap_s, self._make_later, (run, trace), priority=_THEN
+            )
+        else:
+            self._make(run, trace)
+
+    def _make_later(self, value: tuple[_Run, TraceCall]) -> None:
+        self._make(*value)
+
+    def _make(self, run: _Run, trace: TraceCall) -> None:
+        """The client makes a call: all that the router will know of it is in its request."""
+        now = self.kernel.now
+        call = _Call(run, trace, now)
+        self._calls.append(call)
+        of = run.trace
+        call.request = StageRequest(
+            request_id=f"{of.run_id}/{trace.call_id}",
+            arrival_time=now,
+            workflow_id=of.run_id,
+            workflow=of.workflow,
+            stage=trace.stage,
+            tenant_id=of.tenant,
+            deadline=run.deadline,
+            run_arrival_time=run.arrival_time,
+            final=trace.call_id == run.final,
+        )
+        self._decide(call)
+
+    # A call goes through the router.
+
+    def _decide(self, call: _Call) -> None:
+        """Have the dispatcher bind a call; the one place to change when it may wait there."""
+        begin = clock.perf_counter()
+        trace = call.trace
+        num_bytes = int(trace.num_prompt_tokens * _BYTES_PER_TOKEN)
+        assert call.request is not None
+        request = self._dispatcher.predict(
+            call.request, num_prompt_bytes=num_bytes, max_tokens=None
+        )
+        if self._hint is not None:
+            expected = max(1.0, self._hint(call.run.trace, trace))
+            request = replace(request, expected_output_tokens=expected)
+        try:
+            decision = self._dispatcher.submit(
+                request, now=self.kernel.now, num_prompt_bytes=num_bytes
+            )
+        except NoInstanceError:
+            self._stranded.append(call)
+            return
+        if self._decision_us is not None:
+            self._decision_us.append(1e6 * (clock.perf_counter() - begin))
+        self._send(call, request, decision)
+
+    def _send(self, call: _Call, request: StageRequest, decision: Decision) -> None:
+        """Forward a call to its instance, with what the engine plug-in would read of it."""
+        now = self.kernel.now
+        told = handover(request, decision, now=now)
+        trace = call.trace
+        index = self._index[decision.chosen.instance_id]
+        call.instance = index
+        call.sent_time = now
+        call.num_attempts += 1
+        self._in_flight[request.request_id] = call
+        engine = self._engines[index]
+        engine.submit(
+            EngineRequest(
+                request=StageRequest(
+                    request_id=request.request_id,
+                    arrival_time=now,
+                    workflow_id=request.workflow_id,
+                    workflow=request.workflow,
+                    stage=request.stage,
+                    tenant_id=request.tenant_id,
+                    deadline=math.inf if told.budget_ms is None else now + told.budget_ms / 1e3,
+                    run_arrival_time=math.nan if told.age_ms is None else now - told.age_ms / 1e3,
+                    attained_s=(told.attained_ms or 0) / 1e3,
+                    attained_path_s=(told.attained_path_ms or 0) / 1e3,
+                    rest_s=told.rest_ms / 1e3,
+                    service_s=told.service_ms / 1e3,
+                    num_prompt_tokens=trace.num_prompt_tokens,
+                    final=request.final,
+                ),
+                num_prompt_tokens=trace.num_prompt_tokens,
+                num_output_tokens=trace.num_output_tokens,
+                prefix=trace.prefix,
+            ),
+            now,
+        )
+        self._wake_up(index, engine)
+
+    # An engine goes on.
+
+    def _wake_up(self, index: int, engine: SimEngine) -> None:
+        time = engine.next_event_time()
+        if time != self._wakes[index]:
+            self._wakes[index] = time
+            if time < math.inf:
+                self.kernel.at(time, self._advance, index, priority=_ENGINE)
+
+    def _advance(self, index: int) -> None:
+        now = self.kernel.now
+        if self._wakes[index] != now:
+            return  # it has been told something since this was announced
+        engine = self._engines[index]
+        self._wakes[index] = math.nan
+        for event in engine.advance(now):
+            if event.kind is EventKind.FINISHED:
+                self._finish(event)
+            else:
+                self._in_flight[event.request_id].first_token_time = event.time
+        self._wake_up(index, engine)
+
+    def _finish(self, event: EngineEvent) -> None:
+        call = self._in_flight.pop(event.request_id)
+        call.end_time = event.time
+        call.num_cached = event.num_cached_tokens
+        call.num_preemptions = event.num_preemptions
+        trace, run = call.trace, call.run
+        self._dispatcher.settle(
+            Outcome(
+                request_id=event.request_id,
+                instance_id=self._engines[call.instance].instance_id,
+                ok=True,
+                ttft_s=call.first_token_time - call.sent_time,
+                e2el_s=event.time - call.sent_time,
+                num_prompt_tokens=trace.num_prompt_tokens,
+                num_cached_tokens=event.num_cached_tokens,
+                num_output_tokens=trace.num_output_tokens,
+            )
+        )
+        run.num_open -= 1
+        if not run.num_open:
+            run.end_time = event.time
+        for child in run.then.get(trace.call_id, ()):
+            run.missing[child.call_id] -= 1
+            if not run.missing[child.call_id]:
+                self._reveal(run, child)
+
+    # An instance goes and comes back.
+
+    def _go_down(self, index: int) -> None:
+        engine = self._engines[index]
+        self._dispatcher.mark(engine.instance_id, healthy=False)
+        lost = [(i, call) for i, call in self._in_flight.items() if call.instance == index]
+        for request_id, _ in lost:
+            engine.abort(request_id, self.kernel.now)
+            del self._in_flight[request_id]
+            self._dispatcher.settle(
+                Outcome(request_id=request_id, instance_id=engine.instance_id, ok=False)
+            )
+        self._wake_up(index, engine)
+        for _, call in lost:
+            call.first_token_time = math.nan
+            self._decide(call)
+
+    def _come_back(self, index: int) -> None:
+        self._dispatcher.mark(self._engines[index].instance_id, healthy=True)
+        stranded, self._stranded = self._stranded, []
+        for call in stranded:
+            self._decide(call)
+
+
+def _run_result(run: _Run) -> RunResult:
+    return RunResult(
+        run_id=run.trace.run_id,
+        workflow=run.trace.workflow,
+        tenant=run.trace.tenant,
+        arrival_time=run.arrival_time,
+        end_time=run.end_time,
+        slo_s=run.trace.slo_s,
+        num_calls=len(run.trace.calls),
+    )
+
+
+def _call_result(call: _Call, instance_ids: Sequence[str]) -> CallResult:
+    return CallResult(
+        run_id=call.run.trace.run_id,
+        call_id=call.trace.call_id,
+        stage=call.trace.stage,
+        instance_id=instance_ids[call.instance] if call.num_attempts else "",
+        submit_time=call.submit_time,
+        first_token_time=call.first_token_time,
+        end_time=call.end_time,
+        num_prompt_tokens=call.trace.num_prompt_tokens,
+        num_output_tokens=call.trace.num_output_tokens,
+        num_cached_tokens=call.num_cached,
+        num_preemptions=call.num_preemptions,
+        num_attempts=call.num_attempts,
+    )

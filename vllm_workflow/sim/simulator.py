@@ -40,6 +40,8 @@ _FIRST, _THEN, _ENGINE = 0, 1, 2
 
 LengthHint = Callable[[TraceRun, TraceCall], float]
 """Output tokens that a client announces for a call, right or wrong."""
+RestHint = Callable[[TraceRun, TraceCall], float]
+"""Seconds of the run's work after a call, in the place of what the profile says."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -121,6 +123,7 @@ def simulate(
     engines: EngineFactory = event_engine,
     workflows: Iterable[WorkflowProfile] = (),
     hint: LengthHint | None = None,
+    rest: RestHint | None = None,
     outages: Iterable[Outage] = (),
     until_s: float = math.inf,
     record: Record | None = None,
@@ -136,6 +139,7 @@ def simulate(
         engines: Makes each instance's engine; level 1 by default.
         workflows: Declared to the router.
         hint: Lengths that clients announce; by default none, the router learns them.
+        rest: Work left that somebody knows; by default nobody, the router predicts it.
         outages: Instances that go, and come back.
         until_s: Instant at which to stop; what has not ended by then is unfinished.
         record: Gets the dispatcher's log.
@@ -151,6 +155,7 @@ def simulate(
         engines=engines,
         workflows=workflows,
         hint=hint,
+        rest=rest,
         record=record,
         time_decisions=time_decisions,
     )
@@ -271,6 +276,7 @@ class _Simulation:
         engines: EngineFactory,
         workflows: Iterable[WorkflowProfile],
         hint: LengthHint | None,
+        rest: RestHint | None,
         record: Record | None,
         time_decisions: bool,
     ) -> None:
@@ -291,6 +297,7 @@ class _Simulation:
         self._wakes = [math.inf] * len(self._engines)
         self._binds_late = policy.late_binding
         self._hint = hint
+        self._rest = rest
         self._runs: list[_Run] = []
         self._calls: list[_Call] = []
         self._in_flight: dict[str, _Call] = {}
@@ -387,6 +394,8 @@ class _Simulation:
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))
             request = replace(request, expected_output_tokens=expected)
+        if self._rest is not None:
+            request = replace(request, rest_s=self._rest(call.run.trace, trace))
         call.predicted = request
         self._bound_later[request.request_id] = call
         try:

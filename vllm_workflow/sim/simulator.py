@@ -299,14 +299,19 @@ class _Simulation:
         self._stranded: list[_Call] = []
         """Calls that no healthy instance was there for."""
         self._heads = _Heads()
+        self._max_tokens: dict[tuple[str, str], int] = {}
+        """What clients bound the answers of a stage by: the longest that the trace has."""
         self._decision_us: list[float] | None = [] if time_decisions else None
 
     def announce(
-        self, arriving: Iterable[tuple[float, TraceRun]], outages: Iterable[Outage]
+        self, arriving: Sequence[tuple[float, TraceRun]], outages: Iterable[Outage]
     ) -> None:
         """Put everything on the calendar that does not depend on what happens."""
         for time, run in arriving:
             self.kernel.at(time, self._arrive, run, _THEN)
+            for call in run.calls:
+                key = run.workflow, call.stage
+                self._max_tokens[key] = max(self._max_tokens.get(key, 1), call.num_output_tokens)
         for outage in outages:
             index = self._index.get(outage.instance_id)
             if index is None:
@@ -376,7 +381,7 @@ class _Simulation:
         request = dispatcher.predict(
             call.request,
             num_prompt_bytes=num_bytes,
-            max_tokens=None,
+            max_tokens=self._max_tokens[call.run.trace.workflow, trace.stage],
             head=self._heads.of(trace.prefix) if trace.prefix else (),
         )
         if self._hint is not None:

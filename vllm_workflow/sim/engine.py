@@ -179,20 +179,8 @@ class EventEngine:
         """Count the tokens of the steps that end now, and let go of calls that end with them."""
         if self._num_steps > 1:  # the blocks of the first step were taken when it began
             self.pool.take(self._num_blocks_for(self._num_decode_steps + 1, self._num_steps - 1))
-        self._num_decode_steps += self._num_steps
-        num_steps = self._num_decode_steps
-        done: list[LiveCall] = []
-        for call in self._chunks:
-            call.num_computed += call.chunk
-            if call.num_computed == call.prefill_end and not call.is_aborted:
-                self._prefilling.remove(call)
-                if not call.num_generated:
-                    events.append(_event(call, now, EventKind.FIRST_TOKEN))
-                call.num_generated += 1
-                if call.num_generated == call.num_output:
-                    done.append(call)
-                else:
-                    self._join_decoding(call)
+        self._num_decode_steps = num_steps = self._num_decode_steps + self._num_steps
+        done = self._complete_prefills(now, events) if self._chunks else []
         finishes = self._finishes
         while finishes and finishes[0][0] <= num_steps:
             finish_at, _, call = heapq.heappop(finishes)
@@ -209,6 +197,22 @@ class EventEngine:
             self.pool.free(call.table, call.num_computed)
             del self._calls[call.request_id]
             events.append(_event(call, now, EventKind.FINISHED))
+
+    def _complete_prefills(self, now: float, events: list[EngineEvent]) -> list[LiveCall]:
+        """Count the prompt tokens of the step that ends; return the calls of one output token."""
+        done: list[LiveCall] = []
+        for call in self._chunks:
+            call.num_computed += call.chunk
+            if call.num_computed == call.prefill_end and not call.is_aborted:
+                self._prefilling.remove(call)
+                if not call.num_generated:
+                    events.append(_event(call, now, EventKind.FIRST_TOKEN))
+                call.num_generated += 1
+                if call.num_generated == call.num_output:
+                    done.append(call)
+                else:
+                    self._join_decoding(call)
+        return done
 
     def _drop_aborted(self) -> None:
         for call in [c for c in self._running if c.is_aborted]:
@@ -462,9 +466,11 @@ class EventEngine:
         while not (finishes[0][2].is_decoding and finishes[0][2].finish_at == finishes[0][0]):
             heapq.heappop(finishes)
         num_steps = finishes[0][0] - self._num_decode_steps
+        if num_steps == 1:
+            return 1
         if self._num_decoding * (num_steps // self._block_size + 1) > self.pool.num_free:
             num_steps = min(num_steps, self._num_steps_with_blocks(num_steps))
-        if self._seats and self._queued and num_steps > 1:
+        if self._seats and self._queued:
             until = self._seats.quiet_until(now)
             if until < self._start + self._steps_s(num_steps):
                 num_steps = min(num_steps, self._num_steps_until(until))
@@ -485,18 +491,18 @@ class EventEngine:
 
     def _num_blocks_for(self, from_step: int, num_steps: int) -> int:
         """Blocks that the decoding calls begin in some steps."""
-        num_cycles, num_further = divmod(num_steps, self._block_size)
+        num_by_residue, size = self._num_by_residue, self._block_size
+        num_cycles, num_further = divmod(num_steps, size)
         num_blocks = num_cycles * self._num_decoding
-        for step in range(from_step, from_step + num_further):
-            num_blocks += self._num_by_residue[-step % self._block_size]
+        if num_further:  # calls whose residues are `last`, `last − 1`, … begin a block in turn
+            last = -from_step % size
+            first = last - num_further + 1
+            if first >= 0:
+                num_blocks += sum(num_by_residue[first : last + 1])
+            else:
+                num_blocks += sum(num_by_residue[: last + 1]) + sum(num_by_residue[first:])
         return num_blocks
 
 
 def _event(call: LiveCall, now: float, kind: EventKind) -> EngineEvent:
-    return EngineEvent(
-        time=now,
-        request_id=call.request_id,
-        kind=kind,
-        num_cached_tokens=call.num_cached,
-        num_preemptions=call.num_preemptions,
-    )
+    return EngineEvent(now, call.request_id, kind, call.num_cached, call.num_preemptions)

@@ -24,7 +24,8 @@ from vllm_workflow.sim.arrivals import arrival_times
 from vllm_workflow.sim.bounds import with_slo_scale
 from vllm_workflow.sim.engine import EventEngine
 from vllm_workflow.sim.fleet import SimInstance, fleet_of
-from vllm_workflow.sim.simulator import SimResult, simulate
+from vllm_workflow.sim.results import SimResult
+from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.types import TraceRun
 from vllm_workflow.sim.workloads import load
 

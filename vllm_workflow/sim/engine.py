@@ -27,11 +27,11 @@ from vllm_workflow.sim.decode_batch import DecodeBatch
 from vllm_workflow.sim.live import LiveCall, Ranking, WaitingLine
 from vllm_workflow.sim.prefix_cache import BlockPool
 from vllm_workflow.sim.seats import SeatPreemption
+from vllm_workflow.sim.step_series import StepSeries
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
 DEFAULT_BLOCK_SIZE = 16
 _BY_RANK = attrgetter("rank")
-_MAX_STEPS = 1 << 40
 
 
 class EventEngine:
@@ -100,10 +100,8 @@ class EventEngine:
         self._prefilling: list[LiveCall] = []
         # The steps under way: none of them, `inf`; one with prompt tokens; or several without.
         self._end = math.inf
-        self._start = 0.0
+        self._steps = StepSeries()
         self._num_steps = 0
-        self._first_s = 0.0
-        self._growth_s = 0.0
         self._chunks: list[LiveCall] = []
 
     def submit(self, request: EngineRequest, now: float) -> None:
@@ -233,7 +231,6 @@ class EventEngine:
 
     def _begin(self, now: float) -> None:
         """Make the next step, and find out how many like it follow."""
-        self._start = now
         self._chunks = []
         queued, seats = self._queued, self._seats
         if not self._running and not queued:
@@ -251,14 +248,16 @@ class EventEngine:
         if seats and (queued or seats.starved):
             is_special |= seats.note_step(now, has_token_budget=tokens_left > 0)
         num_decoding = self._decoding.num_calls - num_idle
-        self._first_s = self._step_s(num_decoding)
+        steps = self._steps
+        steps.start = now
+        steps.first_s = first_s = self._step_s(num_decoding)
         if self._chunks or num_preempted or num_idle or is_special:
             self._num_steps = 1
-            self._end = now + self._first_s
+            self._end = now + first_s
         else:
-            self._growth_s = num_decoding * self._per_kv_token_s
+            steps.growth_s = num_decoding * self._per_kv_token_s
             self._num_steps = num_steps = self._num_steps_alike(now)
-            self._end = now + self._steps_s(num_steps)
+            self._end = steps.end(num_steps)
 
     def _schedule_running(self, now: float, cap: int) -> tuple[int, int, int]:
         """Give the running calls their tokens and blocks.
@@ -394,33 +393,12 @@ class EventEngine:
             step_s += (num_tokens - self._knee) * self._above_s
         return step_s
 
-    def _steps_s(self, num_steps: int) -> float:
-        """Seconds of the first steps from `_start` on."""
-        return num_steps * self._first_s + 0.5 * num_steps * (num_steps - 1) * self._growth_s
-
-    def _num_steps_until(self, time: float) -> int:
-        """Steps from `_start` on until the first that ends at `time` or later, at least 1."""
-        wanted_s = time - self._start
-        if wanted_s <= self._first_s:
-            return 1
-        if wanted_s == math.inf:
-            return _MAX_STEPS
-        half = 0.5 * self._growth_s
-        b = self._first_s - half
-        # half n² + b n = wanted_s, in the form that is stable for a small `half`.
-        num_steps = max(1, math.ceil(2 * wanted_s / (b + math.sqrt(b * b + 4 * half * wanted_s))))
-        while self._start + self._steps_s(num_steps) < time:
-            num_steps += 1
-        while num_steps > 1 and self._start + self._steps_s(num_steps - 1) >= time:
-            num_steps -= 1
-        return num_steps
-
     def _cut_short(self, now: float) -> None:
         """Let the steps under way end with the one that `now` falls into."""
-        num_steps = self._num_steps_until(now)
+        num_steps = self._steps.num_steps_until(now)
         if num_steps < self._num_steps:
             self._num_steps = num_steps
-            self._end = self._start + self._steps_s(num_steps)
+            self._end = self._steps.end(num_steps)
 
     def _num_steps_alike(self, now: float) -> int:
         """Steps until a call ends, KV blocks run out, or a waiting call becomes urgent."""
@@ -430,8 +408,8 @@ class EventEngine:
         num_steps = self._decoding.num_steps_with_blocks(num_steps, self.pool.num_free)
         if self._seats and self._queued:
             until = self._seats.quiet_until(now)
-            if until < self._start + self._steps_s(num_steps):
-                num_steps = min(num_steps, self._num_steps_until(until))
+            if until < self._steps.end(num_steps):
+                num_steps = min(num_steps, self._steps.num_steps_until(until))
         return num_steps
 
 

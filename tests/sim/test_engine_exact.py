@@ -23,16 +23,16 @@ _TIMES = st.integers(1, 10**6).map(lambda i: i * 1.0000193e-6)
 
 @st.composite
 def latencies(draw: st.DrawFn) -> LatencyModel:
-    per_token_s = draw(st.sampled_from([0.0, 1.37e-4, 1.9e-3]))
+    per_token_s = draw(st.sampled_from([1.37e-4, 1.9e-3]))
     return LatencyModel(
         overhead_s=draw(st.sampled_from([1.113e-3, 3.017e-3])),
         weights_s=draw(st.sampled_from([0.0, 7.3e-3])),
         per_token_s=per_token_s,
         per_token_below_knee_s=per_token_s * draw(st.sampled_from([0.0, 0.45, 1.0])),
         num_knee_tokens=draw(st.sampled_from([None, 0.0, 3.5, 12.0])),
-        per_seq_s=draw(st.sampled_from([0.0, 2.3e-4])),
-        per_kv_token_s=draw(st.sampled_from([0.0, 1.1e-6, 4.7e-5])),
-        per_prefill_kv_token_s=draw(st.sampled_from([0.0, 3.3e-7])),
+        per_seq_s=2.3e-4,
+        per_kv_token_s=draw(st.sampled_from([4.7e-5, 1.1e-6, 0.0])),
+        per_prefill_kv_token_s=3.3e-7,
         max_num_batched_tokens=draw(st.sampled_from([3, 8, 17, 64])),
     )
 

@@ -11,7 +11,7 @@ pytest.importorskip("vllm")
 from hypothesis import HealthCheck, assume, given, settings
 
 from tests.sim.builders import drive
-from tests.sim.test_engine_exact import BLOCK_SIZE, cases
+from tests.sim.test_engine_exact import BLOCK_SIZE, cases, contended
 from tests.sim.vllm_builders import engine as vllm_engine
 from vllm_workflow.sim.engine import EventEngine
 from vllm_workflow.sim.types import EngineEvent, EngineRequest
@@ -20,7 +20,7 @@ pytestmark = pytest.mark.vllm
 
 
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cases())
+@given(cases() | contended())
 def test_level_1_equals_level_2_with_synchronous_scheduling(case: tuple[object, ...]) -> None:
     latency, config, num_blocks, seats, found, _ = case
     assume(latency.max_num_batched_tokens >= seats)

@@ -11,7 +11,16 @@ import pytest
 from tests.builders import candidate, stage_request
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Event, Settled, Started, Submitted, to_json
+from vllm_workflow.core.events import (
+    Event,
+    Polled,
+    Settled,
+    Started,
+    Submitted,
+    Withdrawn,
+    to_json,
+)
+from vllm_workflow.core.prefix import Chain, Segment
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.sim.trace import read_trace
 from vllm_workflow.sim.types import PrefixPart
@@ -29,7 +38,7 @@ def submitted(
     deadline: float = math.inf,
     tenant: str = "",
     run_arrival: float = math.nan,
-    block_hashes: tuple[int, ...] = (),
+    prefix: Chain = (),
     num_prompt_tokens: int = 100,
 ) -> Submitted:
     request = replace(
@@ -37,7 +46,7 @@ def submitted(
         workflow_id=run,
         tenant_id=tenant,
         run_arrival_time=run_arrival,
-        block_hashes=block_hashes,
+        prefix=prefix,
         num_prompt_tokens=num_prompt_tokens,
     )
     chosen = candidate("i")
@@ -192,18 +201,50 @@ def test_a_restarted_router_goes_on_where_the_last_one_ended(tmp_path: Path) -> 
     assert any("started 2 times" in note for note in trace.notes)
 
 
-def test_block_hashes_are_prefix_parts(tmp_path: Path) -> None:
+def test_segments_are_prefix_parts_as_far_as_the_prompt_goes(tmp_path: Path) -> None:
+    prefix = (Segment(255, 16), Segment(-2, 20), Segment(3, 5))
     events = [
-        submitted("a", 0.0, block_hashes=(255, -2), num_prompt_tokens=40),
+        submitted("a", 0.0, prefix=prefix, num_prompt_tokens=50),
         settled("a", num_prompt_tokens=40),
     ]
 
     (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
 
     assert run.calls[0].prefix == (
-        PrefixPart(part_id="block/ff", num_tokens=16),
-        PrefixPart(part_id="block/-2", num_tokens=16),
+        PrefixPart(part_id="segment/ff", num_tokens=16),
+        PrefixPart(part_id="segment/-2", num_tokens=20),
     )
+
+
+def test_a_call_that_waited_in_the_router_ends_after_it_was_sent(tmp_path: Path) -> None:
+    waited = replace(submitted("b", 0.5), decision=None)
+    sent = submitted("b", 0.5).decision
+    events = [
+        submitted("a", 0.0),
+        waited,
+        Polled(now=4.0, decisions=(sent,)),
+        settled("a", 1.0),
+        settled("b", 1.0),
+        submitted("c", 4.9),
+        submitted("d", 5.1),
+        settled("c", 1.0),
+        settled("d", 1.0),
+    ]
+
+    (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
+
+    a, b, c, d = run.calls
+    assert c.after == (a.call_id,)
+    assert d.after == (a.call_id, b.call_id)
+
+
+def test_a_call_that_was_given_up_while_it_waited_is_left_out(tmp_path: Path) -> None:
+    waited = replace(submitted("b", 0.5), decision=None)
+    events = [submitted("a", 0.0), waited, Withdrawn(request_id="b"), settled("a", 1.0)]
+
+    (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
+
+    assert len(run.calls) == 1
 
 
 def test_names_from_clients_cannot_break_the_trace(tmp_path: Path) -> None:

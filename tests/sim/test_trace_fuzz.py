@@ -22,7 +22,7 @@ FIELDS = [
     "num_tokens", "vllm_workflow_trace", "source", "notes", "Text2SQLRequest", "step",
     "input_length", "output_length", "timestamp", "hash_ids", "session_id", "delay", "event",
     "now", "request", "request_id", "outcome", "ok", "e2el_s", "arrival_time", "workflow_id",
-    "tenant_id", "deadline", "run_arrival_time", "expected_output_tokens", "block_hashes",
+    "tenant_id", "deadline", "run_arrival_time", "expected_output_tokens", "prefix",
 ]  # fmt: skip
 WORDS = ["a", "b", "started", "submitted", "settled", "", "\ud800", "x" * 600]
 scalars = (
@@ -77,7 +77,7 @@ SUBMITTED = {
         "workflow_id": "w",
         "deadline": 9.0,
         "num_prompt_tokens": 40,
-        "block_hashes": [1, 2],
+        "prefix": [[1, 8], [2, 8]],
     },
 }
 SETTLED = {"event": "settled", "outcome": {"request_id": "a", "ok": True, "e2el_s": 1.0}}

@@ -85,6 +85,11 @@ def read_decision_log(text: str, source: str) -> Trace:
                 _restart(reading)
             case "submitted":
                 _submitted(reading, data, place)
+            case "polled":
+                _polled(reading, data, place)
+            case "withdrawn":
+                withdrawn = reading.open.pop(_text(data, "request_id", place), None)
+                reading.num_failed += withdrawn is not None
             case "settled":
                 _settled(reading, data, place)
     _restart(reading)
@@ -121,6 +126,18 @@ def _submitted(reading: _Reading, data: Mapping[str, Any], place: Place) -> None
     if not isinstance(request_id, str):
         (place / "request" / "request_id").fail("text", request_id)
     reading.open[request_id] = (now, request, place / "request")
+
+
+def _polled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
+    """Calls that had waited in the router go out now."""
+    now = a_time(required(data, "now", place), place / "now")
+    decisions = a_list(required(data, "decisions", place), place / "decisions", of="decisions")
+    for i, item in enumerate(decisions):
+        here = (place / "decisions")[i]
+        request_id = _text(an_object(item, here), "request_id", here)
+        if request_id in reading.open:
+            _, request, asked = reading.open[request_id]
+            reading.open[request_id] = (now, request, asked)
 
 
 def _settled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
@@ -199,24 +216,21 @@ def _printable(name: str) -> str:
 def _prefix(
     request: Mapping[str, Any], place: Place, num_prompt_tokens: int
 ) -> tuple[PrefixPart, ...]:
-    hashes = a_list(request.get("block_hashes", []), place / "block_hashes", of="hashes")
-    for i, item in enumerate(hashes):
-        if isinstance(item, bool) or not isinstance(item, int):
-            (place / "block_hashes")[i].fail("an integer", item)
-    if not hashes:
-        return ()
-    predicted = a_count(request.get("num_prompt_tokens", 1), place / "num_prompt_tokens")
-    block_size = _block_size(predicted, len(hashes))
-    most = num_prompt_tokens // block_size
-    return tuple(
-        PrefixPart(part_id=f"block/{item:x}", num_tokens=block_size) for item in hashes[:most]
-    )
-
-
-def _block_size(num_tokens: int, num_blocks: int) -> int:
-    """Return the largest power of two that makes so many full blocks; vLLM has no other sizes."""
-    size = 1 << (max(1, num_tokens // num_blocks)).bit_length() - 1
-    return size if num_tokens // size == num_blocks else max(1, num_tokens // num_blocks)
+    """Segments of `core.prefix` as parts, as far as they lie within the prompt."""
+    parts: list[PrefixPart] = []
+    place = place / "prefix"
+    for i, item in enumerate(a_list(request.get("prefix", []), place, of="segments")):
+        pair = a_list(item, place[i], of="two numbers")
+        if len(pair) != 2:
+            place[i].fail("a hash and a number of tokens", item)
+        chain_hash, num_tokens = pair
+        if isinstance(chain_hash, bool) or not isinstance(chain_hash, int):
+            place[i].fail("an integer as hash", chain_hash)
+        num_tokens = a_count(num_tokens, place[i])
+        if sum(part.num_tokens for part in parts) + num_tokens > num_prompt_tokens:
+            break
+        parts.append(PrefixPart(part_id=f"segment/{chain_hash:x}", num_tokens=num_tokens))
+    return tuple(parts)
 
 
 def _runs(calls: Iterable[_Call]) -> Iterator[TraceRun]:

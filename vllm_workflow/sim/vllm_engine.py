@@ -27,6 +27,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_workflow.core.errors import ConfigError, WorkflowError
+from vllm_workflow.core.handover import handover
 from vllm_workflow.core.latency import LatencyModel, prefill_attention
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.engine.stats import EngineStats
@@ -346,10 +347,7 @@ def workflow_xargs(request: StageRequest, now: float) -> dict[str, str | int]:
         "wf_tenant": request.tenant_id,
     }
     xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
-    if request.has_deadline:
-        xargs["wf_budget_ms"] = max(0, round(1000.0 * (request.deadline - now)))
-    xargs["wf_rest_ms"] = round(1000.0 * request.rest_s)
-    xargs["wf_service_ms"] = round(1000.0 * request.service_s)
+    xargs |= handover(request, service_s=request.service_s, now=now).xargs()
     if request.final:
         xargs["wf_final"] = 1
     return xargs

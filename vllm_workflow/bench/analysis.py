@@ -170,7 +170,7 @@ def analyze(trace: Trace, profile: LatencyProfile) -> Analysis:
         within_share=sum(each.num_within_tokens for each in flat) / num_prompt_tokens,
         across_share=sum(each.num_across_tokens for each in flat) / num_prompt_tokens,
         explained=explained(calls),
-        remaining=tuple(remaining(trace.runs, warm)),
+        remaining=tuple(remaining(trace.runs, warm, _in_order(trace.runs))),
         tail=tail(warm),
     )
 
@@ -190,7 +190,7 @@ def _arrival_rate(runs: Sequence[TraceRun]) -> float | None:
 
 
 def _transitions(runs: Sequence[TraceRun]) -> list[Transition]:
-    """The edges by where they start, in the order of first appearance, frequent ones first."""
+    """The edges by where they start, in the order of the stages, frequent ones first."""
     totals: Counter[str] = Counter({START: len(runs)})
     followed: Counter[tuple[str, str]] = Counter()
     widths: Counter[tuple[str, str]] = Counter()
@@ -217,10 +217,20 @@ def _transitions(runs: Sequence[TraceRun]) -> list[Transition]:
             share=count / totals[before],
             width=widths[before, stage] / count,
         )
-        for start in totals
+        for start in (START, *_in_order(runs))
         for (before, stage), count in followed.most_common()
         if before == start
     ]
+
+
+def _in_order(runs: Sequence[TraceRun]) -> list[str]:
+    """Return the stages by where in a run they begin, on average."""
+    begins: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        first = {call.stage: i for i, call in reversed(list(enumerate(run.calls)))}
+        for stage, i in first.items():
+            begins[stage].append(i / len(run.calls))
+    return sorted(begins, key=lambda stage: sum(begins[stage]) / len(begins[stage]))
 
 
 def _stages(
@@ -235,7 +245,8 @@ def _stages(
     all_prompt = sum(each.call.num_prompt_tokens for each in timed)
     all_output = sum(each.call.num_output_tokens for each in timed)
     found = []
-    for stage, members in rows.items():
+    for stage in _in_order(runs):
+        members = rows[stage]
         prompts = [call.num_prompt_tokens for call, _, _ in members]
         outputs = [call.num_output_tokens for call, _, _ in members]
         found.append(

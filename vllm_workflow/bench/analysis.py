@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from vllm_workflow.bench.analysis_prediction import Explained, Remaining, explai
 from vllm_workflow.bench.analysis_sharing import Sharing, sharing
 from vllm_workflow.bench.analysis_tail import Tail, tail
 from vllm_workflow.bench.analysis_timing import Timeline, longest_path, services_s, timeline
+from vllm_workflow.core.metrics import mean, percentile
 from vllm_workflow.profiles.profile import LatencyProfile
 from vllm_workflow.sim.types import Trace, TraceCall, TraceRun
 
@@ -32,9 +34,13 @@ class Spread:
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         """Summarise at least one value; percentiles interpolate linearly."""
-        array = np.array(list(values), dtype=float)
-        p50, p95 = np.percentile(array, [50, 95])
-        return cls(mean=float(array.mean()), p50=float(p50), p95=float(p95), max=float(array.max()))
+        sample = list(values)
+        # Only of an empty sample there would be None.
+        average, p50, p95 = (
+            cast(float, value)
+            for value in (mean(sample), percentile(sample, 50.0), percentile(sample, 95.0))
+        )
+        return cls(mean=average, p50=p50, p95=p95, max=max(sample))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

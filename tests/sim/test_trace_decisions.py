@@ -10,6 +10,7 @@ import pytest
 
 from tests.builders import candidate, stage_request
 from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import (
     Event,
@@ -20,6 +21,7 @@ from vllm_workflow.core.events import (
     Withdrawn,
     to_json,
 )
+from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.prefix import Chain, Segment
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.sim.trace import read_trace
@@ -39,7 +41,6 @@ def submitted(
     tenant: str = "",
     run_arrival: float = math.nan,
     prefix: Chain = (),
-    num_prompt_tokens: int = 100,
 ) -> Submitted:
     request = replace(
         stage_request(request_id, arrival_time=arrival, deadline=deadline, stage=stage),
@@ -47,7 +48,6 @@ def submitted(
         tenant_id=tenant,
         run_arrival_time=run_arrival,
         prefix=prefix,
-        num_prompt_tokens=num_prompt_tokens,
     )
     chosen = candidate("i")
     decision = Decision(request_id=request_id, chosen=chosen, cost=1.0, candidates=(chosen,))
@@ -201,50 +201,71 @@ def test_a_restarted_router_goes_on_where_the_last_one_ended(tmp_path: Path) -> 
     assert any("started 2 times" in note for note in trace.notes)
 
 
-def test_segments_are_prefix_parts_as_far_as_the_prompt_goes(tmp_path: Path) -> None:
-    prefix = (Segment(255, 16), Segment(-2, 20), Segment(3, 5))
+def test_what_prompts_share_is_in_the_log(tmp_path: Path) -> None:
+    shared, own = Segment(chain_hash=255, num_tokens=16), Segment(chain_hash=-2, num_tokens=9)
     events = [
-        submitted("a", 0.0, prefix=prefix, num_prompt_tokens=50),
-        settled("a", num_prompt_tokens=40),
+        submitted("a", 0.0, prefix=(shared, own)),
+        settled("a", num_prompt_tokens=30),
+        submitted("b", 1.0, prefix=(shared._replace(num_tokens=17), own)),  # predicted anew
+        settled("b", num_prompt_tokens=20),
     ]
 
     (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
 
-    assert run.calls[0].prefix == (
-        PrefixPart(part_id="segment/ff", num_tokens=16),
-        PrefixPart(part_id="segment/-2", num_tokens=20),
-    )
+    head = PrefixPart(part_id="part/ff", num_tokens=16)
+    assert run.calls[0].prefix == (head, PrefixPart(part_id="part/-2", num_tokens=9))
+    assert run.calls[1].prefix == (head,)
 
 
-def test_a_call_that_waited_in_the_router_ends_after_it_was_sent(tmp_path: Path) -> None:
-    waited = replace(submitted("b", 0.5), decision=None)
-    sent = submitted("b", 0.5).decision
+def test_a_call_that_waited_in_the_router_ends_from_when_it_was_forwarded(tmp_path: Path) -> None:
+    decision = submitted("a", 0.0).decision
+    assert decision is not None
+    events = [
+        replace(submitted("a", 0.0), decision=None),
+        Polled(now=4.0, decisions=(decision,)),
+        settled("a", 1.0),  # until 5
+        submitted("b", 5.5),
+        settled("b"),
+    ]
+
+    (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
+
+    assert run.calls[1].after == ("call-1",)
+    assert run.calls[1].gap_s == 0.5
+
+
+def test_a_call_given_up_while_it_waited_is_left_out(tmp_path: Path) -> None:
     events = [
         submitted("a", 0.0),
-        waited,
-        Polled(now=4.0, decisions=(sent,)),
-        settled("a", 1.0),
-        settled("b", 1.0),
-        submitted("c", 4.9),
-        submitted("d", 5.1),
-        settled("c", 1.0),
-        settled("d", 1.0),
+        settled("a"),
+        replace(submitted("b", 1.0), decision=None),
+        Withdrawn(request_id="b"),
     ]
 
-    (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
+    trace = read_trace(log(tmp_path, STARTED, *events))
 
-    a, b, c, d = run.calls
-    assert c.after == (a.call_id,)
-    assert d.after == (a.call_id, b.call_id)
+    assert len(trace.runs[0].calls) == 1
+    assert "1 calls did not end well and are left out." in trace.notes
 
 
-def test_a_call_that_was_given_up_while_it_waited_is_left_out(tmp_path: Path) -> None:
-    waited = replace(submitted("b", 0.5), decision=None)
-    events = [submitted("a", 0.0), waited, Withdrawn(request_id="b"), settled("a", 1.0)]
+def test_what_a_dispatcher_records_can_be_read(tmp_path: Path) -> None:
+    events: list[Event] = []
+    fleet = Fleet()
+    fleet.add(Instance(instance_id="i", models=(), max_num_seqs=1))
+    late = Dispatcher(fleet, PolicyConfig(late_binding=True), record=events.append)
+    for i in range(4):
+        late.submit(submitted(f"r{i}", float(i), run=f"run{i}").request, now=float(i))
+    now, waiting = 4.0, ["r0"]
+    while waiting:
+        late.settle(settled(waiting.pop(0), 1.0).outcome)
+        waiting += [decision.request_id for decision in late.poll(now)]
+        now += 1.0
 
-    (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
+    trace = read_trace(log(tmp_path, *events))
 
-    assert len(run.calls) == 1
+    assert [(r.run_id, r.arrival_s) for r in trace.runs] == [
+        (f"run{i}", float(i)) for i in range(4)
+    ]
 
 
 def test_names_from_clients_cannot_break_the_trace(tmp_path: Path) -> None:

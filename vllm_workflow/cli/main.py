@@ -11,6 +11,7 @@ from vllm_workflow.core.errors import WorkflowError
 
 COMMANDS = {
     "up": "start the instances and the router of one machine",
+    "emulated-model": "write a model folder without weights, for an emulated GPU",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
@@ -48,11 +49,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(name: str):  # type: ignore[no-untyped-def]
     """Import a command's module, or say which extra brings what it needs."""
     try:
-        return import_module(f"vllm_workflow.cli.{name}")
+        return import_module(f"vllm_workflow.cli.{name.replace('-', '_')}")
     except ModuleNotFoundError as e:
         if e.name is not None and e.name.startswith("vllm_workflow"):
             raise
-        extra = {"text2sql": "text2sql", "profile": "bench"}.get(name, "router")
+        extras = {"text2sql": "text2sql", "profile": "bench", "emulated-model": "vllm"}
+        extra = extras.get(name, "router")
         raise SystemExit(
             f"vllm-workflow {name}: Python package {e.name!r} is missing; "
             f"install it with: pip install 'vllm-workflow[{extra}]'"

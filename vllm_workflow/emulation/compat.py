@@ -10,6 +10,7 @@ import dataclasses
 import inspect
 from typing import Any
 
+from vllm import exceptions
 from vllm.platforms.interface import Platform, PlatformEnum
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.sched.output import (
@@ -85,6 +86,7 @@ _NAMES: tuple[tuple[Any, tuple[str, ...]], ...] = (
     ),
     (worker_base, ("CompilationTimes",)),
     (AsyncModelRunnerOutput, ("get_output",)),
+    (exceptions, ("VLLMValidationError",)),
     (PlatformEnum, ("OOT",)),
     (
         Platform,

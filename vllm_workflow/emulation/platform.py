@@ -85,11 +85,13 @@ class EmulatedGpuPlatform(Platform):
         """Refuse what only a model could answer, by HTTP 400.
 
         Raises:
-            ValueError: The request asks for probabilities.
+            VLLMValidationError: The request asks for probabilities.
         """
+        from vllm.exceptions import VLLMValidationError
+
         for name in ("logprobs", "prompt_logprobs"):
             if getattr(params, name, None) is not None:
-                raise ValueError(
+                raise VLLMValidationError(
                     f"{name}: an emulated GPU (--emulate-gpu) computes no probabilities"
                 )
 

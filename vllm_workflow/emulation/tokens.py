@@ -8,8 +8,11 @@ from typing import Any
 from vllm_workflow.core.errors import ConfigError
 
 _TEXTS = (" a", "a", " the", "x", "0")
-_CLOSING = ('"', "}", "]", ",", ":", "0")
+_CLOSING = ('"', "}", "]", ",", ":", "[", "{", "0")
 """In this order, each as soon as a grammar allows it, they end a JSON document."""
+_LITERALS = ("t", "n")
+"""First letters of what else a JSON value may be; else a grammar that allows blanks before it
+would get nothing but blanks."""
 
 
 class TokenChoice:
@@ -32,7 +35,11 @@ class TokenChoice:
             )
         self.plain_id: int = plain
         """Decodes to text without meaning."""
-        self._closing_ids = [t for text in _CLOSING if (t := _single(tokenizer, text)) is not None]
+        closing, literals = (
+            [t for text in texts if (t := _single(tokenizer, text)) is not None]
+            for texts in (_CLOSING, _LITERALS)
+        )
+        self._preferred_ids = [*closing, plain, *literals]
 
     def allowed(self, row: Sequence[int], *, end_token_id: int | None, is_over: bool) -> int:
         """The token for a request with structured output.
@@ -46,7 +53,7 @@ class TokenChoice:
             return self.plain_id
         if end_token_id is not None and _is_allowed(row, end_token_id):
             return end_token_id
-        for token_id in (*self._closing_ids, self.plain_id):
+        for token_id in self._preferred_ids:
             if _is_allowed(row, token_id):
                 return token_id
         for index, word in enumerate(row):

@@ -41,6 +41,8 @@ from vllm_workflow.sim.types import (
     TraceRun,
 )
 
+_MAX_TOKENS = 2048
+"""Clients bound every answer by this, or by a multiple of it that the longest one needs."""
 _FIRST, _THEN, _ENGINE = 0, 1, 2
 """Priorities at one instant: outages, then calls, then steps, which see all calls of it."""
 
@@ -157,8 +159,7 @@ class _Simulation:
         self._stranded: list[CallState] = []
         """Calls that no healthy instance was there for."""
         self._heads = PromptHeads()
-        self._max_tokens: dict[tuple[str, str], int] = {}
-        """What clients bound the answers of a stage by: the longest that the trace has."""
+        self._max_tokens = _MAX_TOKENS
         self._decision_us: list[float] | None = [] if time_decisions else None
 
     def announce(
@@ -167,9 +168,8 @@ class _Simulation:
         """Put everything on the calendar that does not depend on what happens."""
         for time, run in arriving:
             self.kernel.at(time, self._arrive, run, _THEN)
-            for call in run.calls:
-                key = run.workflow, call.stage
-                self._max_tokens[key] = max(self._max_tokens.get(key, 1), call.num_output_tokens)
+        longest = max((c.num_output_tokens for _, run in arriving for c in run.calls), default=1)
+        self._max_tokens = _MAX_TOKENS * -(-longest // _MAX_TOKENS)
         for outage in outages:
             index = self._index.get(outage.instance_id)
             if index is None:
@@ -239,7 +239,7 @@ class _Simulation:
         request = dispatcher.predict(
             call.request,
             num_prompt_bytes=num_bytes,
-            max_tokens=self._max_tokens[call.run.trace.workflow, trace.stage],
+            max_tokens=self._max_tokens,
             head=self._heads.of(trace.prefix) if trace.prefix else (),
         )
         if self._hint is not None:
@@ -269,7 +269,7 @@ class _Simulation:
         """Forward a call to its instance, with what the engine plug-in would read of it."""
         call = self._bound_later.pop(decision.request_id)
         request, now = call.predicted, self.kernel.now
-        told = handover(request, decision, now=now)
+        told = handover(request, service_s=decision.chosen.service_s, now=now)
         trace = call.trace
         index = self._index[decision.chosen.instance_id]
         call.instance = index

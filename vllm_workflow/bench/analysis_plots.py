@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,10 @@ def plots(analysis: Analysis) -> list[Plot]:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    with warnings.catch_warnings():
+        # A stage's name in a script that the font lacks shows as boxes; the tables have it.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -81,11 +85,13 @@ def _graph(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
         if t.before in rows and t.after in columns:
             matrix[rows.index(t.before), columns.index(t.after)] = t.share
     figure, axes = _figure(1.9 + 0.42 * len(rows))
-    axes.imshow(matrix, cmap="Blues", vmin=0.0, vmax=1.3, aspect="auto")
+    axes.imshow(matrix, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     size = 9 if len(columns) <= 12 else 6
     for (i, j), share in np.ndenumerate(matrix):
         if share > 0.0:
-            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=size)
+            colour = "white" if share > 0.5 else "black"
+            text = f"{100 * share:.0f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
     axes.set_xticks(range(len(columns)), [_label(c) for c in columns], rotation=40, ha="right")
     _stage_axis(axes, rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -101,7 +107,7 @@ def _tokens(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
         (panels[1], "output", [stage.output_tokens for stage in stages]),
     ):
         for i, spread in enumerate(spreads):
-            axes.plot([spread.p50, spread.p95], [i, i], color=_BLUE, linewidth=5, alpha=0.45)
+            axes.hlines(i, spread.p50, spread.p95, color=_BLUE, linewidth=5, alpha=0.45)
             axes.plot(spread.mean, i, "o", color=_BLUE)
             axes.plot(spread.max, i, "|", color=_ORANGE, markersize=12, markeredgewidth=2)
         axes.set_xscale("log")
@@ -123,7 +129,7 @@ def _durations(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
     axes.set_xlim(left=0)
     axes.set_ylim(0, 101)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 

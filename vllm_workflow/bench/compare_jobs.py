@@ -19,8 +19,10 @@ from vllm_workflow.sim.bounds import critical_path_s, rest_after_s
 from vllm_workflow.sim.capacity import Capacity, capacity
 from vllm_workflow.sim.declare import declared
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine, fleet_of
-from vllm_workflow.sim.simulator import LengthHint, RestHint, RunResult, simulate
-from vllm_workflow.sim.types import Trace, TraceCall, TraceRun
+from vllm_workflow.sim.hints import LengthHint, RestHint, true_lengths
+from vllm_workflow.sim.results import RunResult
+from vllm_workflow.sim.simulator import simulate
+from vllm_workflow.sim.types import Trace, TraceRun
 from vllm_workflow.sim.workloads import PREFIX, load
 
 NUM_CAPACITY_RUNS = 200
@@ -213,7 +215,7 @@ def run_job(job: Job) -> Sample:
         arrivals,
         fleet,
         workflows=_workflows(setting.trace),
-        hint=_true_length if variant.is_clairvoyant else None,
+        hint=true_lengths if variant.is_clairvoyant else None,
         rest=_true_rest(runs, fleet) if variant.is_clairvoyant else None,
     )
     timed = measured.decision_us
@@ -306,10 +308,6 @@ def _workflows(name: str) -> tuple[WorkflowProfile, ...]:
 def _references_s(setup: Setup, name: str, seed: int) -> tuple[float, ...]:
     fleet = _fleet(setup)
     return tuple(critical_path_s(run, fleet) for run in _trace(name, setup.num_runs, seed).runs)
-
-
-def _true_length(run: TraceRun, call: TraceCall) -> float:
-    return float(call.num_output_tokens)
 
 
 def _true_rest(runs: Sequence[TraceRun], fleet: Sequence[SimInstance]) -> RestHint:

@@ -53,7 +53,9 @@ def figure(value: Any) -> str:
     """Return a value as it is printed: no sample is `none`, never 0."""
     if value is None:
         return "none"
-    return f"{value:.2f}" if isinstance(value, float) else str(value)
+    if not isinstance(value, float):
+        return str(value)
+    return f"{value:.2f}" if abs(value) >= 0.1 or value == 0 else f"{value:.3g}"
 
 
 def _slo_rows(document: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -14,7 +14,7 @@ from html import escape
 from vllm_workflow.bench.plots import Palette
 from vllm_workflow.bench.records import CallRecord, RunRecord
 
-MAX_LANES = 60
+MAX_LANES = 40
 _WIDTH = 1000
 _LABEL_WIDTH = 130
 _RIGHT_WIDTH = 56
@@ -104,7 +104,7 @@ def swim_lanes(
     parts, top = [], _AXIS_HEIGHT
     for lane in shown:
         rows = _rows(lane)
-        height = _ROW_HEIGHT * max(2, 1 + max((row for _, row in rows), default=0))
+        height = _ROW_HEIGHT * max(2, _num_rows(rows))
         start_s = lane.arrival_s - origin_s if by_clock else 0.0
         parts.append(_lane(lane, rows, start_s, top, height, scale, looks))
         top += height + _LANE_GAP
@@ -168,7 +168,8 @@ def _lane(
     shift_s = start_s - lane.arrival_s
     left, right = scale.x(start_s), scale.x(lane.last_s + shift_s)
     middle = top + height / 2 + 3.5
-    bars = "".join(_bar(bar, row, shift_s, top, scale, looks) for bar, row in rows)
+    first = top + (height - _ROW_HEIGHT * _num_rows(rows)) / 2
+    bars = "".join(_bar(bar, row, shift_s, first, scale, looks) for bar, row in rows)
     colour = _RED if lane.is_late else _QUIET
     name = lane.name if len(lane.name) <= _MAX_LABEL_LENGTH else lane.name[:19] + "…"
     return (
@@ -226,6 +227,10 @@ def _rows(lane: Lane) -> list[tuple[Bar, int]]:
         free_at[row] = bar.end_s
         placed.append((bar, row))
     return placed
+
+
+def _num_rows(rows: Sequence[tuple[Bar, int]]) -> int:
+    return 1 + max((row for _, row in rows), default=0)
 
 
 def _verdict(lane: Lane) -> str:

@@ -15,7 +15,7 @@ from typing import Any
 import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import PercentFormatter
+from matplotlib.ticker import LogLocator, PercentFormatter
 
 from vllm_workflow.core.metrics import slo_attainment
 
@@ -24,7 +24,7 @@ from vllm_workflow.core.metrics import slo_attainment
 _COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#555555")
 _DASHES = ("-", "--", ":", "-.")
 _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-_SIZE_INCHES = (7.6, 4.2)
+_SIZE_INCHES = (9.0, 4.2)
 _NUM_IN_LEGEND_COLUMN = 8
 _NUM_SCALES = 200
 _RC: Any = {
@@ -66,7 +66,7 @@ class Palette:
         return Look(
             _COLOURS[colour],
             _DASHES[turn % len(_DASHES)],
-            _MARKERS[index % len(_MARKERS)],
+            _MARKERS[(index + turn) % len(_MARKERS)],
         )
 
 
@@ -219,8 +219,9 @@ def attainment_by_scale(
         _step(axes, xs, [math.nan if y is None else y for y in ys], looks[name], label)
     if finite:
         axes.set_xscale("log")
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_formatter("{x:g}" if finite[-1] < 8 * finite[0] else "")
+        axes.xaxis.set_minor_formatter("")
     if goal is not None:
         axes.axhline(goal, color="#8a94a3", linewidth=0.8, linestyle=(0, (4, 4)))
     _finish(axes, share=True, is_empty=not finite)

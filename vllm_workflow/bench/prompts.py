@@ -39,6 +39,7 @@ class Prompts:
             )
         self._words = np.array([str(i) for i in token_ids], dtype=object)
         self._part = lru_cache(_NUM_CACHED_PARTS)(self._drawn)
+        self._drawn(("the first draw loads what the others need",), 1)
 
     @classmethod
     def of_vocabulary(cls, vocab_size: int) -> Prompts:

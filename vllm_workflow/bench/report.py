@@ -119,8 +119,12 @@ def table_section(
     if columns is None:
         columns = [Column(key, key.replace("_", " "), plain) for key in keys]
     columns = [column for column in columns if column.key in keys]
-    cells = [[(_text(c, row), _is_number(row.get(c.key))) for c in columns] for row in rows]
-    html = _template("table.html").render(heads=[c.title for c in columns], rows=cells, none=NONE)
+    is_number = [all(_is_number(row.get(c.key)) for row in rows) for c in columns]
+    html = _template("table.html").render(
+        heads=list(zip([c.title for c in columns], is_number)),
+        rows=[list(zip([c.show(row.get(c.key)) for c in columns], is_number)) for row in rows],
+        nothing=NONE,
+    )
     return Section(title=title, body=Markup(html), note=note)
 
 
@@ -155,10 +159,6 @@ def render(
     return _template("report.html").render(
         title=title, sections=sections, lead=lead, cautions=cautions
     )
-
-
-def _text(column: Column, row: Mapping[str, Any]) -> str:
-    return column.show(row.get(column.key))
 
 
 def _is_number(value: Any) -> bool:

@@ -48,10 +48,10 @@ def serve_report(document: Mapping[str, Any], runs: Sequence[RunRecord]) -> str:
             _summary(document),
             _scale_section(name, runs, document["meta"].get("slo_reference")),
             _latency_section(name, runs),
-            *_lane_sections(runs),
             report.table_section("Calls per stage", document["per_stage"], _CALL_COLUMNS),
             report.table_section("Calls per instance", document["per_instance"], _CALL_COLUMNS),
             _generator_section(document),
+            *_lane_sections(runs),
             report.conditions_section(_conditions(document)),
         ],
         lead=f"{document['num_prompts']} runs of {document['meta'].get('trace', 'a trace')}, "

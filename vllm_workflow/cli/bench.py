@@ -51,6 +51,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Load the server, print, save; return the exit status."""
     options = _options(args)
+    metadata = _pairs(args.metadata, "--metadata")
     _check_outputs(args)
     trace, warmups = _trace(args)
     planned, conditions = _planned(args, trace)
@@ -64,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         request_rate=None if args.self_timed else args.request_rate,
         burstiness=args.burstiness,
         label=args.label,
-        metadata=_pairs(args.metadata, "--metadata"),
+        metadata=metadata,
         conditions={**conditions, "flags": _flags(args)},
         detailed=args.save_detailed,
     )

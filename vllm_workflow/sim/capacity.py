@@ -12,7 +12,8 @@ from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.arrivals import arrival_times
 from vllm_workflow.sim.bounds import call_s
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
-from vllm_workflow.sim.simulator import RunResult, simulate
+from vllm_workflow.sim.results import RunResult
+from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.types import TraceRun
 
 REFERENCE_POLICIES = ("least-outstanding+fcfs", "predicted-finish+fcfs")

@@ -282,6 +282,13 @@ class EventEngine:
         if seats and (queued or seats.starved):
             is_special |= seats.note_step(planned_at, has_token_budget=tokens_left > 0)
         num_decoding = self._decoding.num_calls - num_idle
+        if self._is_async and self._num_steps and not num_decoding and not self._chunks:
+            # Nothing could be planned ahead: it is planned when the step before has ended.
+            self._release()
+            self._see()
+            self._num_steps = 0
+            self._begin(now)
+            return
         steps = self._steps
         steps.start = now
         steps.first_s = first_s = self._step_s(num_decoding)

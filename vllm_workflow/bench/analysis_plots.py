@@ -187,8 +187,10 @@ def _remaining(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
 
 
 def _tail(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
-    assert analysis.tail is not None
-    causes = analysis.tail.causes[:MAX_STAGES]
+    tail = analysis.tail
+    if tail is None:
+        raise ValueError("a trace without a tail has no such plot")
+    causes = tail.causes[:MAX_STAGES]
     figure, axes = _figure(1.6 + 0.42 * (len(causes) + 1))
     y = np.arange(len(causes))
     more, longer = [c.more_calls_s for c in causes], [c.longer_calls_s for c in causes]

@@ -136,7 +136,7 @@ def test_an_idle_instance_takes_a_call_whose_answer_is_expected_to_overflow_its_
 def test_a_call_that_no_cache_can_hold_is_refused_with_the_number() -> None:
     each = brain(instance("a", num_kv_tokens=50), instance("b", num_kv_tokens=90))
 
-    with pytest.raises(NoInstanceError, match="at most 90 tokens .* got 101"):
+    with pytest.raises(NoInstanceError, match=r"at most 90 tokens .* got 101"):
         each.submit(stage_request(num_prompt_tokens=100), now=0.0)
 
 

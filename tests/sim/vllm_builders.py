@@ -22,6 +22,7 @@ with warnings.catch_warnings():  # those of vLLM's dependencies are none of ours
     from vllm.v1.request import RequestStatus as RequestStatus
 
     from vllm_workflow.sim.vllm_engine import VllmEngine
+    from vllm_workflow.sim.vllm_engine import vllm_engine as vllm_engine
 
 KIND_ORDER = [EventKind.FIRST_TOKEN, EventKind.FINISHED]
 LATENCY = LatencyModel(

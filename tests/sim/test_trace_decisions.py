@@ -5,16 +5,33 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.builders import candidate, stage_request
+from vllm_workflow.bench.analysis_sharing import sharing
 from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Event, Settled, Started, Submitted, to_json
+from vllm_workflow.core.events import (
+    Event,
+    Polled,
+    Settled,
+    Started,
+    Submitted,
+    Withdrawn,
+    to_json,
+)
+from vllm_workflow.core.fleet import Fleet, Instance
+from vllm_workflow.core.prefix import Chain, Segment
 from vllm_workflow.core.types import Decision, Outcome
+from vllm_workflow.sim.arrivals import with_arrivals
+from vllm_workflow.sim.fleet import InstanceSpec, build_fleet
+from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.trace import read_trace
-from vllm_workflow.sim.types import PrefixPart
+from vllm_workflow.sim.types import PrefixPart, Trace, TraceRun
+from vllm_workflow.sim.workloads import load
 
 STARTED = Started(policy=PolicyConfig(), fingerprint="f")
 
@@ -29,16 +46,14 @@ def submitted(
     deadline: float = math.inf,
     tenant: str = "",
     run_arrival: float = math.nan,
-    block_hashes: tuple[int, ...] = (),
-    num_prompt_tokens: int = 100,
+    prefix: Chain = (),
 ) -> Submitted:
     request = replace(
         stage_request(request_id, arrival_time=arrival, deadline=deadline, stage=stage),
         workflow_id=run,
         tenant_id=tenant,
         run_arrival_time=run_arrival,
-        block_hashes=block_hashes,
-        num_prompt_tokens=num_prompt_tokens,
+        prefix=prefix,
     )
     chosen = candidate("i")
     decision = Decision(request_id=request_id, chosen=chosen, cost=1.0, candidates=(chosen,))
@@ -136,6 +151,19 @@ def test_a_deadline_becomes_the_promise_of_the_run(tmp_path: Path) -> None:
     assert run.calls[0].gap_s == 1.0
 
 
+def test_a_deadline_in_another_age_is_none(tmp_path: Path) -> None:
+    events = [submitted("a", 5.0, deadline=1e14), settled("a")]
+
+    assert read_trace(log(tmp_path, STARTED, *events)).runs[0].slo_s is None
+
+
+def test_a_log_of_many_lifetimes_is_refused(tmp_path: Path) -> None:
+    life = [STARTED, submitted("a", 0.0), settled("a", 0.9e9)]
+
+    with pytest.raises(ConfigError, match="expected runs within"):
+        read_trace(log(tmp_path, *life, *life, *life))
+
+
 def test_calls_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
     events = [
         submitted("a", 0.0),
@@ -192,18 +220,101 @@ def test_a_restarted_router_goes_on_where_the_last_one_ended(tmp_path: Path) -> 
     assert any("started 2 times" in note for note in trace.notes)
 
 
-def test_block_hashes_are_prefix_parts(tmp_path: Path) -> None:
+def test_what_prompts_share_is_in_the_log(tmp_path: Path) -> None:
+    shared, own = Segment(chain_hash=255, num_tokens=16), Segment(chain_hash=-2, num_tokens=9)
     events = [
-        submitted("a", 0.0, block_hashes=(255, -2), num_prompt_tokens=40),
-        settled("a", num_prompt_tokens=40),
+        submitted("a", 0.0, prefix=(shared, own)),
+        settled("a", num_prompt_tokens=30),
+        submitted("b", 1.0, prefix=(shared._replace(num_tokens=17), own)),  # predicted anew
+        settled("b", num_prompt_tokens=20),
     ]
 
     (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
 
-    assert run.calls[0].prefix == (
-        PrefixPart(part_id="block/ff", num_tokens=16),
-        PrefixPart(part_id="block/-2", num_tokens=16),
+    head = PrefixPart(part_id="part/ff", num_tokens=16)
+    assert run.calls[0].prefix == (head, PrefixPart(part_id="part/-2", num_tokens=9))
+    assert run.calls[1].prefix == (head,)
+
+
+def test_a_call_that_waited_in_the_router_ends_from_when_it_was_forwarded(tmp_path: Path) -> None:
+    decision = submitted("a", 0.0).decision
+    assert decision is not None
+    events = [
+        replace(submitted("a", 0.0), decision=None),
+        Polled(now=4.0, decisions=(decision,)),
+        settled("a", 1.0),  # until 5
+        submitted("b", 5.5),
+        settled("b"),
+    ]
+
+    (run,) = read_trace(log(tmp_path, STARTED, *events)).runs
+
+    assert run.calls[1].after == ("call-1",)
+    assert run.calls[1].gap_s == 0.5
+
+
+def test_a_call_given_up_while_it_waited_is_left_out(tmp_path: Path) -> None:
+    events = [
+        submitted("a", 0.0),
+        settled("a"),
+        replace(submitted("b", 1.0), decision=None),
+        Withdrawn(request_id="b"),
+    ]
+
+    trace = read_trace(log(tmp_path, STARTED, *events))
+
+    assert len(trace.runs[0].calls) == 1
+    assert "1 calls did not end well and are left out." in trace.notes
+
+
+def test_what_a_dispatcher_records_can_be_read(tmp_path: Path) -> None:
+    events: list[Event] = []
+    fleet = Fleet()
+    fleet.add(Instance(instance_id="i", models=(), max_num_seqs=1))
+    late = Dispatcher(fleet, PolicyConfig(late_binding=True), record=events.append)
+    for i in range(4):
+        late.submit(submitted(f"r{i}", float(i), run=f"run{i}").request, now=float(i))
+    now, waiting = 4.0, ["r0"]
+    while waiting:
+        late.settle(settled(waiting.pop(0), 1.0).outcome)
+        waiting += [decision.request_id for decision in late.poll(now)]
+        now += 1.0
+
+    trace = read_trace(log(tmp_path, *events))
+
+    assert [(r.run_id, r.arrival_s) for r in trace.runs] == [
+        (f"run{i}", float(i)) for i in range(4)
+    ]
+
+
+def test_runs_that_were_logged_are_the_runs_that_were_made(tmp_path: Path) -> None:
+    made = with_arrivals(load("builtin:chess", 12, seed=1), 0.2, seed=1)
+    fleet = build_fleet([InstanceSpec(gpu="H100", model_shape="llama-3.1-8b", count=2)])
+    events: list[Event] = []
+    simulate(made.runs, fleet, record=events.append)
+
+    read = read_trace(log(tmp_path, *events))
+
+    assert sorted(map(shape, read.runs)) == sorted(map(shape, made.runs))
+    first = made.runs[0].arrival_s or 0.0
+    assert {r.run_id: r.arrival_s for r in read.runs} == pytest.approx(
+        {r.run_id: (r.arrival_s or 0.0) - first for r in made.runs}
     )
+    assert hits(read) == hits(made)
+
+
+def shape(run: TraceRun) -> list[Any]:
+    """Every call with what it followed, whatever the ids and the order of siblings."""
+    told = {c.call_id: (c.stage, c.num_prompt_tokens, c.num_output_tokens) for c in run.calls}
+    return sorted(
+        (told[c.call_id], sorted(told[parent] for parent in c.after), round(c.gap_s, 6))
+        for c in run.calls
+    )
+
+
+def hits(trace: Trace) -> int:
+    """Prompt tokens that some earlier prompt of the trace begins with."""
+    return sum(each.num_cached_tokens for run in sharing(trace.runs) for each in run)
 
 
 def test_names_from_clients_cannot_break_the_trace(tmp_path: Path) -> None:

@@ -22,9 +22,20 @@ FIELDS = [
     "num_tokens", "vllm_workflow_trace", "source", "notes", "Text2SQLRequest", "step",
     "input_length", "output_length", "timestamp", "hash_ids", "session_id", "delay", "event",
     "now", "request", "request_id", "outcome", "ok", "e2el_s", "arrival_time", "workflow_id",
-    "tenant_id", "deadline", "run_arrival_time", "expected_output_tokens", "block_hashes",
+    "tenant_id", "deadline", "run_arrival_time", "expected_output_tokens", "decisions", "decision",
 ]  # fmt: skip
-WORDS = ["a", "b", "started", "submitted", "settled", "", "\ud800", "x" * 600]
+WORDS = [
+    "a",
+    "b",
+    "started",
+    "submitted",
+    "settled",
+    "polled",
+    "withdrawn",
+    "",
+    "\ud800",
+    "x" * 600,
+]
 scalars = (
     st.none()
     | st.booleans()
@@ -77,10 +88,19 @@ SUBMITTED = {
         "workflow_id": "w",
         "deadline": 9.0,
         "num_prompt_tokens": 40,
-        "block_hashes": [1, 2],
+        "prefix": [[7, 16], [8, 9]],
     },
 }
+POLLED = {"event": "polled", "now": 1.5, "decisions": [{"request_id": "a"}]}
 SETTLED = {"event": "settled", "outcome": {"request_id": "a", "ok": True, "e2el_s": 1.0}}
+
+GOOD: list[list[Any]] = [
+    [RUN],
+    [RUN, {**RUN, "run_id": "q"}],
+    [HEXGEN],
+    [MOONCAKE, MOONCAKE],
+    [SUBMITTED, POLLED, SETTLED],
+]
 
 
 def paths(value: Any) -> list[tuple[Any, ...]]:
@@ -109,10 +129,7 @@ def lines(*each: Any) -> bytes:
 @st.composite
 def nearly_right(draw: st.DrawFn) -> bytes:
     """A good file of one of the formats with one value replaced."""
-    good = draw(
-        st.sampled_from([[RUN], [RUN, {**RUN, "run_id": "q"}], [HEXGEN], [MOONCAKE, MOONCAKE]])
-        | st.just([SUBMITTED, SETTLED])
-    )
+    good = draw(st.sampled_from(GOOD))
     path = draw(st.sampled_from(paths(good)))
     bad = changed(good, path, draw(values))
     return lines(*bad) if isinstance(bad, list) else lines(bad)
@@ -165,7 +182,12 @@ def test_a_good_file_cut_or_damaged_anywhere(
 ) -> None:
     good = data.draw(
         st.sampled_from(
-            [lines(RUN), lines(HEXGEN), lines(MOONCAKE, MOONCAKE), lines(SUBMITTED, SETTLED)]
+            [
+                lines(RUN),
+                lines(HEXGEN),
+                lines(MOONCAKE, MOONCAKE),
+                lines(SUBMITTED, POLLED, SETTLED),
+            ]
         )
     )
     at = data.draw(st.integers(0, len(good)))

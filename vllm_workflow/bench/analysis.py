@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 
@@ -12,6 +13,7 @@ from vllm_workflow.bench.analysis_prediction import Explained, Remaining, explai
 from vllm_workflow.bench.analysis_sharing import Sharing, sharing
 from vllm_workflow.bench.analysis_tail import Tail, tail
 from vllm_workflow.bench.analysis_timing import Timeline, longest_path, services_s, timeline
+from vllm_workflow.core.metrics import mean, percentile
 from vllm_workflow.profiles.profile import LatencyProfile
 from vllm_workflow.sim.types import Trace, TraceCall, TraceRun
 
@@ -32,9 +34,13 @@ class Spread:
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
         """Summarise at least one value; percentiles interpolate linearly."""
-        array = np.array(list(values), dtype=float)
-        p50, p95 = np.percentile(array, [50, 95])
-        return cls(mean=float(array.mean()), p50=float(p50), p95=float(p95), max=float(array.max()))
+        sample = list(values)
+        # Only of an empty sample there would be None.
+        average, p50, p95 = (
+            cast(float, value)
+            for value in (mean(sample), percentile(sample, 50.0), percentile(sample, 95.0))
+        )
+        return cls(mean=average, p50=p50, p95=p95, max=max(sample))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -170,7 +176,7 @@ def analyze(trace: Trace, profile: LatencyProfile) -> Analysis:
         within_share=sum(each.num_within_tokens for each in flat) / num_prompt_tokens,
         across_share=sum(each.num_across_tokens for each in flat) / num_prompt_tokens,
         explained=explained(calls),
-        remaining=tuple(remaining(trace.runs, warm)),
+        remaining=tuple(remaining(trace.runs, warm, _in_order(trace.runs))),
         tail=tail(warm),
     )
 
@@ -190,7 +196,7 @@ def _arrival_rate(runs: Sequence[TraceRun]) -> float | None:
 
 
 def _transitions(runs: Sequence[TraceRun]) -> list[Transition]:
-    """The edges by where they start, in the order of first appearance, frequent ones first."""
+    """The edges by where they start, in the order of the stages, frequent ones first."""
     totals: Counter[str] = Counter({START: len(runs)})
     followed: Counter[tuple[str, str]] = Counter()
     widths: Counter[tuple[str, str]] = Counter()
@@ -217,10 +223,20 @@ def _transitions(runs: Sequence[TraceRun]) -> list[Transition]:
             share=count / totals[before],
             width=widths[before, stage] / count,
         )
-        for start in totals
+        for start in (START, *_in_order(runs))
         for (before, stage), count in followed.most_common()
         if before == start
     ]
+
+
+def _in_order(runs: Sequence[TraceRun]) -> list[str]:
+    """Return the stages by where in a run they begin, on average."""
+    begins: dict[str, list[float]] = defaultdict(list)
+    for run in runs:
+        first = {call.stage: i for i, call in reversed(list(enumerate(run.calls)))}
+        for stage, i in first.items():
+            begins[stage].append(i / len(run.calls))
+    return sorted(begins, key=lambda stage: sum(begins[stage]) / len(begins[stage]))
 
 
 def _stages(
@@ -235,7 +251,8 @@ def _stages(
     all_prompt = sum(each.call.num_prompt_tokens for each in timed)
     all_output = sum(each.call.num_output_tokens for each in timed)
     found = []
-    for stage, members in rows.items():
+    for stage in _in_order(runs):
+        members = rows[stage]
         prompts = [call.num_prompt_tokens for call, _, _ in members]
         outputs = [call.num_output_tokens for call, _, _ in members]
         found.append(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -45,7 +46,10 @@ def plots(analysis: Analysis) -> list[Plot]:
 
 def _svg(figure: Figure) -> str:
     buffer = io.StringIO()
-    figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
+    with warnings.catch_warnings():
+        # A stage's name in a script that the font lacks shows as boxes; the tables have it.
+        warnings.filterwarnings("ignore", message="Glyph")
+        figure.savefig(buffer, format="svg", bbox_inches="tight", metadata={"Date": None})
     text = buffer.getvalue()
     return text[text.index("<svg") :]
 
@@ -81,11 +85,13 @@ def _graph(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
         if t.before in rows and t.after in columns:
             matrix[rows.index(t.before), columns.index(t.after)] = t.share
     figure, axes = _figure(1.9 + 0.42 * len(rows))
-    axes.imshow(matrix, cmap="Blues", vmin=0.0, vmax=1.3, aspect="auto")
+    axes.imshow(matrix, cmap="Blues", vmin=0.0, vmax=1.0, aspect="auto")
     size = 9 if len(columns) <= 12 else 6
     for (i, j), share in np.ndenumerate(matrix):
         if share > 0.0:
-            axes.text(j, i, f"{100 * share:.0f}", ha="center", va="center", fontsize=size)
+            colour = "white" if share > 0.5 else "black"
+            text = f"{100 * share:.0f}"
+            axes.text(j, i, text, ha="center", va="center", fontsize=size, color=colour)
     axes.set_xticks(range(len(columns)), [_label(c) for c in columns], rotation=40, ha="right")
     _stage_axis(axes, rows)
     axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -101,7 +107,7 @@ def _tokens(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
         (panels[1], "output", [stage.output_tokens for stage in stages]),
     ):
         for i, spread in enumerate(spreads):
-            axes.plot([spread.p50, spread.p95], [i, i], color=_BLUE, linewidth=5, alpha=0.45)
+            axes.hlines(i, spread.p50, spread.p95, color=_BLUE, linewidth=5, alpha=0.45)
             axes.plot(spread.mean, i, "o", color=_BLUE)
             axes.plot(spread.max, i, "|", color=_ORANGE, markersize=12, markeredgewidth=2)
         axes.set_xscale("log")
@@ -123,7 +129,7 @@ def _durations(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
     axes.set_xlim(left=0)
     axes.set_ylim(0, 101)
     axes.grid(alpha=0.3)
-    axes.legend(frameon=False, loc="lower right")
+    axes.legend(frameon=False, loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return figure
 
 
@@ -170,7 +176,7 @@ def _remaining(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
     for offset, label, colour, values in (
         (-0.27, "mean remaining", _GREY, [r.mean_s for r in rows]),
         (0.0, "error, told by stage", _ORANGE, [r.error_by_stage_s for r in rows]),
-        (0.27, "error, told by stage and k", _BLUE, [r.error_by_round_s for r in rows]),
+        (0.27, "error, told by stage and round", _BLUE, [r.error_by_round_s for r in rows]),
     ):
         axes.barh(y + offset, values, height=0.25, color=colour, label=label)
     _stage_axis(axes, [r.stage for r in rows])
@@ -181,14 +187,16 @@ def _remaining(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
 
 
 def _tail(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
-    assert analysis.tail is not None
-    causes = analysis.tail.causes[:MAX_STAGES]
+    tail = analysis.tail
+    if tail is None:
+        raise ValueError("a trace without a tail has no such plot")
+    causes = tail.causes[:MAX_STAGES]
     figure, axes = _figure(1.6 + 0.42 * (len(causes) + 1))
     y = np.arange(len(causes))
     more, longer = [c.more_calls_s for c in causes], [c.longer_calls_s for c in causes]
     axes.barh(y - 0.19, more, height=0.36, color=_BLUE, label="more calls")
     axes.barh(y + 0.19, longer, height=0.36, color=_ORANGE, label="longer calls")
-    axes.barh(len(causes), analysis.tail.gap_s, height=0.36, color=_GREY, label="gaps")
+    axes.barh(len(causes), tail.gap_s, height=0.36, color=_GREY, label="gaps")
     _stage_axis(axes, [*(c.stage for c in causes), "(gaps)"])
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_xlabel("seconds more on the critical path than in other runs")

@@ -84,10 +84,15 @@ class _End:
     rest_s: float
 
 
-def remaining(runs: Sequence[TraceRun], timelines: Sequence[Timeline]) -> list[Remaining]:
-    """Tell what remains after each call from the runs that differ from its own, per stage.
+def remaining(
+    runs: Sequence[TraceRun], timelines: Sequence[Timeline], stages: Sequence[str]
+) -> list[Remaining]:
+    """Tell what remains after each call from the runs that differ from its own.
 
-    Stages come in the order in which they first appear.
+    Args:
+        runs: At least one.
+        timelines: Of the runs.
+        stages: To report on, in this order; one that no other run has is left out.
     """
     ends = [
         end for run, line in zip(runs, timelines, strict=True) for end in _ends(content(run), line)
@@ -95,7 +100,7 @@ def remaining(runs: Sequence[TraceRun], timelines: Sequence[Timeline]) -> list[R
     by_stage = _others_mean(ends, lambda end: end.stage)
     by_round = _others_mean(ends, lambda end: (end.stage, end.number))
     found = []
-    for stage in dict.fromkeys(end.stage for end in ends):
+    for stage in stages:
         rows = [
             (end.rest_s, coarse, coarse if fine is None else fine)
             for end, coarse, fine in zip(ends, by_stage, by_round, strict=True)

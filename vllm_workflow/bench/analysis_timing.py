@@ -92,12 +92,11 @@ def services_s(
     Args:
         latency: Of the instance.
         run: Its calls.
-        num_cached_tokens: Of each call's prompt, in their order; the last token is computed
-            in any case.
+        num_cached_tokens: Of each call's prompt, in their order; a prompt that is cached as a
+            whole still takes a step.
     """
     services = {}
     for call, num_cached in zip(run.calls, num_cached_tokens, strict=True):
-        num_cached = min(num_cached, call.num_prompt_tokens - 1)
         num_decoded = call.num_output_tokens - 1
         services[call.call_id] = latency.prefill_s(
             call.num_prompt_tokens - num_cached, num_cached_tokens=num_cached

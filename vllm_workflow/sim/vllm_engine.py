@@ -30,7 +30,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError, WorkflowError
 from vllm_workflow.core.handover import handover
 from vllm_workflow.core.latency import LatencyModel, prefill_attention
-from vllm_workflow.core.types import Candidate, Decision, StageRequest
+from vllm_workflow.core.types import StageRequest
 from vllm_workflow.engine.stats import EngineStats
 from vllm_workflow.sim.fleet import SimInstance
 from vllm_workflow.sim.prompts import EOS_TOKEN_ID, Prompt, Prompts
@@ -375,10 +375,7 @@ def workflow_xargs(request: StageRequest, now: float) -> dict[str, str | int]:
         "wf_tenant": request.tenant_id,
     }
     xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
-    chosen = Candidate(instance_id="", queue_s=0.0, prefill_s=request.service_s, decode_s=0.0)
-    decision = Decision(request_id=request.request_id, chosen=chosen, cost=0.0, candidates=())
-    told = handover(request, decision, now=now)
-    xargs |= {f"wf_{name}": ms for name, ms in told._asdict().items() if ms is not None}
+    xargs |= handover(request, service_s=request.service_s, now=now).xargs()
     if request.final:
         xargs["wf_final"] = 1
     return xargs

@@ -1,0 +1,197 @@
+"""The server under load, as the load generator sees it: what it is, and how it fares."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from string import ascii_lowercase
+from typing import Any
+from urllib.parse import urlsplit
+
+import aiohttp
+from prometheus_client.parser import text_string_to_metric_families
+
+from vllm_workflow.bench.prompts import Prompts
+from vllm_workflow.core.errors import ConfigError, UpstreamError
+
+_RETRY_S = 0.25
+_TIMEOUT = aiohttp.ClientTimeout(total=10)
+_EMULATED = "vllm_workflow:emulated_"
+_FINGERPRINT_LABELS = ("policy_fingerprint", "fingerprint", "policy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class EmulatedSteps:
+    """What the emulated GPUs of one server have done, summed over its workers."""
+
+    num_steps: float
+    busy_s: float
+    late_s: float
+    """By how much steps ended later than on the GPU that is emulated."""
+
+    def since(self, before: EmulatedSteps) -> EmulatedSteps:
+        return EmulatedSteps(
+            num_steps=self.num_steps - before.num_steps,
+            busy_s=self.busy_s - before.busy_s,
+            late_s=self.late_s - before.late_s,
+        )
+
+    @property
+    def late_share(self) -> float | None:
+        """Late seconds per busy second; None if nothing ran."""
+        return self.late_s / self.busy_s if self.busy_s > 0 else None
+
+
+class Target:
+    """Speaks to one OpenAI-compatible server, apart from the load itself.
+
+    Args:
+        base_url: Root of the server, with or without `/v1`.
+        session: Carries the requests.
+
+    Raises:
+        ConfigError: No usable URL.
+    """
+
+    def __init__(self, base_url: str, session: aiohttp.ClientSession) -> None:
+        self.root = server_root(base_url)
+        self._session = session
+
+    async def wait_ready(self, timeout_s: float) -> None:
+        """Wait until the server lists its models; not at all if `timeout_s` is 0.
+
+        Raises:
+            UpstreamError: It did not in time.
+        """
+        give_up = time.monotonic() + timeout_s
+        while timeout_s > 0:
+            try:
+                await self._text("/v1/models")
+            except UpstreamError as e:
+                if time.monotonic() > give_up:
+                    raise UpstreamError(f"not ready after {timeout_s:g} s: {e}") from e
+                await asyncio.sleep(_RETRY_S)
+            else:
+                return
+
+    async def first_model(self) -> str:
+        """Return the first model that the server lists.
+
+        Raises:
+            UpstreamError: It lists none.
+        """
+        cards = _object(await self._text("/v1/models")).get("data") or []
+        if not cards or not isinstance(cards[0], dict) or not cards[0].get("id"):
+            raise UpstreamError(f"{self.root}/v1/models: expected a model, got {cards!r:.200}")
+        return str(cards[0]["id"])
+
+    async def prompts(self, model: str) -> Prompts:
+        """Return prompts of tokens that the server itself uses.
+
+        Raises:
+            UpstreamError: It cannot tokenise.
+        """
+        text = " ".join(a + b for a in ascii_lowercase for b in ascii_lowercase)
+        body = {"model": model, "prompt": text, "add_special_tokens": False}
+        try:
+            async with self._session.post(
+                f"{self.root}/tokenize", json=body, timeout=_TIMEOUT
+            ) as response:
+                ids = _object(await response.text()).get("tokens") or []
+        except (aiohttp.ClientError, TimeoutError) as e:
+            raise UpstreamError(f"{self.root}/tokenize: {type(e).__name__}: {e}") from e
+        try:
+            return Prompts(sorted(set(ids)))
+        except (ConfigError, TypeError) as e:
+            raise UpstreamError(
+                f"{self.root}/tokenize: expected token ids, got {str(ids)[:80]}; the size of the "
+                "model's vocabulary can be given instead (--vocab-size)"
+            ) from e
+
+    async def facts(self) -> dict[str, Any]:
+        """Return what the server says of itself, as far as it does: version, policy."""
+        facts: dict[str, Any] = {}
+        version = _object(await self._maybe("/version")).get("version")
+        if version is not None:
+            facts["server_version"] = str(version)
+        health = _object(await self._maybe("/health"))
+        facts |= {k: health[k] for k in ("policy", *_FINGERPRINT_LABELS) if k in health}
+        if "instances" in health:
+            facts["instances"] = health["instances"]
+        facts |= _labels_of_policy(await self._maybe("/metrics"))
+        return facts
+
+    async def emulated_steps(self) -> EmulatedSteps:
+        """Read how busy and how late the server's emulated GPUs have been so far.
+
+        Raises:
+            UpstreamError: It has none.
+        """
+        sums: dict[str, float] = {}
+        for family in text_string_to_metric_families(await self._text("/metrics")):
+            for sample in family.samples:
+                if sample.name.startswith(_EMULATED):
+                    name = sample.name.removeprefix(_EMULATED)
+                    sums[name] = sums.get(name, 0.0) + sample.value
+        names = ("steps_total", "busy_seconds_total", "late_seconds_total")
+        if any(name not in sums for name in names):
+            raise UpstreamError(
+                f"{self.root}/metrics: expected {_EMULATED}{{{','.join(names)}}}, got "
+                f"{sorted(sums) or 'none of them'}"
+            )
+        steps, busy_s, late_s = (sums[name] for name in names)
+        return EmulatedSteps(num_steps=steps, busy_s=busy_s, late_s=late_s)
+
+    async def _maybe(self, path: str) -> str:
+        try:
+            return await self._text(path)
+        except UpstreamError:
+            return ""
+
+    async def _text(self, path: str) -> str:
+        url = self.root + path
+        try:
+            async with self._session.get(url, timeout=_TIMEOUT) as response:
+                if response.status != 200:
+                    raise UpstreamError(f"{url}: expected status 200, got {response.status}")
+                return await response.text(errors="replace")
+        except (aiohttp.ClientError, TimeoutError) as e:
+            raise UpstreamError(f"{url}: {type(e).__name__}: {e}") from e
+
+
+def server_root(base_url: str) -> str:
+    """Return a URL without `/v1` and slash at its end.
+
+    Raises:
+        ConfigError: Not `http://HOST:PORT`.
+    """
+    parts = urlsplit(base_url)
+    if parts.scheme not in {"http", "https"} or not parts.hostname:
+        raise ConfigError(f"base URL: expected http://HOST:PORT, got {base_url!r}")
+    return base_url.rstrip("/").removesuffix("/v1")
+
+
+def _object(text: str) -> Mapping[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _labels_of_policy(metrics: str) -> dict[str, str]:
+    """Return the first policy fingerprint among the labels of `vllm_workflow:` series."""
+    try:
+        families = list(text_string_to_metric_families(metrics))
+    except ValueError:
+        return {}
+    for family in families:
+        if family.name.startswith("vllm_workflow:"):
+            for sample in family.samples:
+                found = {k: sample.labels[k] for k in _FINGERPRINT_LABELS if k in sample.labels}
+                if found:
+                    return found
+    return {}

@@ -63,15 +63,9 @@ class EventEngine:
         block_size: int = DEFAULT_BLOCK_SIZE,
         async_scheduling: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("max_num_seqs", max_num_seqs, 1),
-            ("num_kv_blocks", num_kv_blocks, 2),
-            ("block_size", block_size, 1),
-        ):
-            if value < least:
-                raise ConfigError(
-                    f"instance {instance_id!r}: {name}: expected at least {least}, got {value}"
-                )
+        _require(instance_id, "max_num_seqs", max_num_seqs, 1)
+        _require(instance_id, "num_kv_blocks", num_kv_blocks, 2)
+        _require(instance_id, "block_size", block_size, 1)
         config = config or PolicyConfig()
         self.instance_id = instance_id
         self.pool = BlockPool(num_kv_blocks - 1, block_size)
@@ -476,3 +470,10 @@ class EventEngine:
 
 def _event(call: LiveCall, now: float, kind: EventKind) -> EngineEvent:
     return EngineEvent(now, call.request_id, kind, call.num_cached, call.num_preemptions)
+
+
+def _require(instance_id: str, name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(
+            f"instance {instance_id!r}: {name}: expected at least {least}, got {value}"
+        )

@@ -126,10 +126,18 @@ def test_a_call_waits_for_the_fast_instance_where_that_is_sooner() -> None:
     assert [d.chosen.instance_id for d in each.poll(0.1)] == ["fast"]
 
 
-def test_an_idle_instance_takes_a_call_that_is_larger_than_its_cache() -> None:
+def test_an_idle_instance_takes_a_call_whose_answer_is_expected_to_overflow_its_cache() -> None:
     each = brain(instance("a", num_kv_tokens=50))
+    wordy = stage_request("wordy", num_prompt_tokens=40, expected_output_tokens=500.0)
 
-    assert each.submit(stage_request("huge", num_prompt_tokens=500), now=0.0) is not None
+    assert each.submit(wordy, now=0.0) is not None
+
+
+def test_a_call_that_no_cache_can_hold_is_refused_with_the_number() -> None:
+    each = brain(instance("a", num_kv_tokens=50), instance("b", num_kv_tokens=90))
+
+    with pytest.raises(NoInstanceError, match=r"at most 90 tokens .* got 101"):
+        each.submit(stage_request(num_prompt_tokens=100), now=0.0)
 
 
 def test_an_instance_that_recovers_takes_what_waits() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from hypothesis import strategies as st
 
 from tests.sim.builders import LATENCY, parts, sim_instance, trace_call, trace_run
 from vllm_workflow.core import policy_names
+from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.sim.fleet import SimInstance
 from vllm_workflow.sim.types import TraceCall, TraceRun
@@ -28,7 +31,14 @@ _PREFIXES = (
     parts(("other", 517)),
 )
 
-policies = st.sampled_from(policy_names.ALL).map(policy_names.parse)
+
+@st.composite
+def _policies(draw: st.DrawFn) -> PolicyConfig:
+    policy = policy_names.parse(draw(st.sampled_from(policy_names.ALL)))
+    return replace(policy, late_binding=policy.dispatch != "round-robin" and draw(st.booleans()))
+
+
+policies = _policies()
 
 
 def fleets() -> st.SearchStrategy[list[SimInstance]]:

@@ -15,7 +15,7 @@ def test_events_happen_by_time_then_priority_then_as_announced(
 ) -> None:
     kernel, seen = Kernel(), []
     for index, (time, priority) in enumerate(announced):
-        kernel.at(time, seen.append, (time, priority, index), priority=priority)
+        kernel.at(time, seen.append, (time, priority, index), priority)
 
     kernel.run()
 

@@ -31,7 +31,7 @@ def test_model_and_its_deployment_apply_to_all() -> None:
 def test_router_knows_the_room_in_the_kv_cache() -> None:
     (one,) = fleet_of("L4:1")
 
-    assert one.instance.num_kv_tokens == one.num_kv_blocks * one.block_size
+    assert one.instance.num_kv_tokens == (one.num_kv_blocks - 1) * one.block_size
 
 
 def test_file_sets_what_an_instance_was_started_with(tmp_path: Path) -> None:

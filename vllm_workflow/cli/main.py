@@ -11,6 +11,7 @@ from vllm_workflow.core.errors import WorkflowError
 
 COMMANDS = {
     "up": "start the instances and the router of one machine",
+    "analyze": "report what the runs of a trace have in common",
     "bench": "replay runs against a server under load",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
@@ -53,7 +54,8 @@ def _load(name: str):  # type: ignore[no-untyped-def]
     except ModuleNotFoundError as e:
         if e.name is not None and e.name.startswith("vllm_workflow"):
             raise
-        extra = {"text2sql": "text2sql", "profile": "bench", "bench": "bench"}.get(name, "router")
+        bench = dict.fromkeys(("analyze", "bench", "profile"), "bench")
+        extra = {"text2sql": "text2sql", **bench}.get(name, "router")
         raise SystemExit(
             f"vllm-workflow {name}: Python package {e.name!r} is missing; "
             f"install it with: pip install 'vllm-workflow[{extra}]'"

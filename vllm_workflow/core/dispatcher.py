@@ -131,6 +131,7 @@ class Dispatcher:
             expected_output_tokens=self.lengths.output_tokens(
                 request.workflow, request.stage, max_tokens
             ),
+            max_output_tokens=max_tokens,
             rest_s=0.0 if request.final else self._rest_s(request),
             attained_s=attained.total_s,
             attained_path_s=attained.path_s,
@@ -333,7 +334,7 @@ class Dispatcher:
         if outcome.num_prompt_tokens is None:
             return sent.decision.chosen.prefill_s
         instance_id = sent.decision.chosen.instance_id
-        latency = next(i.latency for i in self.fleet if i.instance_id == instance_id)
+        latency = self.fleet.instance(instance_id).latency
         num_cached = outcome.num_cached_tokens or 0
         return self.fleet.drift(instance_id) * latency.prefill_s(
             outcome.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
@@ -371,6 +372,14 @@ class Dispatcher:
         if not self.fleet.serves(request.model):
             served = sorted({m for i in self.fleet for m in i.models})
             return f"no instance serves model {request.model!r}; served are {served}"
+        most = max(
+            (i.num_kv_tokens or math.inf for i in self.fleet if i.serves(request.model)), default=0
+        )
+        if request.num_tokens_at_most > most:
+            return (
+                f"expected at most {most} tokens of prompt and answer, which is what the largest "
+                f"KV cache holds, got {request.num_tokens_at_most}"
+            )
         tried = f"; tried {sorted(exclude)}" if exclude else ""
         return f"no healthy instance serves model {request.model!r}{tried}"
 

@@ -93,6 +93,10 @@ class Fleet:
     def is_healthy(self, instance_id: str) -> bool:
         return self._accounts[instance_id].healthy
 
+    def instance(self, instance_id: str) -> Instance:
+        """Return an instance as configured."""
+        return self._accounts[instance_id].instance
+
     def __iter__(self) -> Iterator[Instance]:
         return (a.instance for a in self._accounts.values())
 
@@ -103,11 +107,12 @@ class Fleet:
     def candidates(
         self, request: StageRequest, *, now: float = 0.0, exclude: Collection[str] = ()
     ) -> tuple[Candidate, ...]:
-        """Predict `request` on every healthy instance that serves its model."""
+        """Predict `request` on every healthy instance that serves its model and can hold it."""
         num_head_tokens = sum(segment.num_tokens for segment in request.prefix)
         num_own_tokens = (
             max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
         )
+        num_tokens_at_most = request.num_tokens_at_most
         prefills: dict[tuple[int, int], float] = {}  # instances of one kind share a latency model
         found: list[Candidate] = []
         for account in self._accounts.values():
@@ -116,6 +121,7 @@ class Fleet:
                 not account.healthy
                 or instance.instance_id in exclude
                 or not instance.serves(request.model)
+                or num_tokens_at_most > account.kv.num_tokens
             ):
                 continue
             num_cached = 0

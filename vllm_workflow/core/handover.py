@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import NamedTuple
 
-from vllm_workflow.core.types import Decision, StageRequest
+from vllm_workflow.core.types import StageRequest
 
 
 class Handover(NamedTuple):
@@ -24,9 +24,19 @@ class Handover(NamedTuple):
     attained_path_ms: int | None
     """The same along the longest path of calls."""
 
+    def xargs(self) -> dict[str, int]:
+        """As members of `vllm_xargs`."""
+        return {f"wf_{name}": ms for name, ms in self._asdict().items() if ms is not None}
 
-def handover(request: StageRequest, decision: Decision, *, now: float) -> Handover:
-    """Return what goes out with `request` at `now`, an instant on its own clock."""
+
+def handover(request: StageRequest, *, service_s: float, now: float) -> Handover:
+    """Return what goes out with a call.
+
+    Args:
+        request: The call.
+        service_s: Predicted duration of it on the chosen instance.
+        now: Instant of sending, on the clock of `request`.
+    """
     budget_ms = age_ms = attained_ms = attained_path_ms = None
     if math.isfinite(request.deadline):
         budget_ms = max(0, round(1000.0 * (request.deadline - now)))
@@ -38,7 +48,7 @@ def handover(request: StageRequest, decision: Decision, *, now: float) -> Handov
     return Handover(
         budget_ms,
         round(1000.0 * request.rest_s),
-        round(1000.0 * decision.chosen.service_s),
+        round(1000.0 * service_s),
         age_ms,
         attained_ms,
         attained_path_ms,

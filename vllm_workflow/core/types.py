@@ -45,6 +45,8 @@ class StageRequest:
     """Predicted duration of this call on the instance at hand; 0 if unknown."""
     num_prompt_tokens: int = 1
     expected_output_tokens: float = 1.0
+    max_output_tokens: int | None = None
+    """The client's own bound; None if it set none."""
     prefix: Chain = ()
     """Head of the prompt, as far as other prompts may share it."""
     final: bool = False
@@ -60,6 +62,11 @@ class StageRequest:
     @property
     def has_deadline(self) -> bool:
         return self.deadline != math.inf
+
+    @property
+    def num_tokens_at_most(self) -> int:
+        """Of prompt and answer: what an engine that accepts it must be able to hold."""
+        return self.num_prompt_tokens + (self.max_output_tokens or 1)
 
 
 class Candidate(NamedTuple):

@@ -15,7 +15,6 @@ from being in vain, or from being answered by the next one:
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -23,6 +22,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.engine.calls import LiveCall, LiveCalls
+from vllm_workflow.engine.clock import Clock
 from vllm_workflow.engine.queue import OrderedRequestQueue
 from vllm_workflow.engine.stats import EngineStats
 
@@ -38,12 +38,18 @@ class Preemption:
     """Makes room in one scheduler, between two of its steps."""
 
     def __init__(
-        self, scheduler: Any, policy: PolicyConfig, calls: LiveCalls, stats: EngineStats
+        self,
+        scheduler: Any,
+        policy: PolicyConfig,
+        calls: LiveCalls,
+        stats: EngineStats,
+        clock: Clock,
     ) -> None:
         self._scheduler = scheduler
         self._policy = policy
         self._calls = calls
         self._stats = stats
+        self._clock = clock
         self._starved_id: str | None = None
         """The request at the head of the queue that got no KV blocks in the last step."""
 
@@ -110,7 +116,7 @@ class Preemption:
         victim = s.running.pop(index)
         s._preempt_request(
             victim,
-            time.monotonic(),
+            self._clock.monotonic(),
             drop_stale_output=getattr(s, "requires_kv_delivery", False),
         )
         # Should it be resumed in this very step, the worker must take it for a new request.
@@ -122,7 +128,7 @@ class Preemption:
     def _victims(self, call: LiveCall, now: float) -> Iterator[int]:
         """Places in `running` of those that can spare their seat, the one with most slack first."""
         running = self._scheduler.running
-        monotonic = time.monotonic()
+        monotonic = self._clock.monotonic()
         least = max(
             now + self._policy.urgent_slack_s, call.latest_start + self._policy.preempt_margin_s
         )

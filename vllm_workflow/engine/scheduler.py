@@ -10,12 +10,14 @@ vLLM's own queues are in place and nothing here decides anything. In between, th
   preempts such a request when an urgent one finds no seat or no KV blocks;
 - prefill chunks of requests with slack are capped while urgent ones are there, if asked for.
 
-The step itself is vLLM's. All instants are `time.time()`, the clock of `Request.arrival_time`.
+The step itself is vLLM's. All instants are on the clock of `Request.arrival_time`: `time.time()`,
+or a simulation's.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from typing import Any
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
@@ -25,6 +27,7 @@ from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import Request
 
 from vllm_workflow.engine import compat
+from vllm_workflow.engine.clock import Clock
 from vllm_workflow.engine.policy import load_policy
 from vllm_workflow.engine.slack_order import SlackOrder
 from vllm_workflow.engine.stats import StatsPublisher, engine_directory
@@ -37,8 +40,13 @@ class WorkflowMixin:
 
     _order: SlackOrder | None = None  # None where vLLM's tests build a scheduler by __new__
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, clock: Clock = time, **kwargs: Any) -> None:
         """Check that everything needed is there, then build vLLM's scheduler.
+
+        Args:
+            args: As vLLM's scheduler takes them; so are `kwargs`.
+            clock: A simulation's; vLLM itself never passes one.
+            kwargs: See `args`.
 
         Raises:
             ConfigError: Unusable policy, unsupported model, or vLLM of unknown shape.
@@ -49,7 +57,7 @@ class WorkflowMixin:
         policy = load_policy(vllm_config)
         super().__init__(*args, **kwargs)
         publisher = _publisher(vllm_config) if getattr(self, "log_stats", False) else None
-        self._order = SlackOrder(self, policy, compat.check_instance(self), publisher)
+        self._order = SlackOrder(self, policy, compat.check_instance(self), publisher, clock)
         if self._order.may_cap_prefills:
             # vLLM asks for every request in every step, so it is in place only where needed.
             self._reserve_prefill_lookahead = self._capped_prefill

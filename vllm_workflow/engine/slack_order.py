@@ -20,6 +20,7 @@ from vllm.v1.request import Request, RequestStatus
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.engine import metadata
 from vllm_workflow.engine.calls import LiveCall, LiveCalls
+from vllm_workflow.engine.clock import Clock
 from vllm_workflow.engine.compat import VllmShape
 from vllm_workflow.engine.preemption import Preemption
 from vllm_workflow.engine.queue import OrderedRequestQueue
@@ -62,6 +63,7 @@ class SlackOrder:
         policy: PolicyConfig,
         shape: VllmShape,
         publisher: StatsPublisher | None,
+        clock: Clock = time,
     ) -> None:
         self.policy = policy
         self.stats = EngineStats()
@@ -72,6 +74,7 @@ class SlackOrder:
         self._scheduler = scheduler
         self._shape = shape
         self._publisher = publisher
+        self._clock = clock
         self._fingerprint = policy.fingerprint
         self._by_priority = scheduler.policy == SchedulingPolicy.PRIORITY
         self.calls = LiveCalls(policy, by_priority=self._by_priority)
@@ -113,7 +116,7 @@ class SlackOrder:
         """Forget a request that vLLM has just let go of."""
         call = self.calls.pop(request.request_id)
         if call is not None and call.request.has_deadline:
-            if time.time() > call.request.deadline:
+            if self._clock.time() > call.request.deadline:
                 self.stats.deadline_missed += 1
             elif request.status not in (
                 RequestStatus.FINISHED_ABORTED,
@@ -130,7 +133,7 @@ class SlackOrder:
         self.prefill_cap = 0
         if not self.owns_queues:
             return
-        now = time.time()
+        now = self._clock.time()
         s = self._scheduler
         if not self._is_running_sorted:
             s.running.sort(key=self.calls.rank)  # stable: without metadata nothing moves
@@ -145,7 +148,7 @@ class SlackOrder:
         """Learn what vLLM made of the step."""
         s = self._scheduler
         if self.is_active:
-            now = time.time()
+            now = self._clock.time()
             for new in output.scheduled_new_reqs:
                 self._on_admission(new.req_id, now)
             for request_id in output.scheduled_cached_reqs.resumed_req_ids:
@@ -162,7 +165,7 @@ class SlackOrder:
         """Tokens that a request may compute in this step while `prefill_cap` holds."""
         if num_new_tokens <= self.prefill_cap or request.has_encoder_inputs:
             return num_new_tokens
-        if self.calls.of(request).is_urgent(time.time(), self.policy.urgent_slack_s):
+        if self.calls.of(request).is_urgent(self._clock.time(), self.policy.urgent_slack_s):
             return num_new_tokens
         self.stats.capped_prefills += 1
         return self.prefill_cap
@@ -211,7 +214,7 @@ class SlackOrder:
         if call is None:
             return
         if call.was_admitted:
-            call.protected_until = time.monotonic() + self.policy.preempt_cooldown_s
+            call.protected_until = self._clock.monotonic() + self.policy.preempt_cooldown_s
         elif call.request.has_deadline:
             self.stats.observe_slack(call.latest_start - now)
         call.was_admitted = True
@@ -256,4 +259,4 @@ class SlackOrder:
                 "preempted request are not free at once"
             )
             return None
-        return Preemption(self._scheduler, self.policy, self.calls, self.stats)
+        return Preemption(self._scheduler, self.policy, self.calls, self.stats, self._clock)

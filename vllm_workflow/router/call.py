@@ -132,8 +132,7 @@ def _xargs(
         "wf_tenant": info.tenant_id,
     }
     xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
-    told = handover(request, decision, now=now)
-    xargs |= {f"wf_{name}": ms for name, ms in told._asdict().items() if ms is not None}
+    xargs |= handover(request, service_s=decision.chosen.service_s, now=now).xargs()
     if info.final:
         xargs["wf_final"] = 1
     return xargs

@@ -83,6 +83,7 @@ class EventEngine:
         self._calls: dict[str, LiveCall] = {}
         self._running: list[LiveCall] = []
         self._waiting = WaitingLine()
+        self._queued = self._waiting.places
         self._num_aborted = 0
         self._seats = None
         if config.preempt:
@@ -263,24 +264,30 @@ class EventEngine:
         """Make the next step, and find out how many like it follow."""
         self._start = now
         self._chunks = []
-        if not self._running and not self._waiting:
+        queued, seats = self._queued, self._seats
+        if not self._running and not queued:
             self._num_steps = 0
             self._end = math.inf
             return
-        seats = self._seats
-        made_room = bool(seats and self._waiting and self._running and seats.make_room(now))
-        cap = self._prefill_cap if self._prefill_cap and self._is_urgent_one_present(now) else 0
+        is_special, cap = False, 0
+        if seats and queued and self._running:
+            is_special = seats.make_room(now)
+        if self._prefill_cap and self._is_urgent_one_present(now):
+            cap = self._prefill_cap
         num_preempted, tokens_left, num_idle = self._schedule_running(now, cap)
-        if not num_preempted:
+        if queued and not num_preempted:
             tokens_left = self._admit_waiting(now, tokens_left, cap)
-        is_news = bool(seats and seats.note_step(now, has_token_budget=tokens_left > 0))
+        if seats and (queued or seats.starved):
+            is_special |= seats.note_step(now, has_token_budget=tokens_left > 0)
         num_decoding = self._num_decoding - num_idle
         self._first_s = self._step_s(num_decoding)
-        self._growth_s = num_decoding * self._per_kv_token_s
-        self._num_steps = 1
-        if not (self._chunks or num_preempted or num_idle or made_room or is_news):
-            self._num_steps = self._num_steps_alike(now)
-        self._end = now + self._steps_s(self._num_steps)
+        if self._chunks or num_preempted or num_idle or is_special:
+            self._num_steps = 1
+            self._end = now + self._first_s
+        else:
+            self._growth_s = num_decoding * self._per_kv_token_s
+            self._num_steps = num_steps = self._num_steps_alike(now)
+            self._end = now + self._steps_s(num_steps)
 
     def _schedule_running(self, now: float, cap: int) -> tuple[int, int, int]:
         """Give the running calls their tokens and blocks.
@@ -293,7 +300,8 @@ class EventEngine:
         tokens_left = self._max_tokens - num_decoding
         num_needed = self._num_by_residue[-self._num_decode_steps % self._block_size]
         if not prefilling and tokens_left >= 0 and num_needed <= self.pool.num_free:
-            self.pool.take(num_needed)
+            if num_needed:
+                self.pool.take(num_needed)
             return 0, tokens_left, 0
         return self._walk_running(now, cap)
 
@@ -347,7 +355,7 @@ class EventEngine:
         """Take calls from the queue while there are seats, tokens and blocks."""
         waiting, running, pool = self._waiting, self._running, self.pool
         size = self._block_size
-        while waiting and tokens_left > 0 and len(running) < self._max_num_seqs:
+        while self._queued and tokens_left > 0 and len(running) < self._max_num_seqs:
             call = waiting.head()
             table, end = call.table, call.prefill_end
             # At least one token is computed, whose logits give the next one.
@@ -456,7 +464,7 @@ class EventEngine:
         num_steps = finishes[0][0] - self._num_decode_steps
         if self._num_decoding * (num_steps // self._block_size + 1) > self.pool.num_free:
             num_steps = min(num_steps, self._num_steps_with_blocks(num_steps))
-        if self._seats and self._waiting and num_steps > 1:
+        if self._seats and self._queued and num_steps > 1:
             until = self._seats.quiet_until(now)
             if until < self._start + self._steps_s(num_steps):
                 num_steps = min(num_steps, self._num_steps_until(until))

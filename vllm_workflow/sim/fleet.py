@@ -129,7 +129,7 @@ def _build(spec: InstanceSpec, instance_id: str) -> SimInstance:
             models=(),
             latency=found.latency,
             max_num_seqs=spec.max_num_seqs,
-            num_kv_tokens=num_kv_blocks * block_size,
+            num_kv_tokens=(num_kv_blocks - 1) * block_size,  # vLLM keeps one block for itself
         ),
         num_kv_blocks=num_kv_blocks,
         block_size=block_size,

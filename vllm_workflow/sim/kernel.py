@@ -19,7 +19,7 @@ class Kernel:
         self._num_announced = 0
 
     def at(
-        self, time: float, action: Callable[[Any], None], value: object, *, priority: int = 0
+        self, time: float, action: Callable[[Any], None], value: object, priority: int = 0
     ) -> None:
         """Announce that `action(value)` happens at `time`.
 

@@ -119,11 +119,12 @@ class WaitingLine:
     """Smallest key first, first come first served among equals; a preempted call goes before
     its equals."""
 
-    __slots__ = ("_back", "_front", "_heap", "_places")
+    __slots__ = ("_back", "_front", "_heap", "places")
 
     def __init__(self) -> None:
         self._heap: list[tuple[float, int, LiveCall]] = []
-        self._places: dict[str, int] = {}
+        self.places: dict[str, int] = {}
+        """Tie-breaker of each waiting call, by its id."""
         self._back = itertools.count()
         self._front = itertools.count(-1, -1)
 
@@ -135,25 +136,25 @@ class WaitingLine:
 
     def head(self) -> LiveCall:
         heap = self._heap
-        while self._places.get(heap[0][2].request_id) != heap[0][1]:
+        while self.places.get(heap[0][2].request_id) != heap[0][1]:
             heapq.heappop(heap)
         return heap[0][2]
 
     def pop(self) -> None:
         """Take the head away."""
-        del self._places[self.head().request_id]
+        del self.places[self.head().request_id]
         heapq.heappop(self._heap)
 
     def remove(self, call: LiveCall) -> None:
-        self._places.pop(call.request_id, None)
+        self.places.pop(call.request_id, None)
 
     def first(self, n: int) -> list[LiveCall]:
-        live = (e for e in self._heap if self._places.get(e[2].request_id) == e[1])
+        live = (e for e in self._heap if self.places.get(e[2].request_id) == e[1])
         return [entry[2] for entry in heapq.nsmallest(n, live)]
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self.places)
 
     def _push(self, call: LiveCall, place: int) -> None:
-        self._places[call.request_id] = place
+        self.places[call.request_id] = place
         heapq.heappush(self._heap, (call.key, place, call))

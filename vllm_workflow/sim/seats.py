@@ -48,7 +48,8 @@ class SeatPreemption:
         self._max_num_seqs = max_num_seqs
         self._preempt = preempt
         self._num_computed = num_computed
-        self._starved: LiveCall | None = None
+        self.starved: LiveCall | None = None
+        """The urgent head of the queue, if it got no KV blocks in the last step."""
 
     def make_room(self, now: float) -> bool:
         """Preempt so that the urgent calls at the head of the queue fit into this step.
@@ -66,7 +67,7 @@ class SeatPreemption:
             if self._max_num_seqs - len(self._running) <= num_promised:
                 if not self._preempt_for(call, now):
                     break
-            elif call is self._starved:
+            elif call is self.starved:
                 self._free_blocks_for(call, now)
         return len(self._running) < num_running
 
@@ -76,12 +77,12 @@ class SeatPreemption:
         Returns:
             Whether that is news.
         """
-        before, self._starved = self._starved, None
+        before, self.starved = self.starved, None
         if self._waiting and has_token_budget and len(self._running) < self._max_num_seqs:
             head = self._waiting.head()
             if head.is_urgent(now, self._config.urgent_slack_s):
-                self._starved = head
-        return self._starved is not before
+                self.starved = head
+        return self.starved is not before
 
     def quiet_until(self, now: float) -> float:
         """Instant up to which `make_room` finds nothing to do, if it just found nothing and

@@ -11,6 +11,7 @@ import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -26,6 +27,7 @@ from vllm_workflow.sim.types import (
     EngineEvent,
     EngineRequest,
     EventKind,
+    PrefixPart,
     SimEngine,
     TraceCall,
     TraceRun,
@@ -33,6 +35,8 @@ from vllm_workflow.sim.types import (
 
 _BYTES_PER_TOKEN = 4.0
 """Of prompts; the dispatcher starts from the same guess and learns from what is counted."""
+_MAX_TOKENS = 2048
+"""Clients bound every answer by this, or by a multiple of it that the longest one needs."""
 _FIRST, _THEN, _ENGINE = 0, 1, 2
 """Priorities at one instant: outages, then calls, then steps, which see all calls of it."""
 
@@ -49,8 +53,7 @@ class Outage:
     end_s: float = math.inf
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CallResult:
+class CallResult(NamedTuple):
     """What became of one call; instants, `nan` for what did not happen."""
 
     run_id: str
@@ -58,12 +61,14 @@ class CallResult:
     stage: str
     instance_id: str
     """Of the last attempt."""
-    submit_time: float
-    """When the client made it."""
-    first_token_time: float = math.nan
-    end_time: float = math.nan
     num_prompt_tokens: int
     num_output_tokens: int
+    submit_time: float
+    """When the client made it."""
+    sent_time: float = math.nan
+    """When the router forwarded it, the last time it did."""
+    first_token_time: float = math.nan
+    end_time: float = math.nan
     num_cached_tokens: int = 0
     num_preemptions: int = 0
     num_attempts: int = 1
@@ -220,25 +225,41 @@ class _Call:
         "num_attempts",
         "num_cached",
         "num_preemptions",
+        "predicted",
         "request",
         "run",
         "sent_time",
-        "submit_time",
         "trace",
     )
 
-    def __init__(self, run: _Run, trace: TraceCall, now: float) -> None:
+    def __init__(self, run: _Run, trace: TraceCall, request: StageRequest) -> None:
         self.run = run
         self.trace = trace
-        self.submit_time = now
-        self.sent_time = math.nan
-        self.first_token_time = math.nan
-        self.end_time = math.nan
+        self.request = self.predicted = request
+        self.sent_time = self.first_token_time = self.end_time = math.nan
         self.instance = -1
-        self.num_attempts = 0
-        self.num_cached = 0
-        self.num_preemptions = 0
-        self.request: StageRequest | None = None
+        self.num_attempts = self.num_cached = self.num_preemptions = 0
+
+
+class _Heads:
+    """Prompts' heads as a router knows them: hashes of pieces, each with all before it.
+
+    Numbers stand for the hashes, one per piece and what comes before it.
+    """
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, str, int], int] = {}
+
+    def of(self, prefix: Sequence[PrefixPart]) -> list[tuple[int, int]]:
+        numbers, number = self._numbers, 0
+        head = []
+        for part in prefix:
+            key = (number, part.part_id, part.num_tokens)
+            number = numbers.setdefault(key, len(numbers) + 1)
+            head.append((number, int(part.num_tokens * _BYTES_PER_TOKEN)))
+        return head
 
 
 class _Simulation:
@@ -270,28 +291,36 @@ class _Simulation:
             raise ConfigError("fleet: expected at least one instance, got none")
         self._dispatcher = Dispatcher(ledger, policy, workflows, record)
         self._wakes = [math.inf] * len(self._engines)
+        self._binds_late = policy.late_binding
         self._hint = hint
         self._runs: list[_Run] = []
         self._calls: list[_Call] = []
         self._in_flight: dict[str, _Call] = {}
+        self._bound_later: dict[str, _Call] = {}
+        """Calls with the dispatcher."""
         self._stranded: list[_Call] = []
+        """Calls that no healthy instance was there for."""
+        self._heads = _Heads()
+        self._max_tokens = _MAX_TOKENS
         self._decision_us: list[float] | None = [] if time_decisions else None
 
     def announce(
-        self, arriving: Iterable[tuple[float, TraceRun]], outages: Iterable[Outage]
+        self, arriving: Sequence[tuple[float, TraceRun]], outages: Iterable[Outage]
     ) -> None:
         """Put everything on the calendar that does not depend on what happens."""
         for time, run in arriving:
-            self.kernel.at(time, self._arrive, run, priority=_THEN)
+            self.kernel.at(time, self._arrive, run, _THEN)
+        longest = max((c.num_output_tokens for _, run in arriving for c in run.calls), default=1)
+        self._max_tokens = _MAX_TOKENS * -(-longest // _MAX_TOKENS)
         for outage in outages:
             index = self._index.get(outage.instance_id)
             if index is None:
                 raise ConfigError(
                     f"outage: expected one of {sorted(self._index)}, got {outage.instance_id!r}"
                 )
-            self.kernel.at(outage.start_s, self._go_down, index, priority=_FIRST)
+            self.kernel.at(outage.start_s, self._go_down, index, _FIRST)
             if outage.end_s < math.inf:
-                self.kernel.at(outage.end_s, self._come_back, index, priority=_FIRST)
+                self.kernel.at(outage.end_s, self._come_back, index, _FIRST)
 
     def result(self) -> SimResult:
         ids = [engine.instance_id for engine in self._engines]
@@ -316,9 +345,7 @@ class _Simulation:
 
     def _reveal(self, run: _Run, trace: TraceCall) -> None:
         if trace.gap_s > 0.0:
-            self.kernel.at(
-                self.kernel.now + trace.gap_s, self._make_later, (run, trace), priority=_THEN
-            )
+            self.kernel.at(self.kernel.now + trace.gap_s, self._make_later, (run, trace), _THEN)
         else:
             self._make(run, trace)
 
@@ -328,10 +355,8 @@ class _Simulation:
     def _make(self, run: _Run, trace: TraceCall) -> None:
         """The client makes a call: all that the router will know of it is in its request."""
         now = self.kernel.now
-        call = _Call(run, trace, now)
-        self._calls.append(call)
         of = run.trace
-        call.request = StageRequest(
+        request = StageRequest(
             request_id=f"{of.run_id}/{trace.call_id}",
             arrival_time=now,
             workflow_id=of.run_id,
@@ -342,37 +367,51 @@ class _Simulation:
             run_arrival_time=run.arrival_time,
             final=trace.call_id == run.final,
         )
+        call = _Call(run, trace, request)
+        self._calls.append(call)
         self._decide(call)
 
     # A call goes through the router.
 
     def _decide(self, call: _Call) -> None:
-        """Have the dispatcher bind a call; the one place to change when it may wait there."""
-        begin = clock.perf_counter()
-        trace = call.trace
+        """Hand a call to the dispatcher, which binds it now or lets it wait for a `_poll`."""
+        begin = clock.perf_counter() if self._decision_us is not None else 0.0
+        dispatcher, trace, now = self._dispatcher, call.trace, self.kernel.now
         num_bytes = int(trace.num_prompt_tokens * _BYTES_PER_TOKEN)
-        assert call.request is not None
-        request = self._dispatcher.predict(
-            call.request, num_prompt_bytes=num_bytes, max_tokens=None
+        request = dispatcher.predict(
+            call.request,
+            num_prompt_bytes=num_bytes,
+            max_tokens=self._max_tokens,
+            head=self._heads.of(trace.prefix) if trace.prefix else (),
         )
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))
             request = replace(request, expected_output_tokens=expected)
+        call.predicted = request
+        self._bound_later[request.request_id] = call
         try:
-            decision = self._dispatcher.submit(
-                request, now=self.kernel.now, num_prompt_bytes=num_bytes
-            )
+            decision = dispatcher.submit(request, now=now, num_prompt_bytes=num_bytes)
         except NoInstanceError:
+            del self._bound_later[request.request_id]
             self._stranded.append(call)
             return
         if self._decision_us is not None:
             self._decision_us.append(1e6 * (clock.perf_counter() - begin))
-        self._send(call, request, decision)
+        if decision is not None:
+            self._send(decision)
+        if self._binds_late:
+            self._poll()
 
-    def _send(self, call: _Call, request: StageRequest, decision: Decision) -> None:
+    def _poll(self) -> None:
+        """Send what the dispatcher has let wait until now."""
+        for decision in self._dispatcher.poll(self.kernel.now):
+            self._send(decision)
+
+    def _send(self, decision: Decision) -> None:
         """Forward a call to its instance, with what the engine plug-in would read of it."""
-        now = self.kernel.now
-        told = handover(request, decision, now=now)
+        call = self._bound_later.pop(decision.request_id)
+        request, now = call.predicted, self.kernel.now
+        told = handover(request, service_s=decision.chosen.service_s, now=now)
         trace = call.trace
         index = self._index[decision.chosen.instance_id]
         call.instance = index
@@ -412,8 +451,8 @@ class _Simulation:
         time = engine.next_event_time()
         if time != self._wakes[index]:
             self._wakes[index] = time
-            if time < math.inf:
-                self.kernel.at(time, self._advance, index, priority=_ENGINE)
+            if time != math.inf:
+                self.kernel.at(time, self._advance, index, _ENGINE)
 
     def _advance(self, index: int) -> None:
         now = self.kernel.now
@@ -421,11 +460,12 @@ class _Simulation:
             return  # it has been told something since this was announced
         engine = self._engines[index]
         self._wakes[index] = math.nan
+        in_flight, finished = self._in_flight, EventKind.FINISHED
         for event in engine.advance(now):
-            if event.kind is EventKind.FINISHED:
+            if event.kind is finished:
                 self._finish(event)
             else:
-                self._in_flight[event.request_id].first_token_time = event.time
+                in_flight[event.request_id].first_token_time = event.time
         self._wake_up(index, engine)
 
     def _finish(self, event: EngineEvent) -> None:
@@ -446,6 +486,8 @@ class _Simulation:
                 num_output_tokens=trace.num_output_tokens,
             )
         )
+        if self._binds_late:
+            self._poll()
         run.num_open -= 1
         if not run.num_open:
             run.end_time = event.time
@@ -467,12 +509,14 @@ class _Simulation:
                 Outcome(request_id=request_id, instance_id=engine.instance_id, ok=False)
             )
         self._wake_up(index, engine)
+        self._poll()
         for _, call in lost:
             call.first_token_time = math.nan
             self._decide(call)
 
     def _come_back(self, index: int) -> None:
         self._dispatcher.mark(self._engines[index].instance_id, healthy=True)
+        self._poll()
         stranded, self._stranded = self._stranded, []
         for call in stranded:
             self._decide(call)
@@ -496,7 +540,8 @@ def _call_result(call: _Call, instance_ids: Sequence[str]) -> CallResult:
         call_id=call.trace.call_id,
         stage=call.trace.stage,
         instance_id=instance_ids[call.instance] if call.num_attempts else "",
-        submit_time=call.submit_time,
+        submit_time=call.request.arrival_time,
+        sent_time=call.sent_time,
         first_token_time=call.first_token_time,
         end_time=call.end_time,
         num_prompt_tokens=call.trace.num_prompt_tokens,

@@ -51,6 +51,8 @@ class _Reading:
     """The router was started this often; each time its clock may begin anew."""
     open: dict[str, tuple[float, Mapping[str, Any], Place]] = field(default_factory=dict)
     """Request id -> instant of forwarding, the request, where it stands."""
+    num_part_tokens: dict[int, int] = field(default_factory=dict)
+    """Hash of a part -> its tokens, as first predicted: predictions change, the part does not."""
     calls: list[_Call] = field(default_factory=list)
     num_failed: int = 0
     num_uncounted: int = 0
@@ -85,6 +87,10 @@ def read_decision_log(text: str, source: str) -> Trace:
                 _restart(reading)
             case "submitted":
                 _submitted(reading, data, place)
+            case "polled":
+                _polled(reading, data, place)
+            case "withdrawn":
+                _withdrawn(reading, data, place)
             case "settled":
                 _settled(reading, data, place)
     _restart(reading)
@@ -117,18 +123,36 @@ def _restart(reading: _Reading) -> None:
 def _submitted(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
     now = a_time(required(data, "now", place), place / "now")
     request = an_object(required(data, "request", place), place / "request")
-    request_id = required(request, "request_id", place / "request")
-    if not isinstance(request_id, str):
-        (place / "request" / "request_id").fail("text", request_id)
+    request_id = _request_id(request, place / "request")
     reading.open[request_id] = (now, request, place / "request")
+
+
+def _polled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
+    """Calls that had waited in the router were forwarded."""
+    now = a_time(required(data, "now", place), place / "now")
+    place = place / "decisions"
+    for i, item in enumerate(a_list(data.get("decisions", []), place, of="decisions")):
+        request_id = _request_id(an_object(item, place[i]), place[i])
+        if request_id in reading.open:
+            reading.open[request_id] = (now, *reading.open[request_id][1:])
+
+
+def _withdrawn(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
+    if reading.open.pop(_request_id(data, place), None) is not None:
+        reading.num_failed += 1
+
+
+def _request_id(data: Mapping[str, Any], place: Place) -> str:
+    request_id = required(data, "request_id", place)
+    if not isinstance(request_id, str):
+        (place / "request_id").fail("text", request_id)
+    return request_id
 
 
 def _settled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
     outcome = an_object(required(data, "outcome", place), place / "outcome")
     place = place / "outcome"
-    request_id = required(outcome, "request_id", place)
-    if not isinstance(request_id, str):
-        (place / "request_id").fail("text", request_id)
+    request_id = _request_id(outcome, place)
     if request_id not in reading.open:
         return  # the log begins after the call
     now, request, asked = reading.open.pop(request_id)
@@ -165,7 +189,7 @@ def _settled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
             deadline=math.inf if deadline is None else _instant(deadline, asked / "deadline"),
             num_prompt_tokens=num_prompt_tokens,
             num_output_tokens=max(1, num_output_tokens),
-            prefix=_prefix(request, asked, num_prompt_tokens),
+            prefix=_prefix(reading.num_part_tokens, request, asked, num_prompt_tokens),
         )
     )
 
@@ -197,26 +221,24 @@ def _printable(name: str) -> str:
 
 
 def _prefix(
-    request: Mapping[str, Any], place: Place, num_prompt_tokens: int
+    known: dict[int, int], request: Mapping[str, Any], place: Place, num_prompt_tokens: int
 ) -> tuple[PrefixPart, ...]:
-    hashes = a_list(request.get("block_hashes", []), place / "block_hashes", of="hashes")
-    for i, item in enumerate(hashes):
-        if isinstance(item, bool) or not isinstance(item, int):
-            (place / "block_hashes")[i].fail("an integer", item)
-    if not hashes:
-        return ()
-    predicted = a_count(request.get("num_prompt_tokens", 1), place / "num_prompt_tokens")
-    block_size = _block_size(predicted, len(hashes))
-    most = num_prompt_tokens // block_size
-    return tuple(
-        PrefixPart(part_id=f"block/{item:x}", num_tokens=block_size) for item in hashes[:most]
-    )
-
-
-def _block_size(num_tokens: int, num_blocks: int) -> int:
-    """Return the largest power of two that makes so many full blocks; vLLM has no other sizes."""
-    size = 1 << (max(1, num_tokens // num_blocks)).bit_length() - 1
-    return size if num_tokens // size == num_blocks else max(1, num_tokens // num_blocks)
+    place = place / "prefix"
+    parts = []
+    num_left = num_prompt_tokens
+    for i, item in enumerate(a_list(request.get("prefix", []), place, of="hash and tokens")):
+        if not isinstance(item, list) or len(item) != 2:
+            place[i].fail("a hash and its number of tokens", item)
+        chain_hash = item[0]
+        if isinstance(chain_hash, bool) or not isinstance(chain_hash, int):
+            place[i][0].fail("an integer", chain_hash)
+        num_tokens = known.setdefault(chain_hash, a_count(item[1], place[i][1], minimum=0))
+        num_left -= num_tokens
+        if num_left < 0:
+            break
+        if num_tokens:
+            parts.append(PrefixPart(part_id=f"part/{chain_hash:x}", num_tokens=num_tokens))
+    return tuple(parts)
 
 
 def _runs(calls: Iterable[_Call]) -> Iterator[TraceRun]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from vllm_workflow.core.types import StageRequest
 
@@ -97,9 +97,8 @@ def content(run: TraceRun) -> tuple[object, ...]:
     return run.workflow, run.tenant, run.slo_s, calls
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineRequest:
-    """One call as it reaches an engine."""
+class EngineRequest(NamedTuple):
+    """One call as it reaches an engine. One is made per call, so it is cheap to make."""
 
     request: StageRequest
     """What the engine's scheduler may know, as the plug-in reads it from the wire."""
@@ -116,8 +115,7 @@ class EventKind(Enum):
     FINISHED = "finished"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EngineEvent:
+class EngineEvent(NamedTuple):
     """Something that a client of the engine would notice."""
 
     time: float

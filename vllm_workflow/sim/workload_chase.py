@@ -19,11 +19,11 @@ NUM_SAMPLES = 7
 """Of each of the three generators: 21 candidates."""
 
 _GENERATORS: Mapping[str, int] = {"divide_and_conquer": 9130, "query_plan": 5264, "examples": 600}
-"""Generator -> tokens of its template; the third one adds examples written for the question."""
+"""Generator -> tokens of its template; the third one writes examples before its query."""
 _DATABASES = Databases(num_databases=11, schema=LogNormal(mean=3500, sd=900, low=2500, high=4700))
 _QUESTION = LogNormal(mean=90, sd=30, low=50, high=170)
 _KEYWORDS_OUTPUT = LogNormal(mean=43, sd=18, low=15, high=119)
-_EXAMPLES_OUTPUT = LogNormal(mean=2200, sd=800, low=600, high=4096)
+_EXAMPLES_OUTPUT = LogNormal(mean=1500, sd=500, low=500, high=3000)
 _CANDIDATE_OUTPUT = LogNormal(mean=595, sd=205, low=100, high=2048)
 _FAILURE_SHARE = 0.2
 """Candidates whose execution fails or is empty; of a fixed one, again so many."""
@@ -56,31 +56,22 @@ def run(index: int, seed: int) -> TraceRun:
 
 
 def _candidates(b: RunBuilder, body: tuple[PrefixPart, ...], keywords: str) -> list[str]:
-    """All wait for retrieval; those by examples also for the call that writes these."""
+    """All wait for retrieval, none for another one."""
     retrieval_s = _RETRIEVAL_S.draw(b.rng("retrieval gap"))
-    num_examples = _EXAMPLES_OUTPUT.draw_tokens(b.rng("examples output"))
-    examples = b.call(
-        "generate_examples",
-        prefix=[template(WORKFLOW, "generate_examples", 1200), *body],
-        num_tail_tokens=0,
-        num_output_tokens=num_examples,
-        after=[keywords],
-        gap_s=retrieval_s,
-    )
     candidates = []
     for name, num_tokens in _GENERATORS.items():
-        written = [b.own("examples", num_examples)] if name == "examples" else []
-        candidates += [
-            b.call(
+        outputs = b.rng(f"{name} output")
+        for _ in range(NUM_SAMPLES):
+            num_examples = _EXAMPLES_OUTPUT.draw_tokens(outputs) if name == "examples" else 0
+            call = b.call(
                 "generate_candidate",
-                prefix=[template(WORKFLOW, name, num_tokens), *body, *written],
+                prefix=[template(WORKFLOW, name, num_tokens), *body],
                 num_tail_tokens=0,
-                num_output_tokens=_CANDIDATE_OUTPUT.draw_tokens(b.rng(f"{name} output")),
-                after=[examples if written else keywords],
-                gap_s=0.0 if written else retrieval_s,
+                num_output_tokens=num_examples + _CANDIDATE_OUTPUT.draw_tokens(outputs),
+                after=[keywords],
+                gap_s=retrieval_s,
             )
-            for _ in range(NUM_SAMPLES)
-        ]
+            candidates.append(call)
     return candidates
 
 

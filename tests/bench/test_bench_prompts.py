@@ -52,7 +52,7 @@ def test_the_same_call_of_another_run_has_a_tail_of_its_own() -> None:
 
 def test_another_process_makes_the_same_prompts() -> None:
     code = (
-        "from tests.bench.test_prompts import *; "
+        "from tests.bench.test_bench_prompts import *; "
         "print(ids(Prompts.of_vocabulary(5000), prefix=(part('a', 9),)))"
     )
     printed = subprocess.run(

@@ -66,6 +66,12 @@ setup(
     },
     entry_points={
         "console_scripts": ["vllm-workflow = vllm_workflow.cli.main:main"],
-        "vllm.general_plugins": ["vllm_workflow = vllm_workflow.engine.plugin:register"],
+        "vllm.general_plugins": [
+            "vllm_workflow = vllm_workflow.engine.plugin:register",
+            "vllm_workflow_emulation = vllm_workflow.emulation.plugin:register",
+        ],
+        "vllm.platform_plugins": [
+            "vllm_workflow_emulation = vllm_workflow.emulation.plugin:platform"
+        ],
     },
 )

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from vllm.engine import arg_utils
 
-from vllm_workflow.engine import plugin, stats
+from vllm_workflow import vllm_metrics
+from vllm_workflow.engine import plugin
 
 
 @pytest.fixture
@@ -26,7 +27,7 @@ def parser(monkeypatch: pytest.MonkeyPatch) -> argparse.ArgumentParser:
             return parser
 
     monkeypatch.setattr(arg_utils, "EngineArgs", EngineArgs)
-    monkeypatch.setattr(stats, "serve_from_this_process", lambda: None)
+    monkeypatch.setattr(vllm_metrics, "serve_from_this_process", lambda: None)
     plugin.register()
     plugin.register()
     return EngineArgs.add_cli_args(argparse.ArgumentParser())

@@ -11,7 +11,7 @@ from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from tests.engine.engine_builders import build_request, run_step
-from vllm_workflow.engine import stats as stats_module
+from vllm_workflow import vllm_metrics
 from vllm_workflow.engine.stats import EngineStats, StatsPublisher
 
 Make = Callable[..., Any]
@@ -109,13 +109,13 @@ def test_an_engine_that_ends_takes_its_series_along(tmp_path: Path) -> None:
 def test_a_broken_file_does_not_break_the_scrape(tmp_path: Path) -> None:
     (tmp_path / "counter_workflow-1.db").write_bytes(b"")
 
-    assert list(stats_module._Collector(str(tmp_path)).collect()) == []
+    assert list(vllm_metrics._Collector(str(tmp_path)).collect()) == []
 
 
 def test_a_scheduler_publishes_the_end_of_the_last_request(
     make_scheduler: Make, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(stats_module.DIRECTORY_ENV, str(tmp_path))
+    monkeypatch.setenv(vllm_metrics.DIRECTORY_ENV, str(tmp_path))
     scheduler = make_scheduler(num_seats=1)
     for request_id in ("a", "b"):
         request = build_request(request_id, max_tokens=2, wf_budget_ms=9_000, wf_rest_ms="x")
@@ -137,7 +137,7 @@ def test_a_scheduler_publishes_the_end_of_the_last_request(
 def test_without_a_place_to_publish_an_engine_still_runs(
     make_scheduler: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setenv(stats_module.DIRECTORY_ENV, "/no/such/directory")
+    monkeypatch.setenv(vllm_metrics.DIRECTORY_ENV, "/no/such/directory")
     scheduler = make_scheduler()
     scheduler.add_request(build_request("a", wf_budget_ms=1))
 
@@ -148,13 +148,15 @@ def test_the_api_process_serves_a_private_directory_and_removes_it() -> None:
     code = """
 import os
 from prometheus_client import REGISTRY, generate_latest
+from vllm_workflow import vllm_metrics
 from vllm_workflow.engine import stats
-stats.serve_from_this_process()
-directory = stats.engine_directory()
+vllm_metrics.serve_from_this_process()
+vllm_metrics.serve_from_this_process()
+directory = vllm_metrics.engine_directory()
 assert os.stat(directory).st_mode & 0o777 == 0o700
 publisher = stats.StatsPublisher(directory, {"model_name": "m", "engine": "0"})
 publisher.publish(stats.EngineStats(), "f")
-assert b"vllm_workflow:queue_depth{" in generate_latest(REGISTRY)
+assert generate_latest(REGISTRY).count(b"vllm_workflow:queue_depth{") == 1
 print(directory)
 """
     run = subprocess.run(
@@ -168,9 +170,9 @@ def test_with_several_api_servers_the_files_go_where_vllm_collects_them(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", "/theirs")
-    monkeypatch.setenv(stats_module.DIRECTORY_ENV, "/ours")
+    monkeypatch.setenv(vllm_metrics.DIRECTORY_ENV, "/ours")
 
-    stats_module.serve_from_this_process()
+    vllm_metrics.serve_from_this_process()
 
-    assert stats_module.engine_directory() == "/theirs"
-    assert os.environ[stats_module.DIRECTORY_ENV] == "/ours"
+    assert vllm_metrics.engine_directory() == "/theirs"
+    assert os.environ[vllm_metrics.DIRECTORY_ENV] == "/ours"

@@ -62,6 +62,8 @@ def requests(draw: st.DrawFn, num_blocks: int) -> list[EngineRequest]:
             if size <= left:
                 prefix.append(PrefixPart(part_id=name, num_tokens=size))
                 left -= size
+        if prefix and draw(st.booleans()):
+            prompt -= left  # nothing of its own
         found.append(
             engine_request(
                 f"r{index}",

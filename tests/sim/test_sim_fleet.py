@@ -28,7 +28,7 @@ def test_model_and_its_deployment_apply_to_all() -> None:
     assert one.latency == wanted.latency
 
 
-def test_router_knows_the_room_in_the_kv_cache() -> None:
+def test_router_knows_the_room_in_the_kv_cache_but_for_the_block_vllm_keeps() -> None:
     (one,) = fleet_of("L4:1")
 
     assert one.instance.num_kv_tokens == (one.num_kv_blocks - 1) * one.block_size

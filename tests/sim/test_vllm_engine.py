@@ -71,8 +71,11 @@ def test_a_lone_call_takes_exactly_what_the_latency_model_says(
 
 
 @either_mode
-def test_a_single_token_is_the_first_and_the_last(async_scheduling: bool) -> None:
-    events = run(engine(async_scheduling=async_scheduling), [(0.0, call(prompt=10, output=1))])
+@pytest.mark.parametrize("output", [0, 1])
+def test_an_answer_of_one_token_or_none_ends_with_its_first(
+    output: int, async_scheduling: bool
+) -> None:
+    events = run(engine(async_scheduling=async_scheduling), [(0.0, call(prompt=10, output=output))])
 
     assert [e.kind for e in events] == [EventKind.FIRST_TOKEN, EventKind.FINISHED]
     assert events[0].time == events[1].time == approx(prefill_s(10))
@@ -294,7 +297,7 @@ def test_an_abort_frees_everything_and_disturbs_nobody(
     server.submit(call("other", prompt=50, output=800, workflow_id="w", deadline=1.0), 0.0)
     events = advance_to(server, 0.1)
     server.submit(call("gone", prompt=600, output=900), 0.1)
-    while not STATES[state](server._scheduler.requests["gone"]):
+    while not STATES[state](server._scheduler.requests["gone-2"]):
         events += server.advance(server.next_event_time())
         assert not [e for e in events if e.kind is EventKind.FINISHED], "it never was in this state"
 
@@ -350,6 +353,23 @@ def test_an_engine_that_is_empty_but_busy_plans_when_its_step_ends() -> None:
     assert first_token(events, "b").time == first_token(events, "c").time
 
 
+@either_mode
+def test_a_call_may_come_again_while_the_step_it_was_aborted_in_still_runs(
+    async_scheduling: bool,
+) -> None:
+    server = engine(async_scheduling=async_scheduling)
+    server.submit(call(prompt=1000, output=50), 0.0)
+    server.advance(0.0)
+    server.abort("r", 0.01)
+
+    server.submit(call(prompt=100, output=3), 0.02)
+    events = drain(server)
+
+    busy_s = prefill_s(1000) + (decode_s(1001) if async_scheduling else 0.0)
+    assert first_token(events).time == approx(busy_s + prefill_s(100))
+    assert finished(events).time == approx(busy_s + prefill_s(100) + decode_s(101, 102))
+
+
 def test_aborting_a_stranger_does_nothing() -> None:
     server = engine()
 
@@ -370,8 +390,8 @@ def test_aborting_a_stranger_does_nothing() -> None:
             "got 9000 + 10",
         ),
         ({"prompt": 300, "output": 400}, "that fit into 640 tokens of KV cache, got 300 + 400"),
-        ({"prompt": 0}, "expected at least 1 prompt and 1 output token, got 0 and 10"),
-        ({"output": 0}, "expected at least 1 prompt and 1 output token, got 100 and 0"),
+        ({"prompt": 0}, "expected at least 1 prompt token and 0 output tokens, got 0 and 10"),
+        ({"output": -1}, "expected at least 1 prompt token and 0 output tokens, got 100 and -1"),
         ({"prefix": (part("p", 101),)}, "prefix: expected parts of at most 100 tokens"),
         ({"prefix": (part("p", -1),)}, "prefix: expected parts of 0 or more tokens"),
         ({"rest_s": math.inf}, "rest_s: expected a finite number of seconds"),
@@ -439,7 +459,7 @@ def test_no_scheduler_can_see_how_long_an_answer_will_be() -> None:
     server.submit(call("short", output=1), 0.0)
     server.submit(call("long", output=1000), 0.0)
 
-    short, long = (server._scheduler.requests[r] for r in ("short", "long"))
+    short, long = server._scheduler.requests.values()
 
     assert short.max_tokens == long.max_tokens == 8192 - 100
     assert short.sampling_params == long.sampling_params

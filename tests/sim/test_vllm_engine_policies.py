@@ -171,9 +171,9 @@ def test_the_plug_in_reads_what_the_router_would_have_sent() -> None:
             stage="generate",
             tenant_id="team",
             deadline=12.5004,
-            run_arrival_time=3.0,
-            attained_s=1.25,
-            attained_path_s=0.75,
+            run_arrival_time=-1.0,
+            attained_s=4.0,
+            attained_path_s=3.0,
             rest_s=2.25,
             service_s=1.5,
             priority=3,
@@ -182,17 +182,17 @@ def test_the_plug_in_reads_what_the_router_would_have_sent() -> None:
         5.0,
     )
 
-    assert server._scheduler._order.calls.get("r").request == StageRequest(
-        request_id="r",
+    assert server._scheduler._order.calls.get("r-1").request == StageRequest(
+        request_id="r-1",
         arrival_time=5.0,
         workflow_id="run-1",
         workflow="text2sql",
         stage="generate",
         tenant_id="team",
         deadline=12.5,  # budgets travel in milliseconds
-        run_arrival_time=3.0,
-        attained_s=1.25,
-        attained_path_s=0.75,
+        run_arrival_time=-1.0,
+        attained_s=4.0,
+        attained_path_s=3.0,
         rest_s=2.25,
         service_s=1.5,
         priority=3,
@@ -205,14 +205,14 @@ def test_a_deadline_that_has_passed_travels_as_no_budget_left() -> None:
     server = engine(policy=SLACK)
     server.submit(call(deadline=3.0), 5.0)
 
-    assert server._scheduler._order.calls.get("r").request.deadline == 5.0
+    assert server._scheduler._order.calls.get("r-1").request.deadline == 5.0
 
 
 def test_an_ordinary_call_carries_nothing() -> None:
     server = engine(policy=SLACK)
     server.submit(call(), 0.0)
 
-    assert server._scheduler.requests["r"].sampling_params.extra_args is None
+    assert server._scheduler.requests["r-1"].sampling_params.extra_args is None
     assert not server._scheduler._order.is_active
 
 

@@ -194,7 +194,7 @@ def _tail(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
     more, longer = [c.more_calls_s for c in causes], [c.longer_calls_s for c in causes]
     axes.barh(y - 0.19, more, height=0.36, color=_BLUE, label="more calls")
     axes.barh(y + 0.19, longer, height=0.36, color=_ORANGE, label="longer calls")
-    axes.barh(len(causes), tail.gap_s, height=0.36, color=_GREY, label="gaps")
+    axes.barh(len(causes), analysis.tail.gap_s, height=0.36, color=_GREY, label="gaps")
     _stage_axis(axes, [*(c.stage for c in causes), "(gaps)"])
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_xlabel("seconds more on the critical path than in other runs")

@@ -21,9 +21,10 @@ from vllm_workflow.bench.prompts import Prompts
 from vllm_workflow.bench.records import RunRecord
 from vllm_workflow.bench.replay import PlannedRun, replay
 from vllm_workflow.bench.results import METRICS, TABLE_PERCENTILES, summarize, to_json_value
-from vllm_workflow.bench.target import EmulatedSteps, Target
+from vllm_workflow.bench.target import Target
 from vllm_workflow.bench.validity import Validity, judge
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.emulation.lateness import Lateness
 
 OUTPUT_LENGTHS = ("exact", "hidden")
 
@@ -117,22 +118,22 @@ async def serve(
         sender = _Sender(options, model, prompts, session, target.root + options.endpoint)
         if warmups:
             await replay(warmups, sender.send, id_prefix=f"{prefix}warmup-")
-        before = [await server.emulated_steps() for server in emulated]
+        before = [await server.emulation_metrics() for server in emulated]
         clocks = time.monotonic(), time.process_time()
         records = await _with_progress(options, runs, sender.send, prefix)
         wall_s, cpu_s = time.monotonic() - clocks[0], time.process_time() - clocks[1]
-        steps = {
-            server.root: (await server.emulated_steps()).since(then)
+        lateness = {
+            server.root: Lateness.between(then, await server.metrics())
             for server, then in zip(emulated, before)
         }
         facts = await target.facts()
-    return _result(options, records, steps, cpu_s / wall_s if wall_s > 0 else 0.0, facts, model)
+    return _result(options, records, lateness, cpu_s / wall_s if wall_s > 0 else 0.0, facts, model)
 
 
 def _result(
     options: ServeOptions,
     records: Sequence[RunRecord],
-    steps: Mapping[str, EmulatedSteps],
+    lateness: Mapping[str, Lateness],
     cpu_share: float,
     facts: Mapping[str, Any],
     model: str,
@@ -145,8 +146,8 @@ def _result(
     )
     return ServeResult(
         figures=figures,
-        validity=judge(records, cpu_share=cpu_share, emulated=steps),
-        facts={**facts, **_versions(), "fidelity_level": 3 if steps else None},
+        validity=judge(records, cpu_share=cpu_share, emulated=lateness),
+        facts={**facts, **_versions(), "fidelity_level": 3 if lateness else None},
         model=model,
         runs=tuple(records),
     )

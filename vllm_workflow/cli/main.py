@@ -13,6 +13,7 @@ COMMANDS = {
     "up": "start the instances and the router of one machine",
     "analyze": "report what the runs of a trace have in common",
     "bench": "replay runs against a server under load",
+    "emulated-model": "write a model folder without weights, for an emulated GPU",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
@@ -20,6 +21,15 @@ COMMANDS = {
 }
 """Sub-command to its one-line help. Each lives in the module of its name, which is imported
 only when asked for, so that one half of the package works without the other's libraries."""
+
+_EXTRAS = {
+    "analyze": "bench",
+    "bench": "bench",
+    "emulated-model": "vllm",
+    "profile": "bench",
+    "text2sql": "text2sql",
+}
+"""What brings the packages that a command needs, other than `router`."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,12 +60,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(name: str):  # type: ignore[no-untyped-def]
     """Import a command's module, or say which extra brings what it needs."""
     try:
-        return import_module(f"vllm_workflow.cli.{name}")
+        return import_module(f"vllm_workflow.cli.{name.replace('-', '_')}")
     except ModuleNotFoundError as e:
         if e.name is not None and e.name.startswith("vllm_workflow"):
             raise
-        bench = dict.fromkeys(("analyze", "bench", "profile"), "bench")
-        extra = {"text2sql": "text2sql", **bench}.get(name, "router")
+        extra = _EXTRAS.get(name, "router")
         raise SystemExit(
             f"vllm-workflow {name}: Python package {e.name!r} is missing; "
             f"install it with: pip install 'vllm-workflow[{extra}]'"

@@ -104,9 +104,9 @@ class _ChooseScheduler(argparse.Action):
         setattr(namespace, self.dest, name)
 
     def _serve_metrics(self) -> None:
-        from vllm_workflow.engine import stats
+        from vllm_workflow import vllm_metrics
 
         try:
-            stats.serve_from_this_process()
+            vllm_metrics.serve_from_this_process()
         except Exception as e:
             logger.warning("vllm-workflow metrics are off: %s: %s", type(e).__name__, e)

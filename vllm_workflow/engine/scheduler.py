@@ -30,7 +30,8 @@ from vllm_workflow.engine import compat
 from vllm_workflow.engine.clock import Clock
 from vllm_workflow.engine.policy import load_policy
 from vllm_workflow.engine.slack_order import SlackOrder
-from vllm_workflow.engine.stats import StatsPublisher, engine_directory
+from vllm_workflow.engine.stats import StatsPublisher
+from vllm_workflow.vllm_metrics import engine_directory, engine_labels
 
 logger = logging.getLogger("vllm.workflow")
 
@@ -140,19 +141,13 @@ class WorkflowScheduler(WorkflowMixin, AsyncScheduler):
 
 
 def _publisher(vllm_config: Any) -> StatsPublisher | None:
-    """Labels as vLLM gives its own series. Without metrics an engine still serves."""
+    """Where this engine shows its statistics. Without metrics an engine still serves."""
     directory = engine_directory()
     if directory is None:
         logger.info("vllm-workflow metrics are off: start with --scheduler workflow to have them")
         return None
     try:
-        parallel = vllm_config.parallel_config
-        engine = getattr(parallel, "data_parallel_index", parallel.data_parallel_rank)
-        labels = {
-            "model_name": str(vllm_config.model_config.served_model_name),
-            "engine": str(engine),
-        }
-        return StatsPublisher(directory, labels)
+        return StatsPublisher(directory, engine_labels(vllm_config))
     except Exception as e:
         logger.warning("vllm-workflow metrics are off: %s: %s", type(e).__name__, e)
         return None

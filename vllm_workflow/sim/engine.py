@@ -15,7 +15,6 @@ before has ended (no asynchronous scheduling), and output ends without a look at
 
 from __future__ import annotations
 
-import heapq
 import math
 from bisect import insort
 from collections.abc import Sequence
@@ -24,14 +23,15 @@ from operator import attrgetter
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.latency import LatencyModel, prefill_attention
+from vllm_workflow.sim.decode_batch import DecodeBatch
 from vllm_workflow.sim.live import LiveCall, Ranking, WaitingLine
 from vllm_workflow.sim.prefix_cache import BlockPool
 from vllm_workflow.sim.seats import SeatPreemption
+from vllm_workflow.sim.step_series import StepSeries
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
 DEFAULT_BLOCK_SIZE = 16
 _BY_RANK = attrgetter("rank")
-_MAX_STEPS = 1 << 40
 
 
 class EventEngine:
@@ -85,6 +85,7 @@ class EventEngine:
         self._waiting = WaitingLine()
         self._queued = self._waiting.places
         self._num_aborted = 0
+        self._decoding = DecodeBatch(block_size)
         self._seats = None
         if config.preempt:
             self._seats = SeatPreemption(
@@ -94,22 +95,13 @@ class EventEngine:
                 self.pool,
                 max_num_seqs,
                 self._preempt,
-                self._num_computed,
+                self._decoding.num_computed,
             )
-        # Calls that decode: how many, since when, and until when, counted in decode steps.
-        self._num_decode_steps = 0
-        self._num_decoding = 0
-        self._sum_base = 0
-        self._num_by_residue = [0] * block_size
-        self._finishes: list[tuple[int, int, LiveCall]] = []
-        self._num_joined = 0
         self._prefilling: list[LiveCall] = []
         # The steps under way: none of them, `inf`; one with prompt tokens; or several without.
         self._end = math.inf
-        self._start = 0.0
+        self._steps = StepSeries()
         self._num_steps = 0
-        self._first_s = 0.0
-        self._growth_s = 0.0
         self._chunks: list[LiveCall] = []
 
     def submit(self, request: EngineRequest, now: float) -> None:
@@ -177,10 +169,26 @@ class EventEngine:
 
     def _complete(self, now: float, events: list[EngineEvent]) -> None:
         """Count the tokens of the steps that end now, and let go of calls that end with them."""
+        decoding = self._decoding
         if self._num_steps > 1:  # the blocks of the first step were taken when it began
-            self.pool.take(self._num_blocks_for(self._num_decode_steps + 1, self._num_steps - 1))
-        self._num_decode_steps += self._num_steps
-        num_steps = self._num_decode_steps
+            self.pool.take(decoding.num_blocks(1, self._num_steps - 1))
+        decoding.num_steps += self._num_steps
+        done = self._complete_prefills(now, events) if self._chunks else []
+        for call in decoding.finished():
+            if not call.is_aborted:
+                done.append(call)
+        if self._num_aborted:
+            self._drop_aborted()
+        if len(done) > 1:
+            done.sort(key=self._running.index)
+        for call in done:
+            self._running.remove(call)
+            self.pool.free(call.table, call.num_computed)
+            del self._calls[call.request_id]
+            events.append(_event(call, now, EventKind.FINISHED))
+
+    def _complete_prefills(self, now: float, events: list[EngineEvent]) -> list[LiveCall]:
+        """Count the prompt tokens of the step that ends; return the calls of one output token."""
         done: list[LiveCall] = []
         for call in self._chunks:
             call.num_computed += call.chunk
@@ -192,63 +200,24 @@ class EventEngine:
                 if call.num_generated == call.num_output:
                     done.append(call)
                 else:
-                    self._join_decoding(call)
-        finishes = self._finishes
-        while finishes and finishes[0][0] <= num_steps:
-            finish_at, _, call = heapq.heappop(finishes)
-            if call.is_decoding and call.finish_at == finish_at:
-                self._leave_decoding(call)
-                if not call.is_aborted:
-                    done.append(call)
-        if self._num_aborted:
-            self._drop_aborted()
-        if len(done) > 1:
-            done.sort(key=self._running.index)
-        for call in done:
-            self._running.remove(call)
-            self.pool.free(call.table, call.num_computed)
-            del self._calls[call.request_id]
-            events.append(_event(call, now, EventKind.FINISHED))
+                    self._decoding.join(call)
+        return done
 
     def _drop_aborted(self) -> None:
         for call in [c for c in self._running if c.is_aborted]:
             if call.is_decoding:
-                self._leave_decoding(call)
+                self._decoding.leave(call)
             if call in self._prefilling:
                 self._prefilling.remove(call)
             self._running.remove(call)
             self.pool.free(call.table, call.num_computed)
         self._num_aborted = 0
 
-    def _join_decoding(self, call: LiveCall) -> None:
-        call.is_decoding = True
-        call.base = call.num_computed - self._num_decode_steps
-        self._num_decoding += 1
-        self._sum_base += call.base
-        self._num_by_residue[call.base % self._block_size] += 1
-        self._schedule_finish(call, self._num_decode_steps + call.num_output - call.num_generated)
-
-    def _schedule_finish(self, call: LiveCall, finish_at: int) -> None:
-        call.finish_at = finish_at
-        self._num_joined += 1
-        heapq.heappush(self._finishes, (finish_at, self._num_joined, call))
-
-    def _leave_decoding(self, call: LiveCall) -> None:
-        call.num_computed = call.base + self._num_decode_steps
-        call.num_generated = call.num_output - (call.finish_at - self._num_decode_steps)
-        call.is_decoding = False
-        self._num_decoding -= 1
-        self._sum_base -= call.base
-        self._num_by_residue[call.base % self._block_size] -= 1
-
-    def _num_computed(self, call: LiveCall) -> int:
-        return call.base + self._num_decode_steps if call.is_decoding else call.num_computed
-
     def _preempt(self, call: LiveCall) -> None:
         """Send a running call back to the queue; what it computed is lost but for the cache."""
         self._running.remove(call)
         if call.is_decoding:
-            self._leave_decoding(call)
+            self._decoding.leave(call)
         else:
             self._prefilling.remove(call)
         self.pool.free(call.table, call.num_computed, may_return=True)
@@ -262,7 +231,6 @@ class EventEngine:
 
     def _begin(self, now: float) -> None:
         """Make the next step, and find out how many like it follow."""
-        self._start = now
         self._chunks = []
         queued, seats = self._queued, self._seats
         if not self._running and not queued:
@@ -279,15 +247,17 @@ class EventEngine:
             tokens_left = self._admit_waiting(now, tokens_left, cap)
         if seats and (queued or seats.starved):
             is_special |= seats.note_step(now, has_token_budget=tokens_left > 0)
-        num_decoding = self._num_decoding - num_idle
-        self._first_s = self._step_s(num_decoding)
+        num_decoding = self._decoding.num_calls - num_idle
+        steps = self._steps
+        steps.start = now
+        steps.first_s = first_s = self._step_s(num_decoding)
         if self._chunks or num_preempted or num_idle or is_special:
             self._num_steps = 1
-            self._end = now + self._first_s
+            self._end = now + first_s
         else:
-            self._growth_s = num_decoding * self._per_kv_token_s
+            steps.growth_s = num_decoding * self._per_kv_token_s
             self._num_steps = num_steps = self._num_steps_alike(now)
-            self._end = now + self._steps_s(num_steps)
+            self._end = steps.end(num_steps)
 
     def _schedule_running(self, now: float, cap: int) -> tuple[int, int, int]:
         """Give the running calls their tokens and blocks.
@@ -296,10 +266,9 @@ class EventEngine:
             How many were preempted for it; tokens left of the budget; how many decoding calls
             got none.
         """
-        num_decoding, prefilling = self._num_decoding, self._prefilling
-        tokens_left = self._max_tokens - num_decoding
-        num_needed = self._num_by_residue[-self._num_decode_steps % self._block_size]
-        if not prefilling and tokens_left >= 0 and num_needed <= self.pool.num_free:
+        tokens_left = self._max_tokens - self._decoding.num_calls
+        num_needed = self._decoding.num_blocks_next()
+        if not self._prefilling and tokens_left >= 0 and num_needed <= self.pool.num_free:
             if num_needed:
                 self.pool.take(num_needed)
             return 0, tokens_left, 0
@@ -313,7 +282,7 @@ class EventEngine:
             call = running[index]
             if call.is_decoding:
                 num_tokens = 1
-                num_needed = 1 if (call.base + self._num_decode_steps) % size == 0 else 0
+                num_needed = int(self._decoding.begins_block(call))
             else:
                 num_tokens = min(call.prefill_end - call.num_computed, tokens_left)
                 if 0 < cap < num_tokens and not call.is_urgent(now, self._urgent_slack_s):
@@ -343,11 +312,7 @@ class EventEngine:
         for call in calls:
             if call.is_decoding:
                 num_idle += 1
-                self._num_by_residue[call.base % self._block_size] -= 1
-                call.base -= 1
-                self._sum_base -= 1
-                self._num_by_residue[call.base % self._block_size] += 1
-                self._schedule_finish(call, call.finish_at + 1)
+                self._decoding.miss(call)
                 self._idle_base += call.base
         return num_idle
 
@@ -408,7 +373,7 @@ class EventEngine:
 
     def _step_s(self, num_decoding: int) -> float:
         """Seconds of the step that begins; `LatencyModel.step_s` without its calls."""
-        context = self._sum_base + num_decoding * (self._num_decode_steps + 1)
+        context = self._decoding.sum_base + num_decoding * (self._decoding.num_steps + 1)
         if self._idle_base:
             context -= self._idle_base
             self._idle_base = 0
@@ -428,75 +393,25 @@ class EventEngine:
             step_s += (num_tokens - self._knee) * self._above_s
         return step_s
 
-    def _steps_s(self, num_steps: int) -> float:
-        """Seconds of the first steps from `_start` on."""
-        return num_steps * self._first_s + 0.5 * num_steps * (num_steps - 1) * self._growth_s
-
-    def _num_steps_until(self, time: float) -> int:
-        """Steps from `_start` on until the first that ends at `time` or later, at least 1."""
-        wanted_s = time - self._start
-        if wanted_s <= self._first_s:
-            return 1
-        if wanted_s == math.inf:
-            return _MAX_STEPS
-        half = 0.5 * self._growth_s
-        b = self._first_s - half
-        # half n² + b n = wanted_s, in the form that is stable for a small `half`.
-        num_steps = max(1, math.ceil(2 * wanted_s / (b + math.sqrt(b * b + 4 * half * wanted_s))))
-        while self._start + self._steps_s(num_steps) < time:
-            num_steps += 1
-        while num_steps > 1 and self._start + self._steps_s(num_steps - 1) >= time:
-            num_steps -= 1
-        return num_steps
-
     def _cut_short(self, now: float) -> None:
         """Let the steps under way end with the one that `now` falls into."""
-        num_steps = self._num_steps_until(now)
+        num_steps = self._steps.num_steps_until(now)
         if num_steps < self._num_steps:
             self._num_steps = num_steps
-            self._end = self._start + self._steps_s(num_steps)
+            self._end = self._steps.end(num_steps)
 
     def _num_steps_alike(self, now: float) -> int:
         """Steps until a call ends, KV blocks run out, or a waiting call becomes urgent."""
-        finishes = self._finishes
-        while not (finishes[0][2].is_decoding and finishes[0][2].finish_at == finishes[0][0]):
-            heapq.heappop(finishes)
-        num_steps = finishes[0][0] - self._num_decode_steps
-        if self._num_decoding * (num_steps // self._block_size + 1) > self.pool.num_free:
-            num_steps = min(num_steps, self._num_steps_with_blocks(num_steps))
-        if self._seats and self._queued and num_steps > 1:
+        num_steps = self._decoding.num_steps_to_finish()
+        if num_steps == 1:
+            return 1
+        num_steps = self._decoding.num_steps_with_blocks(num_steps, self.pool.num_free)
+        if self._seats and self._queued:
             until = self._seats.quiet_until(now)
-            if until < self._start + self._steps_s(num_steps):
-                num_steps = min(num_steps, self._num_steps_until(until))
+            if until < self._steps.end(num_steps):
+                num_steps = min(num_steps, self._steps.num_steps_until(until))
         return num_steps
-
-    def _num_steps_with_blocks(self, num_steps: int) -> int:
-        """Steps that the free blocks last for; those of the first step are taken already."""
-        num_free, step = self.pool.num_free, 1
-        num_cycles = min(num_free // self._num_decoding, num_steps // self._block_size)
-        num_free -= num_cycles * self._num_decoding
-        step += num_cycles * self._block_size
-        while step < num_steps:
-            num_free -= self._num_by_residue[-(self._num_decode_steps + step) % self._block_size]
-            if num_free < 0:
-                break
-            step += 1
-        return step
-
-    def _num_blocks_for(self, from_step: int, num_steps: int) -> int:
-        """Blocks that the decoding calls begin in some steps."""
-        num_cycles, num_further = divmod(num_steps, self._block_size)
-        num_blocks = num_cycles * self._num_decoding
-        for step in range(from_step, from_step + num_further):
-            num_blocks += self._num_by_residue[-step % self._block_size]
-        return num_blocks
 
 
 def _event(call: LiveCall, now: float, kind: EventKind) -> EngineEvent:
-    return EngineEvent(
-        time=now,
-        request_id=call.request_id,
-        kind=kind,
-        num_cached_tokens=call.num_cached,
-        num_preemptions=call.num_preemptions,
-    )
+    return EngineEvent(now, call.request_id, kind, call.num_cached, call.num_preemptions)

@@ -3,8 +3,9 @@
 Each part of a prefix, and each call for what is its own, gets one token id that no other has,
 repeated. Whether two prompts agree in their first n tokens is then exact, and cheap.
 
-vLLM's own block hasher would find the same blocks equal, at some 5 µs per block of every prompt.
-Here a block is named by what its last token belongs to, with all parts before it, and its index.
+vLLM's own block hasher would find the same blocks equal, at 2 µs per block: 1.3 ms for a prompt of
+10,000 tokens, ten times what it costs to name them. Here a block is named by what its last token
+belongs to, with all parts before it, and by its index.
 """
 
 from __future__ import annotations

@@ -11,7 +11,6 @@ import math
 import time as clock
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -23,18 +22,24 @@ from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
 from vllm_workflow.sim.kernel import Kernel
+from vllm_workflow.sim.results import SimResult
+from vllm_workflow.sim.run_state import (
+    BYTES_PER_TOKEN,
+    CallState,
+    PromptHeads,
+    RunState,
+    call_result,
+    run_result,
+)
 from vllm_workflow.sim.types import (
     EngineEvent,
     EngineRequest,
     EventKind,
-    PrefixPart,
     SimEngine,
     TraceCall,
     TraceRun,
 )
 
-_BYTES_PER_TOKEN = 4.0
-"""Of prompts; the dispatcher starts from the same guess and learns from what is counted."""
 _MAX_TOKENS = 2048
 """Clients bound every answer by this, or by a multiple of it that the longest one needs."""
 _FIRST, _THEN, _ENGINE = 0, 1, 2
@@ -51,67 +56,6 @@ class Outage:
     instance_id: str
     start_s: float
     end_s: float = math.inf
-
-
-class CallResult(NamedTuple):
-    """What became of one call; instants, `nan` for what did not happen."""
-
-    run_id: str
-    call_id: str
-    stage: str
-    instance_id: str
-    """Of the last attempt."""
-    num_prompt_tokens: int
-    num_output_tokens: int
-    submit_time: float
-    """When the client made it."""
-    sent_time: float = math.nan
-    """When the router forwarded it, the last time it did."""
-    first_token_time: float = math.nan
-    end_time: float = math.nan
-    num_cached_tokens: int = 0
-    num_preemptions: int = 0
-    num_attempts: int = 1
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunResult:
-    """What became of one run."""
-
-    run_id: str
-    workflow: str
-    tenant: str
-    arrival_time: float
-    end_time: float
-    """`nan` if it did not end."""
-    slo_s: float | None
-    num_calls: int
-
-    @property
-    def finished(self) -> bool:
-        return not math.isnan(self.end_time)
-
-    @property
-    def latency_s(self) -> float:
-        """End to end; `inf` if it did not end."""
-        return self.end_time - self.arrival_time if self.finished else math.inf
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class SimResult:
-    """What a simulation came to."""
-
-    runs: tuple[RunResult, ...]
-    """All that arrived, in order of arrival."""
-    calls: tuple[CallResult, ...]
-    """All that were made, in that order."""
-    end_time: float
-    """Of the last thing that happened."""
-    policy: str
-    """Its fingerprint."""
-    decision_us: tuple[float, ...] = ()
-    """Real microseconds of each decision, if asked for; the only part that differs from one
-    simulation to the next."""
 
 
 def simulate(
@@ -177,91 +121,6 @@ def _arriving(
     return arriving
 
 
-class _Run:
-    """A run under way: what of it has been revealed."""
-
-    __slots__ = ("arrival_time", "end_time", "final", "missing", "num_open", "then", "trace")
-
-    def __init__(self, trace: TraceRun, now: float) -> None:
-        self.trace = trace
-        self.arrival_time = now
-        self.end_time = math.nan
-        self.num_open = len(trace.calls)
-        self.missing: dict[str, int] = {}
-        """Calls yet to end before a call is made."""
-        self.then: dict[str, list[TraceCall]] = {}
-        for call in trace.calls:
-            self.missing[call.call_id] = len(call.after)
-            for before in call.after:
-                self.then.setdefault(before, []).append(call)
-        self.final = _announced_as_final(trace, self.then)
-
-    @property
-    def deadline(self) -> float:
-        slo_s = self.trace.slo_s
-        return math.inf if slo_s is None else self.arrival_time + slo_s
-
-
-def _announced_as_final(trace: TraceRun, then: dict[str, list[TraceCall]]) -> str:
-    """Id of the call that the client can tell is the last one: its stage says so.
-
-    That is, nothing runs beside it, and its stage has not occurred before in the run: of a
-    loop nobody knows which round is the last.
-    """
-    last = trace.calls[-1]
-    open_ends = [c for c in trace.calls if c.call_id not in then]
-    if len(open_ends) == 1 and sum(c.stage == last.stage for c in trace.calls) == 1:
-        return last.call_id
-    return ""
-
-
-class _Call:
-    """A call that has been made."""
-
-    __slots__ = (
-        "end_time",
-        "first_token_time",
-        "instance",
-        "num_attempts",
-        "num_cached",
-        "num_preemptions",
-        "predicted",
-        "request",
-        "run",
-        "sent_time",
-        "trace",
-    )
-
-    def __init__(self, run: _Run, trace: TraceCall, request: StageRequest) -> None:
-        self.run = run
-        self.trace = trace
-        self.request = self.predicted = request
-        self.sent_time = self.first_token_time = self.end_time = math.nan
-        self.instance = -1
-        self.num_attempts = self.num_cached = self.num_preemptions = 0
-
-
-class _Heads:
-    """Prompts' heads as a router knows them: hashes of pieces, each with all before it.
-
-    Numbers stand for the hashes, one per piece and what comes before it.
-    """
-
-    __slots__ = ("_numbers",)
-
-    def __init__(self) -> None:
-        self._numbers: dict[tuple[int, str, int], int] = {}
-
-    def of(self, prefix: Sequence[PrefixPart]) -> list[tuple[int, int]]:
-        numbers, number = self._numbers, 0
-        head = []
-        for part in prefix:
-            key = (number, part.part_id, part.num_tokens)
-            number = numbers.setdefault(key, len(numbers) + 1)
-            head.append((number, int(part.num_tokens * _BYTES_PER_TOKEN)))
-        return head
-
-
 class _Simulation:
     """The loop, and what it keeps track of."""
 
@@ -293,14 +152,14 @@ class _Simulation:
         self._wakes = [math.inf] * len(self._engines)
         self._binds_late = policy.late_binding
         self._hint = hint
-        self._runs: list[_Run] = []
-        self._calls: list[_Call] = []
-        self._in_flight: dict[str, _Call] = {}
-        self._bound_later: dict[str, _Call] = {}
+        self._runs: list[RunState] = []
+        self._calls: list[CallState] = []
+        self._in_flight: dict[str, CallState] = {}
+        self._bound_later: dict[str, CallState] = {}
         """Calls with the dispatcher."""
-        self._stranded: list[_Call] = []
+        self._stranded: list[CallState] = []
         """Calls that no healthy instance was there for."""
-        self._heads = _Heads()
+        self._heads = PromptHeads()
         self._max_tokens = _MAX_TOKENS
         self._decision_us: list[float] | None = [] if time_decisions else None
 
@@ -325,8 +184,8 @@ class _Simulation:
     def result(self) -> SimResult:
         ids = [engine.instance_id for engine in self._engines]
         return SimResult(
-            runs=tuple(_run_result(run) for run in self._runs),
-            calls=tuple(_call_result(call, ids) for call in self._calls),
+            runs=tuple(run_result(run) for run in self._runs),
+            calls=tuple(call_result(call, ids) for call in self._calls),
             end_time=self.kernel.now,
             policy=self._policy.fingerprint,
             decision_us=tuple(self._decision_us or ()),
@@ -335,7 +194,7 @@ class _Simulation:
     # A run goes on.
 
     def _arrive(self, trace: TraceRun) -> None:
-        run = _Run(trace, self.kernel.now)
+        run = RunState(trace, self.kernel.now)
         self._runs.append(run)
         for call in trace.calls:
             if not call.after:
@@ -343,16 +202,16 @@ class _Simulation:
         if not trace.calls:
             run.end_time = self.kernel.now
 
-    def _reveal(self, run: _Run, trace: TraceCall) -> None:
+    def _reveal(self, run: RunState, trace: TraceCall) -> None:
         if trace.gap_s > 0.0:
             self.kernel.at(self.kernel.now + trace.gap_s, self._make_later, (run, trace), _THEN)
         else:
             self._make(run, trace)
 
-    def _make_later(self, value: tuple[_Run, TraceCall]) -> None:
+    def _make_later(self, value: tuple[RunState, TraceCall]) -> None:
         self._make(*value)
 
-    def _make(self, run: _Run, trace: TraceCall) -> None:
+    def _make(self, run: RunState, trace: TraceCall) -> None:
         """The client makes a call: all that the router will know of it is in its request."""
         now = self.kernel.now
         of = run.trace
@@ -367,17 +226,17 @@ class _Simulation:
             run_arrival_time=run.arrival_time,
             final=trace.call_id == run.final,
         )
-        call = _Call(run, trace, request)
+        call = CallState(run, trace, request)
         self._calls.append(call)
         self._decide(call)
 
     # A call goes through the router.
 
-    def _decide(self, call: _Call) -> None:
+    def _decide(self, call: CallState) -> None:
         """Hand a call to the dispatcher, which binds it now or lets it wait for a `_poll`."""
         begin = clock.perf_counter() if self._decision_us is not None else 0.0
         dispatcher, trace, now = self._dispatcher, call.trace, self.kernel.now
-        num_bytes = int(trace.num_prompt_tokens * _BYTES_PER_TOKEN)
+        num_bytes = int(trace.num_prompt_tokens * BYTES_PER_TOKEN)
         request = dispatcher.predict(
             call.request,
             num_prompt_bytes=num_bytes,
@@ -520,33 +379,3 @@ class _Simulation:
         stranded, self._stranded = self._stranded, []
         for call in stranded:
             self._decide(call)
-
-
-def _run_result(run: _Run) -> RunResult:
-    return RunResult(
-        run_id=run.trace.run_id,
-        workflow=run.trace.workflow,
-        tenant=run.trace.tenant,
-        arrival_time=run.arrival_time,
-        end_time=run.end_time,
-        slo_s=run.trace.slo_s,
-        num_calls=len(run.trace.calls),
-    )
-
-
-def _call_result(call: _Call, instance_ids: Sequence[str]) -> CallResult:
-    return CallResult(
-        run_id=call.run.trace.run_id,
-        call_id=call.trace.call_id,
-        stage=call.trace.stage,
-        instance_id=instance_ids[call.instance] if call.num_attempts else "",
-        submit_time=call.request.arrival_time,
-        sent_time=call.sent_time,
-        first_token_time=call.first_token_time,
-        end_time=call.end_time,
-        num_prompt_tokens=call.trace.num_prompt_tokens,
-        num_output_tokens=call.trace.num_output_tokens,
-        num_cached_tokens=call.num_cached,
-        num_preemptions=call.num_preemptions,
-        num_attempts=call.num_attempts,
-    )

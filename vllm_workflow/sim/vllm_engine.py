@@ -26,13 +26,15 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError, WorkflowError
 from vllm_workflow.core.handover import handover
 from vllm_workflow.core.latency import LatencyModel, prefill_attention
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.engine.stats import EngineStats
+from vllm_workflow.sim.fleet import SimInstance
 from vllm_workflow.sim.prompts import EOS_TOKEN_ID, Prompt, Prompts
-from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
+from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind, SimEngine
 from vllm_workflow.sim.vllm_scheduler import build_scheduler
 from vllm_workflow.sim.vllm_server import VllmServer
 
@@ -61,6 +63,7 @@ class VirtualClock:
 class _Call:
     """One call between submission and its end."""
 
+    request_id: str
     vllm_request: Request
     prompt: Prompt
     num_output_tokens: int
@@ -124,6 +127,10 @@ class VllmEngine:
         self._scheduler = build_scheduler(instance_id, server, self._clock)
         self._prompts = Prompts(server.block_size)
         self._calls: dict[str, _Call] = {}
+        """By the id that vLLM knows them by. As in vLLM's API server that is another one each
+        time: a call that was aborted and comes again may still be in the step that runs."""
+        self._vllm_ids: dict[str, str] = {}
+        self._num_submitted = 0
         self._max_in_flight = 2 if server.async_scheduling else 1
         self._in_flight: deque[_Step] = deque()
         self._loop_time = 0.0
@@ -153,20 +160,24 @@ class VllmEngine:
         self._set_time(now)
         self.server.check(request, where=self.instance_id)
         request_id = request.request.request_id
-        if request_id in self._calls:
+        if request_id in self._vllm_ids:
             raise ValueError(f"{self.instance_id}: call {request_id!r} is already here")
         prompt = self._prompts.make(request)
         vllm_request = self._vllm_request(request, prompt, now)
         if not self._calls and not self._in_flight:
             self._loop_time = max(self._loop_time, now)
-        self._calls[request_id] = _Call(vllm_request, prompt, request.num_output_tokens)
+        vllm_id = vllm_request.request_id
+        self._vllm_ids[request_id] = vllm_id
+        self._calls[vllm_id] = _Call(request_id, vllm_request, prompt, request.num_output_tokens)
         self._scheduler.add_request(vllm_request)
 
     def abort(self, request_id: str, now: float) -> None:
         """Forget a call. A step that is running computes on for nobody."""
         self._set_time(now)
-        if self._calls.pop(request_id, None) is not None:
-            self._scheduler.finish_requests(request_id, RequestStatus.FINISHED_ABORTED)
+        vllm_id = self._vllm_ids.pop(request_id, None)
+        if vllm_id is not None:
+            del self._calls[vllm_id]
+            self._scheduler.finish_requests(vllm_id, RequestStatus.FINISHED_ABORTED)
             self._wait_if_empty()
 
     def next_event_time(self) -> float:
@@ -306,12 +317,12 @@ class VllmEngine:
             call.num_cached_tokens = output.prefill_stats.num_cached_tokens
             kinds.append(EventKind.FIRST_TOKEN)
         if output.finish_reason is not None:
-            del self._calls[output.request_id]
+            del self._calls[output.request_id], self._vllm_ids[call.request_id]
             kinds.append(EventKind.FINISHED)
         for kind in kinds:
             yield EngineEvent(
                 time=now,
-                request_id=output.request_id,
+                request_id=call.request_id,
                 kind=kind,
                 num_cached_tokens=call.num_cached_tokens,
                 num_preemptions=call.vllm_request.num_preemptions,
@@ -324,8 +335,9 @@ class VllmEngine:
             extra_args=workflow_xargs(call.request, now) or None,
         )
         params.update_from_generation_config({}, EOS_TOKEN_ID)
+        self._num_submitted += 1
         return Request(
-            request_id=call.request.request_id,
+            request_id=f"{call.request.request_id}-{self._num_submitted}",
             prompt_token_ids=prompt.token_ids,
             sampling_params=params,
             pooling_params=None,
@@ -333,6 +345,22 @@ class VllmEngine:
             priority=call.request.priority,
             block_hasher=prompt.hash_blocks,
         )
+
+
+def vllm_engine(instance: SimInstance, policy: PolicyConfig) -> SimEngine:
+    """Make a level 2 engine: what `simulate(engines=vllm_engine)` runs on."""
+    return VllmEngine(
+        instance.instance.instance_id,
+        instance.latency,
+        VllmServer(
+            num_kv_blocks=instance.num_kv_blocks,
+            max_model_len=(instance.num_kv_blocks - 1) * instance.block_size,
+            block_size=instance.block_size,
+            max_num_seqs=instance.instance.max_num_seqs,
+            max_num_batched_tokens=int(instance.latency.max_num_batched_tokens),
+            policy=policy,
+        ),
+    )
 
 
 def workflow_xargs(request: StageRequest, now: float) -> dict[str, str | int]:

@@ -69,12 +69,13 @@ class VllmServer:
             ConfigError: The one line says which call, what is wrong, and what would fit.
         """
         where = f"{where}: call {call.request.request_id!r}"
-        if call.num_prompt_tokens < 1 or call.num_output_tokens < 1:
+        if call.num_prompt_tokens < 1 or call.num_output_tokens < 0:
             raise ConfigError(
-                f"{where}: expected at least 1 prompt and 1 output token, "
+                f"{where}: expected at least 1 prompt token and 0 output tokens, "
                 f"got {call.num_prompt_tokens} and {call.num_output_tokens}"
             )
-        num_tokens = call.num_prompt_tokens + call.num_output_tokens
+        # Even an empty answer has the token that ends it.
+        num_tokens = call.num_prompt_tokens + max(1, call.num_output_tokens)
         if num_tokens > self.max_model_len:
             raise ConfigError(
                 f"{where}: expected at most max_model_len = {self.max_model_len} tokens of prompt "
@@ -94,6 +95,6 @@ class VllmServer:
                 f"{where}: prefix: expected parts of at most {call.num_prompt_tokens} tokens, "
                 f"the length of the prompt, got {num_prefix_tokens}"
             )
-        for name in ("rest_s", "service_s"):
+        for name in ("rest_s", "service_s", "attained_s", "attained_path_s"):
             if not math.isfinite(getattr(call.request, name)):
                 raise ConfigError(f"{where}: {name}: expected a finite number of seconds")

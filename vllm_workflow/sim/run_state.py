@@ -1,0 +1,128 @@
+"""Runs and calls under way in a simulation."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from vllm_workflow.core.types import StageRequest
+from vllm_workflow.sim.results import CallResult, RunResult
+from vllm_workflow.sim.types import PrefixPart, TraceCall, TraceRun
+
+BYTES_PER_TOKEN = 4.0
+"""Of prompts; the dispatcher starts from the same guess and learns from what is counted."""
+
+
+class RunState:
+    """A run under way: what of it has been revealed."""
+
+    __slots__ = ("arrival_time", "end_time", "final", "missing", "num_open", "then", "trace")
+
+    def __init__(self, trace: TraceRun, now: float) -> None:
+        self.trace = trace
+        self.arrival_time = now
+        self.end_time = math.nan
+        self.num_open = len(trace.calls)
+        self.missing: dict[str, int] = {}
+        """Calls yet to end before a call is made."""
+        self.then: dict[str, list[TraceCall]] = {}
+        for call in trace.calls:
+            self.missing[call.call_id] = len(call.after)
+            for before in call.after:
+                self.then.setdefault(before, []).append(call)
+        self.final = announced_as_final(trace, self.then)
+
+    @property
+    def deadline(self) -> float:
+        slo_s = self.trace.slo_s
+        return math.inf if slo_s is None else self.arrival_time + slo_s
+
+
+def announced_as_final(trace: TraceRun, then: dict[str, list[TraceCall]]) -> str:
+    """Id of the call that the client can tell is the last one: its stage says so.
+
+    That is, nothing runs beside it, and its stage has not occurred before in the run: of a
+    loop nobody knows which round is the last.
+    """
+    last = trace.calls[-1]
+    open_ends = [c for c in trace.calls if c.call_id not in then]
+    if len(open_ends) == 1 and sum(c.stage == last.stage for c in trace.calls) == 1:
+        return last.call_id
+    return ""
+
+
+class CallState:
+    """A call that has been made."""
+
+    __slots__ = (
+        "end_time",
+        "first_token_time",
+        "instance",
+        "num_attempts",
+        "num_cached",
+        "num_preemptions",
+        "predicted",
+        "request",
+        "run",
+        "sent_time",
+        "trace",
+    )
+
+    def __init__(self, run: RunState, trace: TraceCall, request: StageRequest) -> None:
+        self.run = run
+        self.trace = trace
+        self.request = self.predicted = request
+        self.sent_time = self.first_token_time = self.end_time = math.nan
+        self.instance = -1
+        self.num_attempts = self.num_cached = self.num_preemptions = 0
+
+
+class PromptHeads:
+    """Prompts' heads as a router knows them: hashes of pieces, each with all before it.
+
+    Numbers stand for the hashes, one per piece and what comes before it.
+    """
+
+    __slots__ = ("_numbers",)
+
+    def __init__(self) -> None:
+        self._numbers: dict[tuple[int, str, int], int] = {}
+
+    def of(self, prefix: Sequence[PrefixPart]) -> list[tuple[int, int]]:
+        numbers, number = self._numbers, 0
+        head = []
+        for part in prefix:
+            key = (number, part.part_id, part.num_tokens)
+            number = numbers.setdefault(key, len(numbers) + 1)
+            head.append((number, int(part.num_tokens * BYTES_PER_TOKEN)))
+        return head
+
+
+def run_result(run: RunState) -> RunResult:
+    return RunResult(
+        run_id=run.trace.run_id,
+        workflow=run.trace.workflow,
+        tenant=run.trace.tenant,
+        arrival_time=run.arrival_time,
+        end_time=run.end_time,
+        slo_s=run.trace.slo_s,
+        num_calls=len(run.trace.calls),
+    )
+
+
+def call_result(call: CallState, instance_ids: Sequence[str]) -> CallResult:
+    return CallResult(
+        run_id=call.run.trace.run_id,
+        call_id=call.trace.call_id,
+        stage=call.trace.stage,
+        instance_id=instance_ids[call.instance] if call.num_attempts else "",
+        submit_time=call.request.arrival_time,
+        sent_time=call.sent_time,
+        first_token_time=call.first_token_time,
+        end_time=call.end_time,
+        num_prompt_tokens=call.trace.num_prompt_tokens,
+        num_output_tokens=call.trace.num_output_tokens,
+        num_cached_tokens=call.num_cached,
+        num_preemptions=call.num_preemptions,
+        num_attempts=call.num_attempts,
+    )

@@ -215,6 +215,7 @@ async def test_a_vocabulary_can_be_given_where_the_server_cannot_be_asked(
         (["--base-url", "http://127.0.0.1:9", "--model", "m"], "127.0.0.1:9"),
         (["--endpoint", "v1"], "endpoint"),
         (["--call-timeout-s", "0"], "call timeout"),
+        (["--time-scale", "0"], "time scale"),
         (["--max-tokens", "0"], "max tokens"),
         (["--vocab-size", "3", "--model", "m"], "vocabulary"),
     ],

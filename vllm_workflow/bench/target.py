@@ -19,6 +19,7 @@ from vllm_workflow.core.errors import ConfigError, UpstreamError
 _RETRY_S = 0.25
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
 _EMULATED = "vllm_workflow:emulated_busy_seconds_total"
+_EMULATED_INFO = "vllm_workflow:emulated_gpu_info"
 _FINGERPRINT_LABELS = ("policy_fingerprint", "fingerprint", "policy")
 
 
@@ -65,7 +66,7 @@ class Target:
             raise UpstreamError(f"{self.root}/v1/models: expected a model, got {cards!r:.200}")
         return str(cards[0]["id"])
 
-    async def prompts(self, model: str) -> Prompts:
+    async def prompts(self, model: str, salt: str) -> Prompts:
         """Return prompts of tokens that the server itself uses.
 
         Raises:
@@ -81,7 +82,7 @@ class Target:
         except (aiohttp.ClientError, TimeoutError) as e:
             raise UpstreamError(f"{self.root}/tokenize: {type(e).__name__}: {e}") from e
         try:
-            return Prompts(sorted(set(ids)))
+            return Prompts(sorted(set(ids)), salt)
         except (ConfigError, TypeError) as e:
             raise UpstreamError(
                 f"{self.root}/tokenize: expected token ids, got {str(ids)[:80]}; the size of the "
@@ -137,6 +138,14 @@ class Target:
                 return await response.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as e:
             raise UpstreamError(f"{url}: {type(e).__name__}: {e}") from e
+
+
+def emulated_gpu(metrics: str) -> dict[str, str]:
+    """Return what a server says of the GPU that it emulates, empty for nothing."""
+    for family in text_string_to_metric_families(metrics):
+        if family.name == _EMULATED_INFO and family.samples:
+            return {k: v for k, v in family.samples[0].labels.items() if v}
+    return {}
 
 
 def server_root(base_url: str) -> str:

@@ -53,6 +53,7 @@ class ReplayEngine:
     tokenizes: bool = True
     emulated_late_share: float | None = None
     """None for a server without an emulated GPU."""
+    time_scale: str = "1"
     facts: dict[str, Any] = field(default_factory=dict)
     """What `/health` says."""
 
@@ -116,7 +117,8 @@ class ReplayEngine:
             return web.Response(text="")
         busy_s = 1.0 + len(self.ended)
         return web.Response(
-            text=f"vllm_workflow:emulated_steps_total 7\n"
+            text=f'vllm_workflow:emulated_gpu_info{{gpu="X",time_scale="{self.time_scale}"}} 1\n'
+            f"vllm_workflow:emulated_steps_total 7\n"
             f"vllm_workflow:emulated_busy_seconds_total {busy_s}\n"
             f"vllm_workflow:emulated_late_seconds_total {busy_s * self.emulated_late_share}\n"
         )

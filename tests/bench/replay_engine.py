@@ -48,6 +48,9 @@ class ReplayEngine:
     """Which calls get a status 500."""
     breaks_off: bool = False
     """Streams end after their first token."""
+    says: bytes = b""
+    """The whole body of every answer, in place of tokens."""
+    models: list[str] = field(default_factory=lambda: ["m"])
     held: bool = False
     """Calls wait for `let_go`."""
     tokenizes: bool = True
@@ -62,6 +65,7 @@ class ReplayEngine:
     url: str = ""
     num_aborted: int = 0
     _gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    _polled: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def let_go(self, name: str) -> None:
@@ -73,6 +77,12 @@ class ReplayEngine:
             await self._changed.wait_for(
                 lambda: len(self.received) >= received and self.num_aborted >= aborted
             )
+
+    async def wait_for_poll(self) -> None:
+        """Wait until somebody asks for the models."""
+        self._polled.clear()
+        async with asyncio.timeout(10):
+            await self._polled.wait()
 
     def calls(self, run: str = "") -> list[Call]:
         return [call for call in self.received if call.run.endswith(run)]
@@ -99,7 +109,10 @@ class ReplayEngine:
         return self._gates.setdefault(name, asyncio.Event())
 
     async def _on_models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
+        self._polled.set()
+        return web.json_response(
+            {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+        )
 
     async def _on_health(self, request: web.Request) -> web.Response:
         return web.json_response(self.facts)
@@ -155,6 +168,9 @@ class ReplayEngine:
             headers={"Content-Type": "text/event-stream", "X-Workflow-Instance": self.instance}
         )
         await response.prepare(request)
+        if self.says:
+            await response.write(self.says)
+            return response
         for i in range(num_tokens):
             await response.write(_event({"choices": [{"index": 0, "text": f"t{i}"}]}))
             if self.breaks_off:

@@ -241,6 +241,13 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     assert said in line
 
 
+def test_its_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "serve", "--help"])
+
+    assert "--emulated-server" in capsys.readouterr().out
+
+
 async def test_ctrl_c_ends_the_calls_under_way_without_a_traceback(trace: Path) -> None:
     async with ReplayEngine(held=True).serving() as engine:
         process = await asyncio.create_subprocess_exec(

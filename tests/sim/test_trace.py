@@ -169,3 +169,15 @@ def test_runs_that_differ_in_ids_and_arrival_only_are_duplicates(tmp_path: Path)
     assert trace.num_duplicates == 1
     assert [r.run_id for r in trace.distinct().runs] == ["b", "d"]
     assert "Of 3 runs, 2 distinct ones were kept." in trace.distinct().notes
+
+
+def test_the_example_of_the_documentation_can_be_read(tmp_path: Path) -> None:
+    text = (Path(__file__).parents[2] / "docs" / "traces.md").read_text("utf-8")
+    example = text.split("```json\n")[1].split("```")[0]
+    path = tmp_path / "trace.jsonl"
+    path.write_text(example.replace("\n", ""), encoding="utf-8")
+
+    (only,) = read_trace(path).runs
+
+    assert [c.call_id for c in only.calls] == ["plan", "fix"]
+    assert (only.slo_s, only.arrival_s) == (30.0, 12.5)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.builders import candidate, stage_request
+from vllm_workflow.bench.analysis_sharing import sharing
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
@@ -24,8 +26,12 @@ from vllm_workflow.core.events import (
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.prefix import Chain, Segment
 from vllm_workflow.core.types import Decision, Outcome
+from vllm_workflow.sim.arrivals import with_arrivals
+from vllm_workflow.sim.fleet import InstanceSpec, build_fleet
+from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.trace import read_trace
-from vllm_workflow.sim.types import PrefixPart
+from vllm_workflow.sim.types import PrefixPart, Trace, TraceRun
+from vllm_workflow.sim.workloads import load
 
 STARTED = Started(policy=PolicyConfig(), fingerprint="f")
 
@@ -143,6 +149,19 @@ def test_a_deadline_becomes_the_promise_of_the_run(tmp_path: Path) -> None:
 
     assert run.slo_s == 10.0
     assert run.calls[0].gap_s == 1.0
+
+
+def test_a_deadline_in_another_age_is_none(tmp_path: Path) -> None:
+    events = [submitted("a", 5.0, deadline=1e14), settled("a")]
+
+    assert read_trace(log(tmp_path, STARTED, *events)).runs[0].slo_s is None
+
+
+def test_a_log_of_many_lifetimes_is_refused(tmp_path: Path) -> None:
+    life = [STARTED, submitted("a", 0.0), settled("a", 0.9e9)]
+
+    with pytest.raises(ConfigError, match="expected runs within"):
+        read_trace(log(tmp_path, *life, *life, *life))
 
 
 def test_calls_that_failed_are_left_out_and_counted(tmp_path: Path) -> None:
@@ -266,6 +285,36 @@ def test_what_a_dispatcher_records_can_be_read(tmp_path: Path) -> None:
     assert [(r.run_id, r.arrival_s) for r in trace.runs] == [
         (f"run{i}", float(i)) for i in range(4)
     ]
+
+
+def test_runs_that_were_logged_are_the_runs_that_were_made(tmp_path: Path) -> None:
+    made = with_arrivals(load("builtin:chess", 12, seed=1), 0.2, seed=1)
+    fleet = build_fleet([InstanceSpec(gpu="H100", model_shape="llama-3.1-8b", count=2)])
+    events: list[Event] = []
+    simulate(made.runs, fleet, record=events.append)
+
+    read = read_trace(log(tmp_path, *events))
+
+    assert sorted(map(shape, read.runs)) == sorted(map(shape, made.runs))
+    first = made.runs[0].arrival_s or 0.0
+    assert {r.run_id: r.arrival_s for r in read.runs} == pytest.approx(
+        {r.run_id: (r.arrival_s or 0.0) - first for r in made.runs}
+    )
+    assert hits(read) == hits(made)
+
+
+def shape(run: TraceRun) -> list[Any]:
+    """Every call with what it followed, whatever the ids and the order of siblings."""
+    told = {c.call_id: (c.stage, c.num_prompt_tokens, c.num_output_tokens) for c in run.calls}
+    return sorted(
+        (told[c.call_id], sorted(told[parent] for parent in c.after), round(c.gap_s, 6))
+        for c in run.calls
+    )
+
+
+def hits(trace: Trace) -> int:
+    """Prompt tokens that some earlier prompt of the trace begins with."""
+    return sum(each.num_cached_tokens for run in sharing(trace.runs) for each in run)
 
 
 def test_names_from_clients_cannot_break_the_trace(tmp_path: Path) -> None:

@@ -176,7 +176,7 @@ def _remaining(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
     for offset, label, colour, values in (
         (-0.27, "mean remaining", _GREY, [r.mean_s for r in rows]),
         (0.0, "error, told by stage", _ORANGE, [r.error_by_stage_s for r in rows]),
-        (0.27, "error, told by stage and k", _BLUE, [r.error_by_round_s for r in rows]),
+        (0.27, "error, told by stage and round", _BLUE, [r.error_by_round_s for r in rows]),
     ):
         axes.barh(y + offset, values, height=0.25, color=colour, label=label)
     _stage_axis(axes, [r.stage for r in rows])
@@ -187,14 +187,16 @@ def _remaining(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
 
 
 def _tail(analysis: Analysis, stages: Sequence[StageSummary]) -> Figure:
-    assert analysis.tail is not None
-    causes = analysis.tail.causes[:MAX_STAGES]
+    tail = analysis.tail
+    if tail is None:
+        raise ValueError("a trace without a tail has no such plot")
+    causes = tail.causes[:MAX_STAGES]
     figure, axes = _figure(1.6 + 0.42 * (len(causes) + 1))
     y = np.arange(len(causes))
     more, longer = [c.more_calls_s for c in causes], [c.longer_calls_s for c in causes]
     axes.barh(y - 0.19, more, height=0.36, color=_BLUE, label="more calls")
     axes.barh(y + 0.19, longer, height=0.36, color=_ORANGE, label="longer calls")
-    axes.barh(len(causes), analysis.tail.gap_s, height=0.36, color=_GREY, label="gaps")
+    axes.barh(len(causes), tail.gap_s, height=0.36, color=_GREY, label="gaps")
     _stage_axis(axes, [*(c.stage for c in causes), "(gaps)"])
     axes.axvline(0.0, color="black", linewidth=0.8)
     axes.set_xlabel("seconds more on the critical path than in other runs")

@@ -11,9 +11,9 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vllm_workflow.core.backlog import Backlog
+from vllm_workflow.core.backlog import Backlog, Waiting
 from vllm_workflow.core.config import PolicyConfig
-from vllm_workflow.core.deadline import slack_s
+from vllm_workflow.core.deadline import is_hopeless, slack_s
 from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
@@ -29,6 +29,7 @@ from vllm_workflow.core.events import (
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.lengths import Lengths
 from vllm_workflow.core.prefix import Segment
+from vllm_workflow.core.remaining import RemainingTime
 from vllm_workflow.core.runs import Attained, AttainedService
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
@@ -51,6 +52,8 @@ class _Sent:
     request: StageRequest
     decision: Decision
     num_prompt_bytes: int
+    time: float
+    """Instant at which it was bound."""
 
 
 class Dispatcher:
@@ -78,7 +81,12 @@ class Dispatcher:
         self._record = record
         self._ordering = config.build_ordering()
         self.backlog = Backlog()
+        self.relegated = Backlog()
+        """Calls of runs that can no longer be on time: they wait for all others."""
+        self._num_since_relegated = 0
+        self._remaining = RemainingTime()
         self._due: dict[str, Decision] = {}
+        self._looked_at_version = -1
         self._sent: dict[str, _Sent] = {}
         self._rests: dict[tuple[str, str, str], float] = {}
         self._attained = AttainedService()
@@ -180,14 +188,15 @@ class Dispatcher:
             service_s = sum(c.service_s for c in candidates) / len(candidates)
             request = replace(request, service_s=service_s)
             key = self._ordering.key(request)
-            self.backlog.add(request, key, num_prompt_bytes, excluded)
-            self._bind_waiting(now)
+            waiting = self._enqueue(request, key, num_prompt_bytes, excluded, now)
+            self._bind_waiting(now, newest=waiting)
             decision = self._due.pop(request.request_id, None)
         else:
             costs = self._policy.costs(request, candidates)
             best = min(range(len(costs)), key=costs.__getitem__)
             decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
         self._attained.begin(request)
+        self._remaining.began(request)
         if self._record is not None:
             self._record(
                 Submitted(
@@ -205,44 +214,111 @@ class Dispatcher:
 
         To be asked after each `submit`, `settle`, `withdraw`, `add` and `mark`.
         """
-        if self.backlog:
+        looked = self.num_waiting > 0 and self.fleet.version != self._looked_at_version
+        if looked:
             self._bind_waiting(now)
-        if not self._due:
-            return []
-        decisions = list(self._due.values())
+        decisions = tuple(self._due.values())
         self._due.clear()
-        if self._record is not None:
-            self._record(Polled(now=now, decisions=tuple(decisions)))
-        return decisions
+        if self._record is not None and (looked or decisions):
+            self._record(Polled(now=now, decisions=decisions))
+        return list(decisions)
 
     def withdraw(self, request_id: str) -> bool:
         """Give up a call that waits; returns whether it did."""
-        found = self.backlog.remove(request_id) is not None
-        if found and self._record is not None:
+        waiting = self.backlog.remove(request_id) or self.relegated.remove(request_id)
+        if waiting is None:
+            return False
+        self._remaining.ended(waiting.request, sent_time=math.nan, e2el_s=math.nan, ok=False)
+        if self._record is not None:
             self._record(Withdrawn(request_id=request_id))
-        return found
+        return True
 
-    def _bind_waiting(self, now: float) -> None:
-        """Bind what can start now, first in order first; a call that cannot blocks few others."""
-        head_wait: tuple[str, float] | None = None
+    @property
+    def num_waiting(self) -> int:
+        """Calls that no instance has been chosen for yet."""
+        return len(self.backlog) + len(self.relegated)
+
+    def _enqueue(
+        self,
+        request: StageRequest,
+        key: float,
+        num_prompt_bytes: int,
+        exclude: tuple[str, ...],
+        now: float,
+    ) -> Waiting:
+        if self.config.relegate and is_hopeless(request, now, self.config.relegation_margin):
+            return self.relegated.add(request, request.deadline, num_prompt_bytes, exclude)
+        level = 0 if self.config.relegate and request.attained_s > 0.0 else 1
+        return self.backlog.add(request, key, num_prompt_bytes, exclude, level=level)
+
+    def _relegate(self, now: float) -> None:
+        """Move what can no longer be on time behind all that can."""
         for waiting in self.backlog.first(_MAX_LOOKED_AT):
-            if not self.fleet.has_room():
+            if is_hopeless(waiting.request, now, self.config.relegation_margin):
+                request = waiting.request
+                self.backlog.remove(request.request_id)
+                self.relegated.add(
+                    request, request.deadline, waiting.num_prompt_bytes, waiting.exclude
+                )
+
+    def _in_turn(self, now: float) -> list[Waiting]:
+        """Calls to look at, in order; now and then a relegated one goes first, so none starves."""
+        if self.config.relegate:
+            self._relegate(now)
+        if not self.relegated:
+            return self.backlog.first(_MAX_LOOKED_AT)
+        hopeful = self.backlog.first(_MAX_LOOKED_AT)
+        hopeless = self.relegated.first(_MAX_LOOKED_AT)
+        if self._num_since_relegated >= 1.0 / self.config.relegated_share - 1.0:
+            return [*hopeless[:1], *hopeful, *hopeless[1:]]
+        return hopeful + hopeless
+
+    def _bind_waiting(self, now: float, newest: Waiting | None = None) -> None:
+        """Bind what can start now, first in order first.
+
+        A call that cannot start holds up those behind it in one way: the instance that it is
+        going to start on takes no call that would still be there by then.
+
+        Args:
+            now: Instant.
+            newest: A call that has just come. If nothing else has changed since all were looked
+                at, no other can start.
+        """
+        fleet = self.fleet
+        only_newest = newest is not None and fleet.version == self._looked_at_version
+        head: Waiting | None = None
+        head_wait: tuple[str, float] | None = None
+        for waiting in self._in_turn(now):
+            if not fleet.has_room():
                 break
-            request = waiting.request
-            candidates = self.fleet.candidates(request, now=now, exclude=waiting.exclude)
-            if not candidates:
+            if (only_newest and waiting is not newest) or not fleet.can_start(
+                waiting.request, waiting.exclude
+            ):
+                head = head or waiting
                 continue
-            costs = self._policy.costs(request, candidates)
-            best = min(range(len(costs)), key=costs.__getitem__)
-            chosen = _startable(candidates, costs, best, head_wait)
+            candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+            if head is not None and head_wait is None:
+                head_wait = self._wait_of(head, now)
+            costs = self._policy.costs(waiting.request, candidates)
+            chosen = _startable(candidates, costs, head_wait)
             if chosen is None:
-                if head_wait is None:
-                    head_wait = candidates[best].instance_id, candidates[best].queue_s
+                head = head or waiting
                 continue
-            self.backlog.remove(request.request_id)
+            request = waiting.request
+            self._num_since_relegated += 1
+            if self.backlog.remove(request.request_id) is None:
+                self.relegated.remove(request.request_id)
+                self._num_since_relegated = 0
             self._due[request.request_id] = self._bind(
                 request, candidates, costs, chosen, now, waiting.num_prompt_bytes
             )
+        self._looked_at_version = fleet.version
+
+    def _wait_of(self, waiting: Waiting, now: float) -> tuple[str, float] | None:
+        """Instance that can start a call first, and in how many seconds."""
+        candidates = self.fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+        first = min(candidates, key=lambda c: c.queue_s, default=None)
+        return None if first is None else (first.instance_id, first.queue_s)
 
     def _bind(
         self,
@@ -268,7 +344,7 @@ class Dispatcher:
             policy=self.config.dispatch,
         )
         self.fleet.reserve(request.request_id, chosen, now=now, request=request)
-        self._sent[request.request_id] = _Sent(request, decision, num_prompt_bytes)
+        self._sent[request.request_id] = _Sent(request, decision, num_prompt_bytes, now)
         return decision
 
     def settle(self, outcome: Outcome) -> None:
@@ -291,6 +367,9 @@ class Dispatcher:
                 predicted=sent.decision.chosen.num_cached_tokens,
                 actual=outcome.num_cached_tokens,
             )
+        self._remaining.ended(
+            sent.request, sent_time=sent.time, e2el_s=outcome.e2el_s, ok=outcome.ok
+        )
         if outcome.ok:
             self._learn(sent, outcome)
 
@@ -341,6 +420,10 @@ class Dispatcher:
         )
 
     def _rest_s(self, request: StageRequest) -> float:
+        """What was learned from runs, else what was declared, else nothing."""
+        learned_s = self._remaining.after(request)
+        if learned_s is not None:
+            return learned_s
         workflow = self._workflows.get(request.workflow)
         if workflow is None:
             return 0.0
@@ -387,32 +470,27 @@ class Dispatcher:
 def _startable(
     candidates: Sequence[Candidate],
     costs: Sequence[float],
-    best: int,
     head_wait: tuple[str, float] | None,
 ) -> int | None:
-    """Index of the candidate to start a call on now; None if it had better wait.
+    """Index of the candidate to start a call on now; None if it has to wait.
+
+    A call does not wait for a faster instance while a slower one could start it: that pays for
+    the call, and costs the fleet a quarter of its throughput when many do it.
 
     Args:
         candidates: Predictions; those with no `queue_s` can start it.
         costs: Of the policy.
-        best: Index of the smallest cost, the time to wait included.
         head_wait: Instance that a call which goes first waits for, and how long: what would
             still be there by then is not started there.
     """
-
-    def can_start(index: int) -> bool:
-        candidate = candidates[index]
-        if candidate.queue_s > 0.0:
-            return False
-        if head_wait is None or head_wait[0] != candidate.instance_id:
-            return True
-        return candidate.finish_s <= head_wait[1]
-
-    if can_start(best):
-        return best
-    able = [i for i in range(len(candidates)) if can_start(i)]
-    if not able:
-        return None
-    next_best = min(able, key=costs.__getitem__)
-    # To wait pays where the other instance is done with the call earlier, waiting included.
-    return None if costs[best] < costs[next_best] else next_best
+    able = [
+        index
+        for index, candidate in enumerate(candidates)
+        if candidate.queue_s <= 0.0
+        and (
+            head_wait is None
+            or head_wait[0] != candidate.instance_id
+            or candidate.finish_s <= head_wait[1]
+        )
+    ]
+    return min(able, key=costs.__getitem__, default=None)

@@ -69,9 +69,12 @@ class Fleet:
 
     def __init__(self) -> None:
         self._accounts: dict[str, _Account] = {}
+        self.version = 0
+        """Grows with whatever may have made room for a further call."""
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; calls in flight on it stay counted."""
+        self.version += 1
         instance = self._sharing_latency(instance)
         account = self._accounts.get(instance.instance_id)
         if account is None:
@@ -89,6 +92,7 @@ class Fleet:
 
     def mark(self, instance_id: str, *, healthy: bool) -> None:
         self._accounts[instance_id].healthy = healthy
+        self.version += 1
 
     def is_healthy(self, instance_id: str) -> bool:
         return self._accounts[instance_id].healthy
@@ -108,10 +112,7 @@ class Fleet:
         self, request: StageRequest, *, now: float = 0.0, exclude: Collection[str] = ()
     ) -> tuple[Candidate, ...]:
         """Predict `request` on every healthy instance that serves its model and can hold it."""
-        num_head_tokens = sum(segment.num_tokens for segment in request.prefix)
-        num_own_tokens = (
-            max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
-        )
+        num_own_tokens = _num_own_tokens(request)
         num_tokens_at_most = request.num_tokens_at_most
         prefills: dict[tuple[int, int], float] = {}  # instances of one kind share a latency model
         found: list[Candidate] = []
@@ -147,6 +148,25 @@ class Fleet:
                 or (len(a.reserved) < a.instance.max_num_seqs and a.kv.num_free_tokens > 0.0)
             )
             for a in self._accounts.values()
+        )
+
+    def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
+        """Whether any healthy instance has a seat and KV blocks for `request` now."""
+        num_own_tokens = _num_own_tokens(request)
+        return any(
+            account.healthy
+            and (
+                not account.reserved
+                or (
+                    len(account.reserved) < account.instance.max_num_seqs
+                    and account.kv.num_new_tokens(request.prefix, num_own_tokens)
+                    <= account.kv.num_free_tokens
+                )
+            )
+            and account.instance.instance_id not in exclude
+            and account.instance.serves(request.model)
+            and request.num_tokens_at_most <= account.kv.num_tokens
+            for account in self._accounts.values()
         )
 
     def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
@@ -201,10 +221,7 @@ class Fleet:
             )
         num_tokens = 0.0
         if request is not None:
-            num_head_tokens = sum(segment.num_tokens for segment in request.prefix)
-            num_own_tokens = (
-                max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
-            )
+            num_own_tokens = _num_own_tokens(request)
             num_tokens = account.kv.num_new_tokens(request.prefix, num_own_tokens)
             account.kv.admit(request_id, request.prefix, num_own_tokens)
         account.reserved[request_id] = _Reserved(
@@ -223,6 +240,7 @@ class Fleet:
         account = self._accounts[instance_id]
         reserved = account.reserved.pop(request_id, None)
         if reserved is not None:
+            self.version += 1
             account.kv.release(request_id, keep=ran)
             left_s = account.outstanding_s - reserved.service_s
             account.outstanding_s = max(0.0, left_s) if account.reserved else 0.0
@@ -264,6 +282,12 @@ def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens
     return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
         max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
     )
+
+
+def _num_own_tokens(request: StageRequest) -> float:
+    """KV tokens that no other call shares: the rest of its prompt, and its answer."""
+    num_head_tokens = sum(segment.num_tokens for segment in request.prefix)
+    return max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
 
 
 def _capacity(instance: Instance) -> float:

@@ -59,15 +59,9 @@ class EventEngine:
         num_kv_blocks: int = 1 << 20,
         block_size: int = DEFAULT_BLOCK_SIZE,
     ) -> None:
-        for name, value, least in (
-            ("max_num_seqs", max_num_seqs, 1),
-            ("num_kv_blocks", num_kv_blocks, 2),
-            ("block_size", block_size, 1),
-        ):
-            if value < least:
-                raise ConfigError(
-                    f"instance {instance_id!r}: {name}: expected at least {least}, got {value}"
-                )
+        _require(instance_id, "max_num_seqs", max_num_seqs, 1)
+        _require(instance_id, "num_kv_blocks", num_kv_blocks, 2)
+        _require(instance_id, "block_size", block_size, 1)
         config = config or PolicyConfig()
         self.instance_id = instance_id
         self.pool = BlockPool(num_kv_blocks - 1, block_size)
@@ -381,7 +375,12 @@ class EventEngine:
         attention = 0.0
         for call in self._chunks:
             num_tokens += call.chunk
-            attention += prefill_attention(call.chunk, call.num_computed)
+            if call.chunk == 1 and call.num_computed >= call.num_prompt:
+                # Back from the queue with all but its last token cached: as good as decoding.
+                num_decoding += 1
+                context += call.num_computed + 1
+            else:
+                attention += prefill_attention(call.chunk, call.num_computed)
         step_s = (
             self._fixed_s
             + num_tokens * self._below_s
@@ -415,3 +414,10 @@ class EventEngine:
 
 def _event(call: LiveCall, now: float, kind: EventKind) -> EngineEvent:
     return EngineEvent(now, call.request_id, kind, call.num_cached, call.num_preemptions)
+
+
+def _require(instance_id: str, name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(
+            f"instance {instance_id!r}: {name}: expected at least {least}, got {value}"
+        )

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_workflow.core.config import PolicyConfig
@@ -21,6 +21,7 @@ from vllm_workflow.core.handover import handover
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
+from vllm_workflow.sim.hints import LengthHint
 from vllm_workflow.sim.kernel import Kernel
 from vllm_workflow.sim.results import SimResult
 from vllm_workflow.sim.run_state import (
@@ -44,9 +45,6 @@ _MAX_TOKENS = 2048
 """Clients bound every answer by this, or by a multiple of it that the longest one needs."""
 _FIRST, _THEN, _ENGINE = 0, 1, 2
 """Priorities at one instant: outages, then calls, then steps, which see all calls of it."""
-
-LengthHint = Callable[[TraceRun, TraceCall], float]
-"""Output tokens that a client announces for a call, right or wrong."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,7 +79,8 @@ def simulate(
         arrivals: Instants, one per run.
         engines: Makes each instance's engine; level 1 by default.
         workflows: Declared to the router.
-        hint: Lengths that clients announce; by default none, the router learns them.
+        hint: Lengths that clients announce, see `sim.hints`; by default none, the router learns
+            them.
         outages: Instances that go, and come back.
         until_s: Instant at which to stop; what has not ended by then is unfinished.
         record: Gets the dispatcher's log.

@@ -12,6 +12,8 @@ from typing import Any
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.sim.fields import (
     MAX_NAME_CHARS,
+    MAX_TIME_S,
+    MAX_TOKENS,
     Place,
     a_count,
     a_list,
@@ -28,7 +30,6 @@ from vllm_workflow.sim.types import PrefixPart, Trace, TraceCall, TraceRun
 class _Call:
     """One call that ended well, on the clock of its router."""
 
-    request_id: str
     run: tuple[int, str, str]
     """Which life of the router, tenant, workflow_id (or the request's id, without one)."""
     name: str
@@ -96,8 +97,11 @@ def read_decision_log(text: str, source: str) -> Trace:
     _restart(reading)
     if not reading.calls:
         raise ConfigError(f"{source}: expected at least one call that ended well, got none")
+    runs = tuple(_runs(reading.calls))
+    if (runs[-1].arrival_s or 0.0) > MAX_TIME_S:
+        raise ConfigError(f"{source}: expected runs within {MAX_TIME_S:g} s, got {runs[-1]!r:.80}")
     return Trace(
-        runs=tuple(_runs(reading.calls)),
+        runs=runs,
         source=Path(source).name,
         notes=tuple(_notes(reading, is_cut=is_cut)),
     )
@@ -152,53 +156,73 @@ def _request_id(data: Mapping[str, Any], place: Place) -> str:
 def _settled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
     outcome = an_object(required(data, "outcome", place), place / "outcome")
     place = place / "outcome"
-    request_id = _request_id(outcome, place)
-    if request_id not in reading.open:
+    submitted = reading.open.pop(_request_id(outcome, place), None)
+    if submitted is None:
         return  # the log begins after the call
-    now, request, asked = reading.open.pop(request_id)
     if required(outcome, "ok", place) is not True or outcome.get("e2el_s") is None:
         reading.num_failed += 1
         return
-    tokens = [outcome.get("num_prompt_tokens"), outcome.get("num_output_tokens")]
-    if None in tokens:
+    if outcome.get("num_prompt_tokens") is None or outcome.get("num_output_tokens") is None:
         reading.num_uncounted += 1
-    num_prompt_tokens = _counted(tokens[0], place / "num_prompt_tokens", request, asked)
-    expected = a_time(request.get("expected_output_tokens", 1.0), asked / "expected_output_tokens")
-    num_output_tokens = (
-        round(expected)
-        if tokens[1] is None
-        else a_count(tokens[1], place / "num_output_tokens", minimum=0)
-    )
+    reading.calls.append(_call(reading, *submitted, outcome, place))
+
+
+def _call(
+    reading: _Reading,
+    now: float,
+    request: Mapping[str, Any],
+    asked: Place,
+    outcome: Mapping[str, Any],
+    answered: Place,
+) -> _Call:
     arrival_time = a_time(required(request, "arrival_time", asked), asked / "arrival_time")
-    ended = now + a_time(outcome["e2el_s"], place / "e2el_s")
+    ended = now + a_time(outcome["e2el_s"], answered / "e2el_s")
     workflow_id = _text(request, "workflow_id", asked)
-    deadline = request.get("deadline")
+    own_id = workflow_id or _request_id(request, asked)
+    num_prompt_tokens = _num_prompt_tokens(request, asked, outcome, answered)
     began = request.get("run_arrival_time")
-    reading.calls.append(
-        _Call(
-            request_id=request_id,
-            run=(reading.life, _text(request, "tenant_id", asked), workflow_id or request_id),
-            name=_printable(workflow_id or request_id),
-            workflow=_printable(_text(request, "workflow", asked)),
-            stage=_printable(_text(request, "stage", asked)),
-            arrival_time=arrival_time,
-            end_time=max(ended, math.nextafter(arrival_time, math.inf)),
-            run_arrival_time=(
-                arrival_time if began is None else a_time(began, asked / "run_arrival_time")
-            ),
-            deadline=math.inf if deadline is None else _instant(deadline, asked / "deadline"),
-            num_prompt_tokens=num_prompt_tokens,
-            num_output_tokens=max(1, num_output_tokens),
-            prefix=_prefix(reading.num_part_tokens, request, asked, num_prompt_tokens),
-        )
+    deadline = request.get("deadline")
+    return _Call(
+        run=(reading.life, _text(request, "tenant_id", asked), own_id),
+        name=_printable(own_id),
+        workflow=_printable(_text(request, "workflow", asked)),
+        stage=_printable(_text(request, "stage", asked)),
+        arrival_time=arrival_time,
+        end_time=max(ended, math.nextafter(arrival_time, math.inf)),
+        run_arrival_time=(
+            arrival_time if began is None else a_time(began, asked / "run_arrival_time")
+        ),
+        deadline=math.inf if deadline is None else _instant(deadline, asked / "deadline"),
+        num_prompt_tokens=num_prompt_tokens,
+        num_output_tokens=_num_output_tokens(request, asked, outcome, answered),
+        prefix=_prefix(reading.num_part_tokens, request, asked, num_prompt_tokens),
     )
 
 
-def _counted(value: Any, place: Place, request: Mapping[str, Any], asked: Place) -> int:
-    """Return prompt tokens as the engine counted them, else as predicted."""
-    if value is None:
-        return a_count(request.get("num_prompt_tokens", 1), asked / "num_prompt_tokens")
-    return max(1, a_count(value, place, minimum=0))
+def _num_prompt_tokens(
+    request: Mapping[str, Any], asked: Place, outcome: Mapping[str, Any], answered: Place
+) -> int:
+    """Return what the engine counted, else what was predicted."""
+    name = "num_prompt_tokens"
+    if outcome.get(name) is None:
+        return a_count(request.get(name, 1), asked / name)
+    return max(1, a_count(outcome[name], answered / name, minimum=0))
+
+
+def _num_output_tokens(
+    request: Mapping[str, Any], asked: Place, outcome: Mapping[str, Any], answered: Place
+) -> int:
+    """Return what the engine counted, else what was predicted."""
+    if outcome.get("num_output_tokens") is not None:
+        place = answered / "num_output_tokens"
+        return max(1, a_count(outcome["num_output_tokens"], place, minimum=0))
+    expected = request.get("expected_output_tokens", 1.0)
+    place = asked / "expected_output_tokens"
+    if isinstance(expected, bool) or not isinstance(expected, int | float):
+        place.fail("a number of tokens", expected)
+    if not 0 <= expected <= MAX_TOKENS:
+        place.fail(f"a number of tokens up to {MAX_TOKENS}", expected)
+    return max(1, round(expected))
 
 
 def _instant(value: Any, place: Place) -> float:
@@ -282,7 +306,8 @@ def _offsets(
 
 
 def _slo_s(first: _Call, begun: float) -> float | None:
-    return max(0.0, first.deadline - begun) if math.isfinite(first.deadline) else None
+    slo_s = max(0.0, first.deadline - begun)
+    return slo_s if slo_s <= MAX_TIME_S else None
 
 
 def _linked(calls: Sequence[_Call], begun: float) -> Iterator[TraceCall]:

@@ -10,7 +10,6 @@ import pytest
 from tests.bench.builders import part, planned, trace_call
 from tests.bench.replay_engine import ReplayEngine, num_shared
 from vllm_workflow.bench.identity import Identity
-from vllm_workflow.bench.replay import final_call
 from vllm_workflow.bench.serve import ServeOptions, ServeResult, serve
 from vllm_workflow.core.errors import UpstreamError
 
@@ -205,12 +204,13 @@ async def test_calls_name_run_workflow_stage_tenant_and_the_last_of_them() -> No
     ]
 
 
-def test_of_a_loop_no_call_knows_that_it_is_the_last() -> None:
-    loop = planned(trace_call("a", stage="x"), trace_call("b", stage="x", after=("a",))).run
+async def test_of_a_loop_no_call_says_that_it_is_the_last() -> None:
+    loop = (trace_call("a", stage="x"), trace_call("b", stage="x", after=("a",)))
+    async with ReplayEngine().serving() as engine:
+        await serve(options(engine), [planned(*loop), planned(*DIAMOND[:3], run_id="open")])
 
-    assert final_call(planned(*DIAMOND).run) == "merge"
-    assert not final_call(loop)
-    assert not final_call(planned(*DIAMOND[:3]).run)
+    assert len(engine.received) == 5
+    assert not any("X-Workflow-Final" in call.headers for call in engine.received)
 
 
 @pytest.mark.parametrize(

@@ -15,6 +15,7 @@ from vllm_workflow.bench.completions import Answer
 from vllm_workflow.bench.identity import CallContext, label
 from vllm_workflow.bench.records import CallRecord, RunRecord
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.sim.run_state import announced_as_final
 from vllm_workflow.sim.types import TraceCall, TraceRun
 
 Send = Callable[[CallContext], Awaitable[Answer]]
@@ -83,19 +84,6 @@ class _Clock:
         return (instant - self.begun) * self.scale
 
 
-def final_call(run: TraceRun) -> str:
-    """Return the id of the call whose stage tells its agent that it is the last; often none is.
-
-    That is, nothing runs beside it, and its stage has not occurred before in the run: of a loop
-    nobody knows which round is the last.
-    """
-    revealing = {before for call in run.calls for before in call.after}
-    ends = [call for call in run.calls if call.call_id not in revealing]
-    if len(ends) != 1 or sum(call.stage == ends[0].stage for call in run.calls) != 1:
-        return ""
-    return ends[0].call_id
-
-
 def _arrival_s(planned: PlannedRun) -> float:
     if planned.run.arrival_s is None:
         raise ConfigError(f"run {planned.run.run_id!r}: expected an arrival, got none")
@@ -133,7 +121,6 @@ class _ActiveRun:
         self._clock = clock
         self._workflow_id = label(id_prefix + planned.run.run_id)
         self._arrival = clock.instant(_arrival_s(planned))
-        self._final = final_call(planned.run)
         self._records: list[CallRecord] = []
         self._failed = False
         self._missing = {call.call_id: len(call.after) for call in self._trace.calls}
@@ -141,6 +128,7 @@ class _ActiveRun:
         for call in self._trace.calls:
             for before in call.after:
                 self._then.setdefault(before, []).append(call)
+        self._final = announced_as_final(planned.run, self._then) if planned.run.calls else ""
 
     def arrive_now(self) -> None:
         """Count the run's time from now on: it had to wait for its place."""

@@ -65,7 +65,7 @@ def test_every_key_that_it_names_is_in_a_result() -> None:
     first_column = "".join(line.split(" | ")[0] for line in section.splitlines())
     named = set(re.findall(r"`([a-z_0-9]+)`", first_column))
 
-    assert named - {"none", "sweep"} <= keys | others
+    assert named - {"none"} <= keys | others
     assert all(f"mean_{metric}_ms" in keys for metric in METRICS)
 
 

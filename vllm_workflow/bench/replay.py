@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -180,7 +181,7 @@ class _ActiveRun:
 
     def _record(self, call: TraceCall, planned_time: float, answer: Answer) -> CallRecord:
         life_s = self._clock.life_s
-        times = tuple(map(life_s, answer.token_times))
+        times = array("d", map(life_s, answer.token_times))  # a load may have millions
         prompt, output = answer.num_prompt_tokens, answer.num_output_tokens
         return CallRecord(
             run_id=self._trace.run_id,

@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     _check_outputs(args)
     trace, warmups = _trace(args)
     planned, conditions = _planned(args, trace)
-    longest = max(call.num_output_tokens for each in trace.runs for call in each.calls)
+    longest = max((c.num_output_tokens for each in trace.runs for c in each.calls), default=1)
     options = replace(options, max_tokens=args.max_tokens or max(1, longest))
     result = _measured(options, planned, warmups)
     document = bench.document(
@@ -111,6 +111,7 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         max_tokens=_DEFAULTS.max_tokens if args.max_tokens is None else args.max_tokens,
         vocab_size=args.vocab_size,
         max_concurrency=args.max_concurrency,
+        time_scale=args.time_scale,
         call_timeout_s=args.call_timeout_s,
         ready_check_timeout_sec=args.ready_check_timeout_sec,
         emulated_servers=tuple(args.emulated_server),

@@ -1,4 +1,4 @@
-"""Lengths that clients announce, for studies of what knowing them is worth."""
+"""What somebody knows of calls beforehand, for studies of what knowing it is worth."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from vllm_workflow.sim.types import TraceCall, TraceRun
 
 LengthHint = Callable[[TraceRun, TraceCall], float]
 """Output tokens that a client announces for a call, right or wrong."""
+RestHint = Callable[[TraceRun, TraceCall], float]
+"""Seconds of the run's work after a call, in the place of what its profile says."""
 
 
 def true_lengths(run: TraceRun, call: TraceCall) -> float:

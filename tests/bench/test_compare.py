@@ -108,6 +108,7 @@ def test_results_do_not_depend_on_the_number_of_processes() -> None:
     assert without_clock(compare(options(num_jobs=2))) == without_clock(compare(options()))
 
 
+@pytest.mark.slow
 def test_loads_are_fractions_of_a_capacity_that_is_found_first() -> None:
     found = compare(options("workflow", rates=(), loads=(0.5, 1.0), num_seeds=1))
 
@@ -202,6 +203,7 @@ def test_what_is_unknown_is_said_before_anything_runs(
         compare(options(**fields))  # type: ignore[arg-type]
 
 
+@pytest.mark.slow
 @pytest.mark.vllm
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_level_1_is_held_against_level_2() -> None:

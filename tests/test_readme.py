@@ -11,7 +11,10 @@ from vllm_workflow.engine import metadata
 from vllm_workflow.router import wire
 from vllm_workflow.router.config import RouterConfig
 
-RUN_ELSEWHERE = {"quick start", "client", "shop", "up", "ask", "router"}
+RUN_ELSEWHERE = {
+    *("quick start", "client", "shop", "up", "ask", "router"),
+    *("compare", "analyze", "emulate", "bench"),
+}
 NOT_EXAMPLES = 3
 """Code blocks that are no example: the two make commands, the picture, the folder tree."""
 

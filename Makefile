@@ -34,7 +34,7 @@ test-upstream: $(VLLM) $(DEV)  ## vLLM's own scheduler tests with our classes in
 
 bench: $(VLLM) $(BENCH)      ## policies compared by simulation, levels 1 and 2, to out/bench
 	$(COMPARE) --json out/bench/chess.json --html out/bench/chess.html
-	$(COMPARE) --level 2 --loads 0.85 --seeds 2 --runs 100 \
+	$(COMPARE) --level 2 --loads 0.85 --seeds 2 --runs 60 \
 	  --policies workflow least-outstanding+fcfs $(PAPER) \
 	  --json out/bench/chess_level_2.json --html out/bench/chess_level_2.html
 	$(if $(PUBLISHED),$(COMPARE) --trace $(PUBLISHED) --loads 0.85 1.0 --seeds 3 --runs 100 \

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from vllm_workflow.bench.compare import Comparison, Options, best_baseline, compare
-from vllm_workflow.bench.compare_jobs import Job, Setting, Variant, run_job
+from vllm_workflow.bench.compare_jobs import Job, Setting, Variant, run_job, seed_trace
 from vllm_workflow.bench.compare_report import document, page
 from vllm_workflow.bench.compare_text import tables
 from vllm_workflow.core.config import PolicyConfig
@@ -172,6 +172,16 @@ def test_runs_come_from_a_file_too(tmp_path: Path) -> None:
 
     assert {row["trace"] for row in found.rows} == {str(path)}
     assert all(math.isfinite(row["p95_s"]) for row in found.rows)
+
+
+def test_each_seed_takes_the_runs_of_a_file_in_another_order(tmp_path: Path) -> None:
+    path = tmp_path / "runs.jsonl"
+    write_trace(path, load("builtin:mac", 12, 0))
+
+    ids = [[run.run_id for run in seed_trace(str(path), 12, seed).runs] for seed in (0, 1)]
+
+    assert ids[0] != ids[1]
+    assert sorted(ids[0]) == sorted(ids[1])
 
 
 @pytest.mark.parametrize(

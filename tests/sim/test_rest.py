@@ -14,8 +14,8 @@ SLOW = LatencyModel(overhead_s=1.0, weights_s=0.0, per_token_s=0.0)  # a second 
 RUN = trace_run(
     "r",
     trace_call("a", output=2),
-    trace_call("long", after=("a",), output=5),
     trace_call("short", after=("a",), output=1),
+    trace_call("long", after=("a",), output=5),
     trace_call("join", after=("long", "short"), gap_s=3.0, output=4),
 )
 
@@ -41,7 +41,7 @@ def test_the_work_left_that_is_told_replaces_what_the_router_would_predict() -> 
 
     simulate([RUN], [sim_instance(latency=SLOW)], rest=rest)
 
-    assert told == ["a", "long", "short", "join"]
+    assert told == ["a", "short", "long", "join"]
 
 
 def test_of_two_equal_deadlines_the_run_with_more_work_left_goes_first() -> None:

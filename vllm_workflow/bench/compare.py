@@ -21,6 +21,7 @@ from vllm_workflow.bench.compare_jobs import (
     in_processes,
     level_of,
     run_job,
+    seed_trace,
 )
 from vllm_workflow.bench.compare_policies import Entry, entries, is_baseline
 from vllm_workflow.bench.compare_rows import PAIRED_METRICS, Row, pair, row_of
@@ -28,7 +29,6 @@ from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.metrics import mean
 from vllm_workflow.sim.capacity import Capacity
 from vllm_workflow.sim.types import Trace
-from vllm_workflow.sim.workloads import load
 
 DEFAULT_AGAINST = "least-outstanding+fcfs"
 
@@ -116,7 +116,7 @@ def compare(options: Options, progress: Progress | None = None) -> Comparison:
     level_of(options.level)
     _check_against(options.against, found)
     options.setup.build_fleet()
-    traces = {name: load(name, options.setup.num_runs, 0) for name in options.traces}
+    traces = {name: seed_trace(name, options.setup.num_runs, 0) for name in options.traces}
     capacities = _capacities(options, progress)
     settings = tuple(_settings(options, capacities))
     below = _run(_jobs(options, settings, found), options, progress)

@@ -21,6 +21,7 @@ from vllm_workflow.sim.declare import declared
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine, fleet_of
 from vllm_workflow.sim.hints import LengthHint, RestHint, true_lengths
 from vllm_workflow.sim.results import RunResult
+from vllm_workflow.sim.rng import stream
 from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.types import Trace, TraceRun
 from vllm_workflow.sim.workloads import PREFIX, load
@@ -200,7 +201,7 @@ def run_job(job: Job) -> Sample:
     """
     setup, setting, variant = job.setup, job.setting, job.variant
     fleet = _fleet(setup)
-    trace = _trace(setting.trace, setup.num_runs, job.seed)
+    trace = seed_trace(setting.trace, setup.num_runs, job.seed)
     references_s = _references_s(setup, setting.trace, job.seed)
     runs = [
         replace(run, slo_s=slo_s)
@@ -249,7 +250,7 @@ def slos_s(setting: Setting, references_s: Sequence[float]) -> list[float]:
 
 def find_capacity(setup: Setup, trace: str) -> Capacity:
     """Return what the fleet serves of a trace, found at level 1 whatever level is compared at."""
-    runs = _trace(trace, NUM_CAPACITY_RUNS, 0).runs
+    runs = seed_trace(trace, NUM_CAPACITY_RUNS, 0).runs
     return capacity(runs, _fleet(setup), workflows=_workflows(trace))
 
 
@@ -293,8 +294,21 @@ def _fleet(setup: Setup) -> tuple[SimInstance, ...]:
 
 
 @lru_cache(maxsize=32)
-def _trace(name: str, num_runs: int, seed: int) -> Trace:
-    return load(name, num_runs, seed)
+def seed_trace(name: str, num_runs: int, seed: int) -> Trace:
+    """Return the runs of one seed: generated with it, or of a file in an order drawn by it.
+
+    Raises:
+        ConfigError: See `load`.
+    """
+    if name.startswith(PREFIX):
+        return load(name, num_runs, seed)
+    trace = load(name)
+    if num_runs > len(trace.runs):
+        trace = load(name, num_runs, seed)
+    runs = list(trace.runs)
+    stream(seed, "order").shuffle(runs)
+    note = f"{num_runs} of its runs, in an order drawn anew for each seed."
+    return replace(trace, runs=tuple(runs[:num_runs]), notes=(*trace.notes, note))
 
 
 @lru_cache(maxsize=8)
@@ -307,7 +321,7 @@ def _workflows(name: str) -> tuple[WorkflowProfile, ...]:
 @lru_cache(maxsize=32)
 def _references_s(setup: Setup, name: str, seed: int) -> tuple[float, ...]:
     fleet = _fleet(setup)
-    return tuple(critical_path_s(run, fleet) for run in _trace(name, setup.num_runs, seed).runs)
+    return tuple(critical_path_s(run, fleet) for run in seed_trace(name, setup.num_runs, seed).runs)
 
 
 def _true_rest(runs: Sequence[TraceRun], fleet: Sequence[SimInstance]) -> RestHint:

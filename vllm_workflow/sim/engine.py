@@ -241,7 +241,9 @@ class EventEngine:
             self._decoding.leave(call)
         else:
             self._prefilling.remove(call)
-        self.pool.free(call.table, call.num_computed, may_return=True)
+        # The token of a step that is still under way when the next one is planned.
+        num_unknown = int(self._is_async and call.num_computed > call.prefill_end)
+        self.pool.free(call.table, call.num_computed, may_return=True, num_unknown=num_unknown)
         call.prefill_end = call.num_prompt + call.num_generated
         call.num_computed = 0
         call.num_preemptions += 1

@@ -174,7 +174,14 @@ class BlockPool:
             if extent.node is not None:
                 extent.node.extents.remove(extent)
 
-    def free(self, table: BlockTable, num_tokens: int, *, may_return: bool = False) -> None:
+    def free(
+        self,
+        table: BlockTable,
+        num_tokens: int,
+        *,
+        may_return: bool = False,
+        num_unknown: int = 0,
+    ) -> None:
         """Let go of the blocks of a call's first `num_tokens` tokens, which are computed.
 
         Args:
@@ -182,8 +189,10 @@ class BlockPool:
             num_tokens: How many it computed. Its own blocks for them count as held even where
                 `grow` was not called for them, but `take` was.
             may_return: The call will come back and hit its own blocks, if they are still there.
+            num_unknown: Of these tokens, the last ones that nobody knew yet; a block with one of
+                them cannot be hit.
         """
-        num_full = num_tokens // self.block_size
+        num_full = (num_tokens - num_unknown) // self.block_size
         num_blocks = -(-num_tokens // self.block_size)
         num_partial = num_blocks - num_full
         self._num_empty += num_partial

@@ -51,6 +51,7 @@ setup(
     packages=find_packages(include=["vllm_workflow", "vllm_workflow.*"]),
     package_data={
         "vllm_workflow": ["py.typed"],
+        "vllm_workflow.bench": ["templates/*.html"],
         "vllm_workflow.profiles": ["*.json", "measured/*.json"],
     },
     install_requires=[],

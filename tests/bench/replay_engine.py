@@ -114,7 +114,7 @@ class ReplayEngine:
     async def _on_metrics(self, request: web.Request) -> web.Response:
         if self.emulated_late_share is None:
             return web.Response(text="")
-        busy_s = float(len(self.ended))
+        busy_s = 1.0 + len(self.ended)
         return web.Response(
             text=f"vllm_workflow:emulated_steps_total 7\n"
             f"vllm_workflow:emulated_busy_seconds_total {busy_s}\n"

@@ -50,6 +50,13 @@ def test_the_same_call_of_another_run_has_a_tail_of_its_own() -> None:
     assert ids(prompts, "r1") == ids(prompts, "r1")
 
 
+def test_prompts_of_different_salts_share_nothing() -> None:
+    one, other = (Prompts.of_vocabulary(100_000, salt) for salt in "ab")
+    parts = (part("template", 30),)
+
+    assert num_shared(ids(one, prefix=parts), ids(other, prefix=parts)) == 0
+
+
 def test_another_process_makes_the_same_prompts() -> None:
     code = (
         "from tests.bench.test_bench_prompts import *; "

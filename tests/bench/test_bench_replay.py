@@ -8,7 +8,7 @@ from collections.abc import Awaitable
 import pytest
 
 from tests.bench.builders import part, planned, trace_call
-from tests.bench.replay_engine import ReplayEngine
+from tests.bench.replay_engine import ReplayEngine, num_shared
 from vllm_workflow.bench.identity import Identity
 from vllm_workflow.bench.replay import final_call
 from vllm_workflow.bench.serve import ServeOptions, ServeResult, serve
@@ -131,6 +131,31 @@ async def test_what_is_left_of_the_slo_shrinks_from_call_to_call() -> None:
     assert 9_000 < first <= 10_000
     assert second <= first - 100
     assert [call.headers["X-Workflow-Slo-Ms"] for call in engine.received] == ["10000"] * 2
+
+
+async def test_at_a_time_scale_the_clock_runs_faster_and_results_are_as_in_life() -> None:
+    calls = (trace_call("a"), trace_call("b", after=("a",), gap_s=20.0))
+    run = planned(*calls, slo_s=30.0, arrival_s=10.0)
+    async with ReplayEngine().serving() as engine:
+        result = await serve(options(engine, time_scale=100.0), [run])
+
+    (record,) = result.runs
+    assert 10.0 <= record.arrival_s < 20.0
+    assert record.latency_s >= 20.0
+    assert record.calls[1].planned_s - record.calls[0].end_s == pytest.approx(20.0)
+    first, second = (int(call.headers["X-Workflow-Budget-Ms"]) for call in engine.received)
+    assert first <= 300
+    assert second <= first - 200
+
+
+async def test_another_load_finds_nothing_of_this_one_in_the_prefix_cache() -> None:
+    async with ReplayEngine().serving() as engine:
+        for prefix in ("", "", "again-", "again-"):
+            await serve(options(engine, request_id_prefix=prefix), [planned()])
+
+    prompts = [call.prompt for call in engine.received]
+    assert num_shared(prompts[0], prompts[1]) < 3
+    assert prompts[2] == prompts[3]
 
 
 async def test_calls_name_run_workflow_stage_tenant_and_the_last_of_them() -> None:

@@ -152,6 +152,16 @@ async def test_late_emulated_gpus_make_a_result_invalid(
     assert document["meta"]["fidelity_level"] == 3
 
 
+async def test_a_server_without_an_emulated_gpu_cannot_be_named_as_one(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with ReplayEngine().serving() as engine:
+        assert await bench(engine, trace, "--emulated-server", engine.url) == 2
+
+    assert "no emulated GPU" in capsys.readouterr().err
+    assert not engine.received
+
+
 async def test_the_policy_that_a_router_names_is_a_condition(trace: Path) -> None:
     async with ReplayEngine(facts={"policy": "workflow", "fingerprint": "ab12"}).serving() as e:
         document = await result(e, trace)
@@ -205,6 +215,7 @@ async def test_a_vocabulary_can_be_given_where_the_server_cannot_be_asked(
         (["--base-url", "http://127.0.0.1:9", "--model", "m"], "127.0.0.1:9"),
         (["--endpoint", "v1"], "endpoint"),
         (["--call-timeout-s", "0"], "call timeout"),
+        (["--time-scale", "0"], "time scale"),
         (["--max-tokens", "0"], "max tokens"),
         (["--vocab-size", "3", "--model", "m"], "vocabulary"),
     ],

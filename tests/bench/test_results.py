@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from tests.bench.builders import call_record, run_record
 from vllm_workflow.bench.results import METRICS, parse_goodput, summarize, to_json_value
-from vllm_workflow.bench.target import EmulatedSteps
 from vllm_workflow.bench.validity import Validity, judge
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.emulation.lateness import Lateness
 
 
 def failed(**fields: Any) -> Any:
@@ -142,12 +142,13 @@ def test_json_has_no_number_for_infinity() -> None:
     assert to_json_value({"a": math.inf, "b": [math.nan, (1,)]}) == {"a": "inf", "b": [None, [1]]}
 
 
-def verdict(*runs: Any, cpu_share: float = 0.1, **emulated: EmulatedSteps) -> Validity:
+def verdict(*runs: Any, cpu_share: float = 0.1, **emulated: Lateness) -> Validity:
     return judge(runs or (run_record(),), cpu_share=cpu_share, emulated=emulated)
 
 
-def steps(late_share: float) -> EmulatedSteps:
-    return EmulatedSteps(num_steps=10, busy_s=10.0, late_s=10.0 * late_share)
+def steps(late_share: float, busy_s: float = 10.0) -> Lateness:
+    late_s = busy_s * late_share
+    return Lateness(num_steps=10, busy_s=busy_s, stalled_s=0.0, late_s=late_s, worst_late_s=late_s)
 
 
 def test_a_load_that_kept_up_is_valid() -> None:
@@ -164,7 +165,10 @@ def test_a_load_that_kept_up_is_valid() -> None:
         (verdict(run_record(call_record(sent_s=0.5))), "sent too late: 50.0%"),
         (verdict(cpu_share=0.97), "97% of a core"),
         (verdict(run_record(call_record(has_trace_lengths=False))), "1 of 1 calls had another"),
-        (verdict(server=steps(0.3)), "GPU at server was late by 30.0%"),
+        (
+            verdict(server=steps(0.3)),
+            "server: emulated GPU: 10 steps, 10.00 s of work, 30.0% added",
+        ),
     ],
 )
 def test_a_load_that_did_not_keep_up_is_invalid_and_says_why(judged: Validity, reason: str) -> None:
@@ -172,5 +176,5 @@ def test_a_load_that_did_not_keep_up_is_invalid_and_says_why(judged: Validity, r
     assert reason in " ".join(judged.reasons)
 
 
-def test_an_idle_emulated_gpu_was_not_late() -> None:
-    assert verdict(server=EmulatedSteps(num_steps=0, busy_s=0.0, late_s=0.0)).is_valid
+def test_an_emulated_gpu_that_did_nothing_cannot_vouch_for_anything() -> None:
+    assert not verdict(server=steps(0.0, busy_s=0.0)).is_valid

@@ -19,8 +19,10 @@ class CallContext:
     call: TraceCall
     workflow_id: str
     """The run's name at the server."""
+    slo_s: float | None = None
+    """The run's SLO by the wall clock."""
     budget_s: float | None = None
-    """What is left of the run's SLO now; None without one."""
+    """What is left of it now; None without one."""
     final: bool = False
     """Whether an agent would know that it is the run's last."""
 
@@ -47,8 +49,8 @@ class Identity:
             "X-Workflow-Name": label(context.run.workflow),
             "X-Workflow-Stage": label(context.call.stage),
         }
-        if context.run.slo_s is not None and context.budget_s is not None:
-            said["X-Workflow-Slo-Ms"] = str(max(1, round(1000 * context.run.slo_s)))
+        if context.slo_s is not None and context.budget_s is not None:
+            said["X-Workflow-Slo-Ms"] = str(max(1, round(1000 * context.slo_s)))
             said["X-Workflow-Budget-Ms"] = str(_milliseconds(context.budget_s))
         if context.final:
             said["X-Workflow-Final"] = "true"

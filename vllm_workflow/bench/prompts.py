@@ -2,7 +2,8 @@
 
 The ids of a part follow from its id and length, those behind the last part from the names of
 run and call: two prompts begin alike as far as their parts are equal, in every process and on
-every machine.
+every machine. With another salt all are different, so that a load finds nothing in the caches of
+a server that another load has left there.
 """
 
 from __future__ import annotations
@@ -27,28 +28,30 @@ class Prompts:
 
     Args:
         token_ids: Ids to draw from, each valid at the server.
+        salt: Prompts of different salts share nothing.
 
     Raises:
         ConfigError: Too few to tell prompts apart.
     """
 
-    def __init__(self, token_ids: Sequence[int]) -> None:
+    def __init__(self, token_ids: Sequence[int], salt: str = "") -> None:
         if len(token_ids) < _LEAST_VOCABULARY:
             raise ConfigError(
                 f"vocabulary: expected at least {_LEAST_VOCABULARY} token ids, got {len(token_ids)}"
             )
+        self._salt = salt
         self._words = np.array([str(i) for i in token_ids], dtype=object)
         self._part = lru_cache(_NUM_CACHED_PARTS)(self._drawn)
         self._drawn(("the first draw loads what the others need",), 1)
 
     @classmethod
-    def of_vocabulary(cls, vocab_size: int) -> Prompts:
+    def of_vocabulary(cls, vocab_size: int, salt: str = "") -> Prompts:
         """Draw from all ids below `vocab_size`, but for the first few.
 
         Raises:
             ConfigError: See the class.
         """
-        return cls(range(_NUM_SPECIAL, vocab_size))
+        return cls(range(_NUM_SPECIAL, vocab_size), salt)
 
     def json_ids(self, run_id: str, call: TraceCall) -> bytes:
         """Return the prompt of a call as the inside of a JSON list.
@@ -70,7 +73,7 @@ class Prompts:
         return ",".join(pieces).encode()
 
     def _drawn(self, names: tuple[str, ...], num_tokens: int) -> list[str]:
-        digest = hashlib.sha256("\x1f".join(names).encode()).digest()
+        digest = hashlib.sha256("\x1f".join((self._salt, *names)).encode()).digest()
         generator = np.random.Generator(np.random.PCG64(int.from_bytes(digest[:16])))
         drawn: list[str] = self._words[
             generator.integers(len(self._words), size=num_tokens)

@@ -37,6 +37,7 @@ async def replay(
     *,
     id_prefix: str = "",
     max_concurrency: int | None = None,
+    time_scale: float = 1.0,
     on_end: Callable[[RunRecord], None] = lambda record: None,
 ) -> list[RunRecord]:
     """Make all calls of all runs; return what became of them, in the order of `runs`.
@@ -49,21 +50,37 @@ async def replay(
         id_prefix: Before each run's id at the server.
         max_concurrency: Runs at a time; the others wait in the order of their arrival, and
             arrive when it is their turn. None for no limit.
+        time_scale: The server runs so many times as fast as life. The trace is replayed as fast,
+            what is promised of it shrinks as much; records are in seconds of life.
         on_end: Called as runs end.
 
     Raises:
         ConfigError: A run without an arrival.
     """
-    begun = time.monotonic()
+    clock = _Clock(time.monotonic(), time_scale)
     seats = asyncio.Semaphore(max_concurrency) if max_concurrency else None
     tasks: list[asyncio.Task[RunRecord]] = []
     async with asyncio.TaskGroup() as group:
         for planned in sorted(runs, key=_arrival_s):
-            await _until(begun + _arrival_s(planned))
-            active = _ActiveRun(planned, send, id_prefix, begun)
+            await _until(clock.instant(_arrival_s(planned)))
+            active = _ActiveRun(planned, send, id_prefix, clock)
             tasks.append(group.create_task(_seated(active, seats, on_end)))
     records = {task.result().run_id: task.result() for task in tasks}
     return [records[planned.run.run_id] for planned in runs]
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """Between seconds of life since the load began and this process's monotonic clock."""
+
+    begun: float
+    scale: float
+
+    def instant(self, life_s: float) -> float:
+        return self.begun + life_s / self.scale
+
+    def life_s(self, instant: float) -> float:
+        return (instant - self.begun) * self.scale
 
 
 def final_call(run: TraceRun) -> str:
@@ -109,13 +126,13 @@ async def _seated(
 class _ActiveRun:
     """A run under way: what of it has been revealed."""
 
-    def __init__(self, planned: PlannedRun, send: Send, id_prefix: str, begun: float) -> None:
+    def __init__(self, planned: PlannedRun, send: Send, id_prefix: str, clock: _Clock) -> None:
         self._planned = planned
         self._trace = planned.run
         self._send = send
-        self._begun = begun
+        self._clock = clock
         self._workflow_id = label(id_prefix + planned.run.run_id)
-        self._arrival = begun + _arrival_s(planned)
+        self._arrival = clock.instant(_arrival_s(planned))
         self._final = final_call(planned.run)
         self._records: list[CallRecord] = []
         self._failed = False
@@ -133,13 +150,14 @@ class _ActiveRun:
         async with asyncio.TaskGroup() as group:
             for call in self._trace.calls:
                 if not call.after:
-                    group.create_task(self._make(call, self._arrival + call.gap_s, group))
+                    group.create_task(self._make(call, self._due(self._arrival, call), group))
+        arrival_s = self._clock.life_s(self._arrival)
         return RunRecord(
             run_id=self._trace.run_id,
             workflow=self._trace.workflow,
             tenant=self._trace.tenant,
-            arrival_s=self._arrival - self._begun,
-            end_s=max((c.end_s for c in self._records), default=self._arrival - self._begun),
+            arrival_s=arrival_s,
+            end_s=max((c.end_s for c in self._records), default=arrival_s),
             slo_s=self._trace.slo_s,
             reference_s=self._planned.reference_s,
             num_calls=len(self._trace.calls),
@@ -155,30 +173,35 @@ class _ActiveRun:
         for following in self._then.get(call.call_id, ()):
             self._missing[following.call_id] -= 1
             if self._missing[following.call_id] == 0 and not self._failed:
-                due = answer.end_time + following.gap_s
+                due = self._due(answer.end_time, following)
                 group.create_task(self._make(following, due, group))
 
+    def _due(self, revealed: float, call: TraceCall) -> float:
+        return revealed + call.gap_s / self._clock.scale
+
     def _context(self, call: TraceCall) -> CallContext:
-        slo_s = self._trace.slo_s
+        slo_s = None if self._trace.slo_s is None else self._trace.slo_s / self._clock.scale
         return CallContext(
             run=self._trace,
             call=call,
             workflow_id=self._workflow_id,
+            slo_s=slo_s,
             budget_s=None if slo_s is None else slo_s - (time.monotonic() - self._arrival),
             final=call.call_id == self._final,
         )
 
     def _record(self, call: TraceCall, planned_time: float, answer: Answer) -> CallRecord:
-        times = tuple(t - self._begun for t in answer.token_times)
+        life_s = self._clock.life_s
+        times = tuple(map(life_s, answer.token_times))
         prompt, output = answer.num_prompt_tokens, answer.num_output_tokens
         return CallRecord(
             run_id=self._trace.run_id,
             call_id=call.call_id,
             stage=call.stage,
-            planned_s=planned_time - self._begun,
-            sent_s=answer.sent_time - self._begun,
+            planned_s=life_s(planned_time),
+            sent_s=life_s(answer.sent_time),
             first_token_s=times[0] if times else None,
-            end_s=answer.end_time - self._begun,
+            end_s=life_s(answer.end_time),
             token_times_s=times,
             num_prompt_tokens=prompt,
             num_output_tokens=output,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import platform
 import time
 import uuid
@@ -21,9 +22,10 @@ from vllm_workflow.bench.prompts import Prompts
 from vllm_workflow.bench.records import RunRecord
 from vllm_workflow.bench.replay import PlannedRun, replay
 from vllm_workflow.bench.results import METRICS, TABLE_PERCENTILES, summarize, to_json_value
-from vllm_workflow.bench.target import EmulatedSteps, Target
+from vllm_workflow.bench.target import Target, emulated_gpu
 from vllm_workflow.bench.validity import Validity, judge
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.emulation.lateness import Lateness
 
 OUTPUT_LENGTHS = ("exact", "hidden")
 
@@ -40,7 +42,8 @@ class ServeOptions:
     header: Mapping[str, str] = field(default_factory=lambda: MappingProxyType({}))
     extra_body: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}))
     request_id_prefix: str = ""
-    """Before each run's name at the server; empty for one that no other load has."""
+    """Before each run's name at the server, and the salt of prompts; empty for one that no other
+    load has, so that this one finds nothing of others in the servers' caches."""
     identity: Identity = field(default_factory=Identity)
     output_length: str = "exact"
     """`exact`: `max_tokens` is the trace's length, and the end-of-sequence token is ignored.
@@ -50,7 +53,10 @@ class ServeOptions:
     vocab_size: int | None = None
     """None to ask the server for tokens."""
     max_concurrency: int | None = None
+    time_scale: float = 1.0
+    """Of emulated GPUs, see `replay`."""
     call_timeout_s: float = 3600.0
+    """By the wall clock."""
     ready_check_timeout_sec: float = 0.0
     emulated_servers: tuple[str, ...] = ()
     """Roots of the servers behind whose GPUs are emulated."""
@@ -69,6 +75,8 @@ class ServeOptions:
             raise ConfigError(f"max concurrency: expected at least 1, got {self.max_concurrency}")
         if not self.call_timeout_s > 0:
             raise ConfigError(f"call timeout: expected above 0 s, got {self.call_timeout_s}")
+        if not 0 < self.time_scale < math.inf:
+            raise ConfigError(f"time scale: expected a number above 0, got {self.time_scale}")
         if self.max_tokens < 1:
             raise ConfigError(f"max tokens: expected at least 1, got {self.max_tokens}")
         if not self.endpoint.startswith("/"):
@@ -109,30 +117,39 @@ async def serve(
         emulated = [Target(url, session) for url in options.emulated_servers]
         await target.wait_ready(options.ready_check_timeout_sec)
         model = options.model or await target.first_model()
-        if options.vocab_size is None:
-            prompts = await target.prompts(model)
-        else:
-            prompts = Prompts.of_vocabulary(options.vocab_size)
         prefix = options.request_id_prefix or f"bench-{uuid.uuid4().hex[:8]}-"
+        if options.vocab_size is None:
+            prompts = await target.prompts(model, prefix)
+        else:
+            prompts = Prompts.of_vocabulary(options.vocab_size, prefix)
         sender = _Sender(options, model, prompts, session, target.root + options.endpoint)
         if warmups:
-            await replay(warmups, sender.send, id_prefix=f"{prefix}warmup-")
-        before = [await server.emulated_steps() for server in emulated]
+            await replay(
+                warmups,
+                sender.send,
+                id_prefix=f"{prefix}warmup-",
+                time_scale=options.time_scale,
+            )
+        before = [await server.emulation_metrics() for server in emulated]
         clocks = time.monotonic(), time.process_time()
         records = await _with_progress(options, runs, sender.send, prefix)
         wall_s, cpu_s = time.monotonic() - clocks[0], time.process_time() - clocks[1]
-        steps = {
-            server.root: (await server.emulated_steps()).since(then)
+        lateness = {
+            server.root: Lateness.between(then, await server.metrics())
             for server, then in zip(emulated, before)
         }
-        facts = await target.facts()
-    return _result(options, records, steps, cpu_s / wall_s if wall_s > 0 else 0.0, facts, model)
+        facts = await target.facts() | {"request_id_prefix": prefix}
+        if emulated:
+            facts["emulated_gpus"] = {
+                server.root: emulated_gpu(text) for server, text in zip(emulated, before)
+            }
+    return _result(options, records, lateness, cpu_s / wall_s if wall_s > 0 else 0.0, facts, model)
 
 
 def _result(
     options: ServeOptions,
     records: Sequence[RunRecord],
-    steps: Mapping[str, EmulatedSteps],
+    lateness: Mapping[str, Lateness],
     cpu_share: float,
     facts: Mapping[str, Any],
     model: str,
@@ -145,8 +162,13 @@ def _result(
     )
     return ServeResult(
         figures=figures,
-        validity=judge(records, cpu_share=cpu_share, emulated=steps),
-        facts={**facts, **_versions(), "fidelity_level": 3 if steps else None},
+        validity=judge(records, cpu_share=cpu_share, emulated=lateness),
+        facts={
+            **facts,
+            **_versions(),
+            "fidelity_level": 3 if lateness else None,
+            "time_scale": options.time_scale,
+        },
         model=model,
         runs=tuple(records),
     )
@@ -173,6 +195,7 @@ async def _with_progress(
             send,
             id_prefix=prefix,
             max_concurrency=options.max_concurrency,
+            time_scale=options.time_scale,
             on_end=on_end,
         )
 

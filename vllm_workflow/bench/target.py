@@ -6,7 +6,6 @@ import asyncio
 import json
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from string import ascii_lowercase
 from typing import Any
 from urllib.parse import urlsplit
@@ -19,30 +18,9 @@ from vllm_workflow.core.errors import ConfigError, UpstreamError
 
 _RETRY_S = 0.25
 _TIMEOUT = aiohttp.ClientTimeout(total=10)
-_EMULATED = "vllm_workflow:emulated_"
+_EMULATED = "vllm_workflow:emulated_busy_seconds_total"
+_EMULATED_INFO = "vllm_workflow:emulated_gpu_info"
 _FINGERPRINT_LABELS = ("policy_fingerprint", "fingerprint", "policy")
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class EmulatedSteps:
-    """What the emulated GPUs of one server have done, summed over its workers."""
-
-    num_steps: float
-    busy_s: float
-    late_s: float
-    """By how much steps ended later than on the GPU that is emulated."""
-
-    def since(self, before: EmulatedSteps) -> EmulatedSteps:
-        return EmulatedSteps(
-            num_steps=self.num_steps - before.num_steps,
-            busy_s=self.busy_s - before.busy_s,
-            late_s=self.late_s - before.late_s,
-        )
-
-    @property
-    def late_share(self) -> float | None:
-        """Late seconds per busy second; None if nothing ran."""
-        return self.late_s / self.busy_s if self.busy_s > 0 else None
 
 
 class Target:
@@ -88,7 +66,7 @@ class Target:
             raise UpstreamError(f"{self.root}/v1/models: expected a model, got {cards!r:.200}")
         return str(cards[0]["id"])
 
-    async def prompts(self, model: str) -> Prompts:
+    async def prompts(self, model: str, salt: str) -> Prompts:
         """Return prompts of tokens that the server itself uses.
 
         Raises:
@@ -104,7 +82,7 @@ class Target:
         except (aiohttp.ClientError, TimeoutError) as e:
             raise UpstreamError(f"{self.root}/tokenize: {type(e).__name__}: {e}") from e
         try:
-            return Prompts(sorted(set(ids)))
+            return Prompts(sorted(set(ids)), salt)
         except (ConfigError, TypeError) as e:
             raise UpstreamError(
                 f"{self.root}/tokenize: expected token ids, got {str(ids)[:80]}; the size of the "
@@ -124,26 +102,26 @@ class Target:
         facts |= _labels_of_policy(await self._maybe("/metrics"))
         return facts
 
-    async def emulated_steps(self) -> EmulatedSteps:
-        """Read how busy and how late the server's emulated GPUs have been so far.
+    async def metrics(self) -> str:
+        """Return the text of `/metrics`.
+
+        Raises:
+            UpstreamError: It is not there.
+        """
+        return await self._text("/metrics")
+
+    async def emulation_metrics(self) -> str:
+        """Return the text of `/metrics` of a server with an emulated GPU.
 
         Raises:
             UpstreamError: It has none.
         """
-        sums: dict[str, float] = {}
-        for family in text_string_to_metric_families(await self._text("/metrics")):
-            for sample in family.samples:
-                if sample.name.startswith(_EMULATED):
-                    name = sample.name.removeprefix(_EMULATED)
-                    sums[name] = sums.get(name, 0.0) + sample.value
-        names = ("steps_total", "busy_seconds_total", "late_seconds_total")
-        if any(name not in sums for name in names):
+        text = await self.metrics()
+        if _EMULATED not in text:
             raise UpstreamError(
-                f"{self.root}/metrics: expected {_EMULATED}{{{','.join(names)}}}, got "
-                f"{sorted(sums) or 'none of them'}"
+                f"{self.root}/metrics: expected {_EMULATED}…, got none: no emulated GPU"
             )
-        steps, busy_s, late_s = (sums[name] for name in names)
-        return EmulatedSteps(num_steps=steps, busy_s=busy_s, late_s=late_s)
+        return text
 
     async def _maybe(self, path: str) -> str:
         try:
@@ -160,6 +138,14 @@ class Target:
                 return await response.text(errors="replace")
         except (aiohttp.ClientError, TimeoutError) as e:
             raise UpstreamError(f"{url}: {type(e).__name__}: {e}") from e
+
+
+def emulated_gpu(metrics: str) -> dict[str, str]:
+    """Return what a server says of the GPU that it emulates, empty for nothing."""
+    for family in text_string_to_metric_families(metrics):
+        if family.name == _EMULATED_INFO and family.samples:
+            return {k: v for k, v in family.samples[0].labels.items() if v}
+    return {}
 
 
 def server_root(base_url: str) -> str:

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from vllm_workflow.bench.records import RunRecord
-from vllm_workflow.bench.target import EmulatedSteps
 from vllm_workflow.core.metrics import percentile
+from vllm_workflow.emulation.lateness import Lateness
 
 MAX_LATE_SEND_SHARE = 0.02
 """Of the time of runs: what runs may lose to calls that the generator sent too late."""
 MAX_CPU_SHARE = 0.9
 """Of one core: above it, tokens wait for the generator to notice them."""
-MAX_LATE_STEP_SHARE = 0.02
-"""Of the busy time of an emulated GPU."""
 MAX_WRONG_LENGTH_SHARE = 0.01
 """Of the calls that were answered."""
 
@@ -39,7 +37,7 @@ def judge(
     runs: Sequence[RunRecord],
     *,
     cpu_share: float,
-    emulated: Mapping[str, EmulatedSteps],
+    emulated: Mapping[str, Lateness],
 ) -> Validity:
     """Judge a load.
 
@@ -68,12 +66,9 @@ def judge(
             f"{num_wrong} of {len(answered)} calls had another number of prompt or output tokens "
             "than the trace"
         )
-    for url, steps in emulated.items():
-        if steps.late_share is not None and steps.late_share > MAX_LATE_STEP_SHARE:
-            reasons.append(
-                f"the emulated GPU at {url} was late by {steps.late_share:.1%} of its busy time, "
-                f"at most {MAX_LATE_STEP_SHARE:.0%} is tolerated"
-            )
+    for url, lateness in emulated.items():
+        if not lateness.is_valid:
+            reasons.append(f"{url}: {lateness}")
     return Validity(
         reasons=tuple(reasons),
         generator={
@@ -85,13 +80,8 @@ def judge(
             "calls_with_other_lengths": num_wrong,
         },
         emulated_servers={
-            url: {
-                "steps": steps.num_steps,
-                "busy_seconds": steps.busy_s,
-                "late_seconds": steps.late_s,
-                "late_share": steps.late_share,
-            }
-            for url, steps in emulated.items()
+            url: {**asdict(lateness), "late_share": lateness.late_share}
+            for url, lateness in emulated.items()
         },
     )
 

@@ -111,6 +111,7 @@ def _options(args: argparse.Namespace) -> ServeOptions:
         max_tokens=_DEFAULTS.max_tokens if args.max_tokens is None else args.max_tokens,
         vocab_size=args.vocab_size,
         max_concurrency=args.max_concurrency,
+        time_scale=args.time_scale,
         call_timeout_s=args.call_timeout_s,
         ready_check_timeout_sec=args.ready_check_timeout_sec,
         emulated_servers=tuple(args.emulated_server),

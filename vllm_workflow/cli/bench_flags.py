@@ -99,6 +99,14 @@ def _add_load(group: Any) -> None:
         help="runs at a time; the others wait (default: no limit)",
     )
     group.add_argument(
+        "--time-scale",
+        type=float,
+        default=_DEFAULTS.time_scale,
+        metavar="X",
+        help="the servers were started with --emulate-time-scale X: replay the trace as fast, with "
+        "SLOs as short, and report durations times X (default: %(default)g)",
+    )
+    group.add_argument(
         "--num-warmups",
         type=int,
         default=0,
@@ -196,7 +204,8 @@ def _add_requests(group: Any) -> None:
         "--request-id-prefix",
         default=_DEFAULTS.request_id_prefix,
         metavar="TEXT",
-        help="before each run's id (default: one that no other load has)",
+        help="before each run's id; prompts depend on it too (default: one that no other load has, "
+        "so that nothing of others is in the servers' prefix caches)",
     )
 
 

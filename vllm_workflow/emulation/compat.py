@@ -36,7 +36,6 @@ _FIELDS: tuple[tuple[type, tuple[str, ...]], ...] = (
             "num_scheduled_tokens",
             "scheduled_cached_reqs",
             "scheduled_new_reqs",
-            "scheduled_spec_decode_tokens",
             "total_num_scheduled_tokens",
         ),
     ),

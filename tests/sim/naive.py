@@ -78,8 +78,6 @@ class NaiveCall:
     seats_lost: int = 0
     protected_until: float = -math.inf
     aborted: bool = False
-    is_prefilling: bool = True
-    """No token has been sampled since it was last admitted."""
 
     @property
     def id(self) -> str:
@@ -176,7 +174,6 @@ class NaiveEngine:
                     if not call.generated:
                         events.append(self.event(call, now, EventKind.FIRST_TOKEN))
                     call.generated += 1
-                    call.is_prefilling = False
                     ended = call.generated == call.request.num_output_tokens
                     if ended:
                         events.append(self.event(call, now, EventKind.FINISHED))
@@ -288,17 +285,18 @@ class NaiveEngine:
             call.protected_until = now + self.config.preempt_cooldown_s
         else:
             call.cached = call.computed
-        call.is_prefilling = True
         self.running.append(call)
         return num_tokens
 
     def step_s(self) -> float:
-        prefills = [c for c in self.scheduled if c.is_prefilling]
-        decodes = [c for c in self.scheduled if not c.is_prefilling]
+        decodes = [
+            c for c in self.scheduled if c.chunk == 1 and c.computed >= c.request.num_prompt_tokens
+        ]
+        prefills = [c for c in self.scheduled if c not in decodes]
         return self.latency.step_s(
             num_prefill_tokens=sum(c.chunk for c in prefills),
             num_decode_seqs=len(decodes),
-            num_kv_tokens=sum(c.num_tokens for c in decodes),
+            num_kv_tokens=sum(c.computed + 1 for c in decodes),
             prefill_attention=sum(prefill_attention(c.chunk, c.computed) for c in prefills),
         )
 

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.sim.builders import drive, engine_request
+from tests.sim.builders import drive, engine_request, parts
 from tests.sim.naive import NaiveEngine
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel
@@ -17,22 +17,23 @@ from vllm_workflow.sim.engine import EventEngine
 from vllm_workflow.sim.types import EngineRequest, PrefixPart
 
 BLOCK_SIZE = 4
+exactly = settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 # Times that are not multiples of one another, so that no two events fall together by chance.
 _TIMES = st.integers(1, 10**6).map(lambda i: i * 1.0000193e-6)
 
 
 @st.composite
 def latencies(draw: st.DrawFn) -> LatencyModel:
-    per_token_s = draw(st.sampled_from([0.0, 1.37e-4, 1.9e-3]))
+    per_token_s = draw(st.sampled_from([1.37e-4, 1.9e-3]))
     return LatencyModel(
         overhead_s=draw(st.sampled_from([1.113e-3, 3.017e-3])),
         weights_s=draw(st.sampled_from([0.0, 7.3e-3])),
         per_token_s=per_token_s,
         per_token_below_knee_s=per_token_s * draw(st.sampled_from([0.0, 0.45, 1.0])),
         num_knee_tokens=draw(st.sampled_from([None, 0.0, 3.5, 12.0])),
-        per_seq_s=draw(st.sampled_from([0.0, 2.3e-4])),
-        per_kv_token_s=draw(st.sampled_from([0.0, 1.1e-6, 4.7e-5])),
-        per_prefill_kv_token_s=draw(st.sampled_from([0.0, 3.3e-7])),
+        per_seq_s=2.3e-4,
+        per_kv_token_s=draw(st.sampled_from([4.7e-5, 1.1e-6, 0.0])),
+        per_prefill_kv_token_s=3.3e-7,
         max_num_batched_tokens=draw(st.sampled_from([3, 8, 17, 64])),
     )
 
@@ -95,9 +96,51 @@ def cases(draw: st.DrawFn) -> tuple[object, ...]:
     return draw(latencies()), draw(policies()), num_blocks, seats, found, aborts
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@st.composite
+def contended(draw: st.DrawFn) -> tuple[object, ...]:
+    """Urgent calls come while others with time to spare hold the seats and the blocks."""
+    num_blocks = draw(st.sampled_from([12, 16, 24]))
+    config = PolicyConfig(
+        ordering=draw(st.sampled_from(["slack", "deadline", "sjf"])),
+        patience_s=draw(st.sampled_from([0.5, 5.0])),
+        urgent_slack_s=draw(st.sampled_from([0.1, 0.3])),
+        preempt_margin_s=0.01,
+        preempt_cooldown_s=draw(st.sampled_from([0.0, 0.03, 0.1])),
+    )
+    most = (num_blocks - 1) * BLOCK_SIZE
+    found = []
+    for index in range(draw(st.integers(3, 10))):
+        now = draw(_TIMES) * 0.3
+        prompt = draw(st.integers(1, most // 2))
+        found.append(
+            engine_request(
+                f"r{index}",
+                now=now,
+                prompt=prompt,
+                output=draw(st.integers(1, most - prompt)),
+                prefix=parts(("head", 8)) if prompt >= 8 and draw(st.booleans()) else (),
+                deadline=now + draw(st.sampled_from([0.05, 0.2, 0.4, 0.8, 3.0, math.inf])),
+                service_s=draw(st.sampled_from([0.0, 0.017, 0.1])),
+            )
+        )
+    return draw(latencies()), config, num_blocks, draw(st.sampled_from([1, 2, 4])), found, []
+
+
+@exactly
 @given(cases())
 def test_event_engine_equals_stepping_engine(case: tuple[object, ...]) -> None:
+    check(case)
+
+
+@exactly
+@given(contended())
+def test_event_engine_takes_seats_and_blocks_when_the_stepping_engine_does(
+    case: tuple[object, ...],
+) -> None:
+    check(case)
+
+
+def check(case: tuple[object, ...]) -> None:
     latency, config, num_blocks, seats, found, aborts = case
     options = {"config": config, "max_num_seqs": seats, "num_kv_blocks": num_blocks}
     fast = EventEngine("fast", latency, block_size=BLOCK_SIZE, **options)

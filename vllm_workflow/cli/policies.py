@@ -44,6 +44,7 @@ def run(args: argparse.Namespace) -> int:
         "ordering: which waiting call runs first": policy_names.ORDERING,
         "baselines, as DISPATCH+ORDERING": baselines,
         "further combinations; those not listed work too": others,
+        "searches in hindsight, of benchmarks only": policy_names.SEARCH,
     }
     print("\n\n".join(_section(title, names) for title, names in sections.items()))
     return 0
@@ -56,6 +57,7 @@ def as_json() -> dict[str, Any]:
         "presets": _abouts(policy_names.PRESET),
         "dispatch": _abouts(policy_names.DISPATCH),
         "ordering": _abouts(policy_names.ORDERING),
+        "searches": _abouts(policy_names.SEARCH),
         "baselines": list(policy_names.BASELINES),
         "policies": [_policy(name) for name in policy_names.ALL],
     }

@@ -71,27 +71,40 @@ BASELINES: tuple[str, ...] = (
     "least-outstanding+fcfs",
     "power-of-two+fcfs",
     "hexgen+urgency",
+    "hexgen+fcfs",
+    "round-robin+urgency",
     "least-outstanding+plas",
     "least-outstanding+atlas",
     "least-outstanding+program-fcfs",
     "least-outstanding+deadline",
     "least-outstanding+sjf",
 )
-"""What others do: the systems and rules to compare with."""
+"""What others do: the systems and rules to compare with, and the ablations of HexGen-Text2SQL."""
+
+SEARCH: Mapping[str, About] = MappingProxyType(
+    {
+        "hexgen-oracle+urgency": About(
+            "hexgen+urgency with the α that turns out best in each setting", _HEXGEN
+        ),
+        "clairvoyant": About(
+            "of several policies that are told true lengths and true work left, the one that "
+            "turns out best in each setting"
+        ),
+    }
+)
+"""What only a benchmark can run, in hindsight: no router or engine takes these names."""
 
 ALL: tuple[str, ...] = (
     "workflow",
     *BASELINES,
-    "hexgen+fcfs",
-    "round-robin+urgency",
     "power-of-two+sjf",
     "least-outstanding+shortest-remaining",
     "least-outstanding+urgency",
     "least-outstanding+slack",
     *(f"predicted-finish+{ordering}" for ordering in ORDERING if ordering != "slack"),
 )
-"""The default, what others do, ablations of HexGen-Text2SQL, and each half of the default with
-other halves. No two are the same policy."""
+"""The default, what others do, and each half of the default with other halves. No two are the
+same policy."""
 
 
 def parse(name: str) -> PolicyConfig:

@@ -30,6 +30,24 @@ def critical_path_s(run: TraceRun, fleet: Sequence[SimInstance]) -> float:
     )
 
 
+def rest_after_s(run: TraceRun, fleet: Sequence[SimInstance]) -> dict[str, float]:
+    """Return call id -> the longest path of calls and gaps that follow it, as in LB1.
+
+    Raises:
+        ValueError: No instance.
+    """
+    if not fleet:
+        raise ValueError("fleet: expected at least one instance, got none")
+    kinds = {(i.latency, i.block_size) for i in fleet}
+    rests: dict[str, float] = {}
+    for call in reversed(run.calls):
+        rest_s = rests.setdefault(call.call_id, 0.0)
+        path_s = call.gap_s + min(call_s(call, latency, size) for latency, size in kinds) + rest_s
+        for before in call.after:
+            rests[before] = max(rests.get(before, 0.0), path_s)
+    return rests
+
+
 def with_slo_scale(
     runs: Iterable[TraceRun], scale: float, fleet: Sequence[SimInstance]
 ) -> list[TraceRun]:

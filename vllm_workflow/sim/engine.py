@@ -381,7 +381,12 @@ class EventEngine:
         attention = 0.0
         for call in self._chunks:
             num_tokens += call.chunk
-            attention += prefill_attention(call.chunk, call.num_computed)
+            if call.chunk == 1 and call.num_computed >= call.num_prompt:
+                # Back from the queue with all but its last token cached: as good as decoding.
+                num_decoding += 1
+                context += call.num_computed + 1
+            else:
+                attention += prefill_attention(call.chunk, call.num_computed)
         step_s = (
             self._fixed_s
             + num_tokens * self._below_s

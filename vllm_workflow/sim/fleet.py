@@ -70,7 +70,12 @@ def event_engine(instance: SimInstance, policy: PolicyConfig) -> SimEngine:
 
 
 def fleet_of(
-    spec: str, *, model_shape: str = "llama-3.1-8b", tp: int = 1, weight_bits: int = 16
+    spec: str,
+    *,
+    model_shape: str = "llama-3.1-8b",
+    tp: int = 1,
+    weight_bits: int = 16,
+    gpu_memory_utilization: float = 0.9,
 ) -> tuple[SimInstance, ...]:
     """Build a fleet.
 
@@ -80,11 +85,18 @@ def fleet_of(
         model_shape: For instances that do not name one.
         tp: Likewise.
         weight_bits: Likewise.
+        gpu_memory_utilization: Likewise.
 
     Raises:
         ConfigError: Unknown GPU or field, a number out of range, or a model that does not fit.
     """
-    defaults = InstanceSpec(gpu="", model_shape=model_shape, tp=tp, weight_bits=weight_bits)
+    defaults = InstanceSpec(
+        gpu="",
+        model_shape=model_shape,
+        tp=tp,
+        weight_bits=weight_bits,
+        gpu_memory_utilization=gpu_memory_utilization,
+    )
     if spec.endswith((".yaml", ".yml", ".json")):
         return build_fleet(_from_file(Path(spec), defaults))
     return build_fleet(_from_text(spec, defaults))

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time as clock
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_workflow.core.config import PolicyConfig
@@ -21,6 +21,7 @@ from vllm_workflow.core.handover import handover
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
+from vllm_workflow.sim.hints import LengthHint, RestHint
 from vllm_workflow.sim.kernel import Kernel
 from vllm_workflow.sim.results import SimResult
 from vllm_workflow.sim.run_state import (
@@ -45,9 +46,6 @@ _MAX_TOKENS = 2048
 _FIRST, _THEN, _ENGINE = 0, 1, 2
 """Priorities at one instant: outages, then calls, then steps, which see all calls of it."""
 
-LengthHint = Callable[[TraceRun, TraceCall], float]
-"""Output tokens that a client announces for a call, right or wrong."""
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Outage:
@@ -67,6 +65,7 @@ def simulate(
     engines: EngineFactory = event_engine,
     workflows: Iterable[WorkflowProfile] = (),
     hint: LengthHint | None = None,
+    rest: RestHint | None = None,
     outages: Iterable[Outage] = (),
     until_s: float = math.inf,
     record: Record | None = None,
@@ -81,7 +80,9 @@ def simulate(
         arrivals: Instants, one per run.
         engines: Makes each instance's engine; level 1 by default.
         workflows: Declared to the router.
-        hint: Lengths that clients announce; by default none, the router learns them.
+        hint: Lengths that clients announce, see `sim.hints`; by default none, the router learns
+            them.
+        rest: Work left of a run that somebody knows; by default the router predicts it.
         outages: Instances that go, and come back.
         until_s: Instant at which to stop; what has not ended by then is unfinished.
         record: Gets the dispatcher's log.
@@ -97,6 +98,7 @@ def simulate(
         engines=engines,
         workflows=workflows,
         hint=hint,
+        rest=rest,
         record=record,
         time_decisions=time_decisions,
     )
@@ -132,6 +134,7 @@ class _Simulation:
         engines: EngineFactory,
         workflows: Iterable[WorkflowProfile],
         hint: LengthHint | None,
+        rest: RestHint | None,
         record: Record | None,
         time_decisions: bool,
     ) -> None:
@@ -152,6 +155,7 @@ class _Simulation:
         self._wakes = [math.inf] * len(self._engines)
         self._binds_late = policy.late_binding
         self._hint = hint
+        self._rest = rest
         self._runs: list[RunState] = []
         self._calls: list[CallState] = []
         self._in_flight: dict[str, CallState] = {}
@@ -246,6 +250,8 @@ class _Simulation:
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))
             request = replace(request, expected_output_tokens=expected)
+        if self._rest is not None:
+            request = replace(request, rest_s=self._rest(call.run.trace, trace))
         call.predicted = request
         self._bound_later[request.request_id] = call
         try:

@@ -4,10 +4,19 @@ BIN = .venv/bin
 VLLM = .venv/.vllm
 DEV = .venv/.dev
 
-.PHONY: demo test lint unit integration test-upstream model clean
+.PHONY: demo bench-system test lint unit integration test-upstream model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
 	$(BIN)/python examples/demo/demo.py
+
+# One load; what the machine could not keep up with is marked invalid. Peers come from PyPI.
+bench-system: $(VLLM)        ## real servers with emulated GPUs: our router, other people's routers
+	mkdir -p out
+	$(BIN)/python -m pip install -q -e '.[bench]'
+	$(BIN)/python benchmarks/compare.py --level 3 --fleet A100:2,A6000:1,L40S:1 \
+		--model-shape llama-3.1-70b --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 50 \
+		--seeds 1 --policies workflow hexgen+urgency least-outstanding+fcfs round-robin+fcfs peers \
+		--json out/system.json --html out/system.html
 
 test: lint unit integration  ## everything that must pass before a change lands
 

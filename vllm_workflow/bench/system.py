@@ -31,7 +31,7 @@ from vllm_workflow.cluster.process import ProcessError
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import UpstreamError
 
-DEFAULT_TIME_SCALE = 4.0
+DEFAULT_TIME_SCALE = 3.0
 DEFAULT_WORKDIR = Path(".cache/system")
 DEFAULT_PEERS = Path(".cache/peers")
 _FRONT_TIMEOUT_S = 60.0

@@ -63,6 +63,28 @@ def schedule_us(scheduler: Any, num_steps: int) -> list[float]:
     return samples
 
 
+def make(model: Path, cls: Any, case: str, num_waiting: int) -> Any:
+    """Build a scheduler with 128 requests running and so many waiting."""
+    scheduler = build_scheduler(
+        model, cls=cls, asynchronous=True, num_seats=NUM_RUNNING, num_blocks=50_000
+    )
+    fill(scheduler, case, num_waiting)
+    return scheduler
+
+
+def paired_us(
+    model: Path, case: str, num_waiting: int, *, num_steps: int = 50, num_rounds: int = 7
+) -> tuple[float, float]:
+    """Median CPU time of `schedule()` with vLLM's class and with ours, rounds alternating."""
+    pair = [make(model, cls, case, num_waiting) for cls in (AsyncScheduler, WorkflowScheduler)]
+    samples: list[list[float]] = [[], []]
+    for _ in range(num_rounds):
+        for scheduler, times in zip(pair, samples, strict=True):
+            times += schedule_us(scheduler, num_steps)
+    stock_us, ours_us = map(statistics.median, samples)
+    return stock_us, ours_us
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -76,18 +98,9 @@ def main() -> None:
         print(f"{'metadata':9} {'waiting':>8} {'vLLM us':>9} {'workflow us':>12} {'ratio':>6}")
         for case in CASES:
             for num_waiting in args.waiting:
-                schedulers = []
-                for cls in (AsyncScheduler, WorkflowScheduler):
-                    scheduler = build_scheduler(
-                        model, cls=cls, asynchronous=True, num_seats=NUM_RUNNING, num_blocks=50_000
-                    )
-                    fill(scheduler, case, num_waiting)
-                    schedulers.append(scheduler)
-                samples: list[list[float]] = [[], []]
-                for _ in range(args.rounds):
-                    for scheduler, times in zip(schedulers, samples, strict=True):
-                        times += schedule_us(scheduler, args.steps)
-                stock_us, ours_us = map(statistics.median, samples)
+                stock_us, ours_us = paired_us(
+                    model, case, num_waiting, num_steps=args.steps, num_rounds=args.rounds
+                )
                 cells = f"{stock_us:9.0f} {ours_us:12.0f} {ours_us / stock_us:6.2f}"
                 print(f"{case:9} {num_waiting:8} {cells}", flush=True)
 

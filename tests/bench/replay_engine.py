@@ -48,11 +48,15 @@ class ReplayEngine:
     """Which calls get a status 500."""
     breaks_off: bool = False
     """Streams end after their first token."""
+    says: bytes = b""
+    """The whole body of every answer, in place of tokens."""
+    models: list[str] = field(default_factory=lambda: ["m"])
     held: bool = False
     """Calls wait for `let_go`."""
     tokenizes: bool = True
     emulated_late_share: float | None = None
     """None for a server without an emulated GPU."""
+    time_scale: str = "1"
     facts: dict[str, Any] = field(default_factory=dict)
     """What `/health` says."""
 
@@ -61,6 +65,7 @@ class ReplayEngine:
     url: str = ""
     num_aborted: int = 0
     _gates: dict[str, asyncio.Event] = field(default_factory=dict)
+    _polled: asyncio.Event = field(default_factory=asyncio.Event)
     _changed: asyncio.Condition = field(default_factory=asyncio.Condition)
 
     def let_go(self, name: str) -> None:
@@ -72,6 +77,12 @@ class ReplayEngine:
             await self._changed.wait_for(
                 lambda: len(self.received) >= received and self.num_aborted >= aborted
             )
+
+    async def wait_for_poll(self) -> None:
+        """Wait until somebody asks for the models."""
+        self._polled.clear()
+        async with asyncio.timeout(10):
+            await self._polled.wait()
 
     def calls(self, run: str = "") -> list[Call]:
         return [call for call in self.received if call.run.endswith(run)]
@@ -98,7 +109,10 @@ class ReplayEngine:
         return self._gates.setdefault(name, asyncio.Event())
 
     async def _on_models(self, request: web.Request) -> web.Response:
-        return web.json_response({"object": "list", "data": [{"id": "m", "object": "model"}]})
+        self._polled.set()
+        return web.json_response(
+            {"object": "list", "data": [{"id": name, "object": "model"} for name in self.models]}
+        )
 
     async def _on_health(self, request: web.Request) -> web.Response:
         return web.json_response(self.facts)
@@ -116,7 +130,8 @@ class ReplayEngine:
             return web.Response(text="")
         busy_s = 1.0 + len(self.ended)
         return web.Response(
-            text=f"vllm_workflow:emulated_steps_total 7\n"
+            text=f'vllm_workflow:emulated_gpu_info{{gpu="X",time_scale="{self.time_scale}"}} 1\n'
+            f"vllm_workflow:emulated_steps_total 7\n"
             f"vllm_workflow:emulated_busy_seconds_total {busy_s}\n"
             f"vllm_workflow:emulated_late_seconds_total {busy_s * self.emulated_late_share}\n"
         )
@@ -153,6 +168,9 @@ class ReplayEngine:
             headers={"Content-Type": "text/event-stream", "X-Workflow-Instance": self.instance}
         )
         await response.prepare(request)
+        if self.says:
+            await response.write(self.says)
+            return response
         for i in range(num_tokens):
             await response.write(_event({"choices": [{"index": 0, "text": f"t{i}"}]}))
             if self.breaks_off:

@@ -10,8 +10,8 @@ import pytest
 from tests.bench.builders import part, planned, trace_call
 from tests.bench.replay_engine import ReplayEngine, num_shared
 from vllm_workflow.bench.identity import Identity
-from vllm_workflow.bench.replay import final_call
 from vllm_workflow.bench.serve import ServeOptions, ServeResult, serve
+from vllm_workflow.core.errors import UpstreamError
 
 pytestmark = pytest.mark.anyio
 
@@ -114,6 +114,38 @@ async def test_a_stream_that_breaks_off_is_a_failed_call() -> None:
     assert "ended before [DONE]" in result.runs[0].calls[0].error
 
 
+@pytest.mark.parametrize(
+    ("says", "error"),
+    [
+        (b"hello", "ended before [DONE]"),
+        (b"data: [DONE]\n\n", "no token"),
+        (b'data: {"error": {"message": "out of memory"}}\n\ndata: [DONE]\n\n', "out of memory"),
+        (b'data: {"choices": [{}], "usage": {bad}\n\n', "JSONDecodeError"),
+        (b'data: {"choices": [{}], "usage": {"prompt_tokens": "x"}}\n\ndata: [DONE]\n\n', ""),
+        (b'data: [{"usage": {}}]\r\n\r\ndata:[DONE]\r\n\r\n', ""),
+        (b"data: \xff\xfe\n\n\n\ndata: [DONE]\n", ""),
+    ],
+)
+async def test_whatever_a_server_says_the_load_goes_on(says: bytes, error: str) -> None:
+    async with ReplayEngine(says=says).serving() as engine:
+        result = await serve(options(engine), [planned(), planned(run_id="s")])
+
+    for run in result.runs:
+        assert error in run.calls[0].error
+        assert bool(run.calls[0].error) is bool(error)
+
+
+async def test_a_server_is_ready_when_it_lists_a_model() -> None:
+    engine = ReplayEngine(models=[])
+    async with engine.serving(), asyncio.TaskGroup() as group:
+        with pytest.raises(UpstreamError, match=r"not ready after 0\.3 s"):
+            await serve(options(engine, ready_check_timeout_sec=0.3), [planned()])
+        serving = group.create_task(serve(options(engine, ready_check_timeout_sec=10), [planned()]))
+        await engine.wait_for_poll()
+        engine.models.append("late")
+        assert (await serving).model == "late"
+
+
 async def test_a_call_that_takes_too_long_is_a_failed_call() -> None:
     async with ReplayEngine(held=True).serving() as engine:
         result = await serve(options(engine, call_timeout_s=0.2), [planned()])
@@ -172,12 +204,13 @@ async def test_calls_name_run_workflow_stage_tenant_and_the_last_of_them() -> No
     ]
 
 
-def test_of_a_loop_no_call_knows_that_it_is_the_last() -> None:
-    loop = planned(trace_call("a", stage="x"), trace_call("b", stage="x", after=("a",))).run
+async def test_of_a_loop_no_call_says_that_it_is_the_last() -> None:
+    loop = (trace_call("a", stage="x"), trace_call("b", stage="x", after=("a",)))
+    async with ReplayEngine().serving() as engine:
+        await serve(options(engine), [planned(*loop), planned(*DIAMOND[:3], run_id="open")])
 
-    assert final_call(planned(*DIAMOND).run) == "merge"
-    assert not final_call(loop)
-    assert not final_call(planned(*DIAMOND[:3]).run)
+    assert len(engine.received) == 5
+    assert not any("X-Workflow-Final" in call.headers for call in engine.received)
 
 
 @pytest.mark.parametrize(

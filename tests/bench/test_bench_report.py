@@ -90,7 +90,8 @@ def test_no_two_of_twenty_names_look_the_same() -> None:
     names = [f"policy {n}" for n in range(20)]
     palette = plots.Palette(names)
 
-    assert len({palette[name] for name in names}) == 20
+    # Lines without markers too.
+    assert len({(palette[name].colour, palette[name].dashes) for name in names}) == 20
 
 
 @pytest.mark.parametrize(

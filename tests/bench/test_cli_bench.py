@@ -150,6 +150,7 @@ async def test_late_emulated_gpus_make_a_result_invalid(
     assert not (is_late and document["valid"])
     assert document["emulated_servers"][engine.url]["late_share"] == pytest.approx(late_share)
     assert document["meta"]["fidelity_level"] == 3
+    assert document["meta"]["emulated_gpus"][engine.url]["gpu"] == "X"
 
 
 async def test_a_server_without_an_emulated_gpu_cannot_be_named_as_one(
@@ -160,6 +161,16 @@ async def test_a_server_without_an_emulated_gpu_cannot_be_named_as_one(
 
     assert "no emulated GPU" in capsys.readouterr().err
     assert not engine.received
+
+
+async def test_a_load_at_another_time_scale_than_its_servers_is_refused(
+    trace: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    async with ReplayEngine(emulated_late_share=0.0, time_scale="2").serving() as engine:
+        assert await bench(engine, trace, "--emulated-server", engine.url) == 2
+        assert "time scale of 2; expected the load's, 1" in capsys.readouterr().err
+        flags = ("--emulated-server", engine.url, "--time-scale", 2)
+        assert await bench(engine, trace, *flags) == 0
 
 
 async def test_the_policy_that_a_router_names_is_a_condition(trace: Path) -> None:
@@ -228,6 +239,13 @@ def test_what_makes_no_sense_is_refused_in_one_line(
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("vllm-workflow: ")
     assert said in line
+
+
+def test_its_help_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        main(["bench", "serve", "--help"])
+
+    assert "--emulated-server" in capsys.readouterr().out
 
 
 async def test_ctrl_c_ends_the_calls_under_way_without_a_traceback(trace: Path) -> None:

@@ -135,6 +135,56 @@ def test_call_becomes_urgent_while_it_waits() -> None:
     assert 6.5 < first < 6.6
 
 
+def urgent(request_id: str, now: float) -> EngineRequest:
+    return engine_request(request_id, now=now, output=1, deadline=now + 3.0, service_s=0.1)
+
+
+def first_token_times(events: list[EngineEvent]) -> dict[str, float]:
+    return {e.request_id: e.time for e in events if e.kind is EventKind.FIRST_TOKEN}
+
+
+SPARE = engine_request("spare", deadline=500.0, output=1000)
+
+
+def test_call_that_lost_its_seat_keeps_the_next_one_for_the_cooldown() -> None:
+    config = PolicyConfig(preempt_cooldown_s=1.0)
+    calls = [SPARE, urgent("first", 1.0), urgent("second", 1.2)]
+
+    times = first_token_times(drive(engine(config=config, max_num_seqs=1), calls))
+
+    assert 1.0 < times["first"] < 1.1
+    assert 2.0 < times["second"] < 2.2
+
+
+def test_call_loses_its_seat_three_times_at_most() -> None:
+    config = PolicyConfig(preempt_cooldown_s=0.0)
+    calls = [SPARE, *(urgent(f"u{i}", 1.0 + i) for i in range(5))]
+
+    events = drive(engine(config=config, max_num_seqs=1), calls)
+
+    assert {e.num_preemptions for e in events if e.request_id == "spare"} == {0, 3}
+    assert first_token_times(events)["u3"] > ends(events)["spare"]
+
+
+def test_call_that_would_go_first_again_does_not_lose_its_seat() -> None:
+    config = PolicyConfig(ordering="fcfs", preempt=True)
+
+    events = drive(engine(config=config, max_num_seqs=1), [SPARE, urgent("urgent", 1.0)])
+
+    assert first_token_times(events)["urgent"] > ends(events)["spare"]
+
+
+def test_urgent_call_takes_the_blocks_of_one_with_time_to_spare() -> None:
+    calls = [
+        engine_request("spare", prompt=320, output=1000, deadline=500.0),
+        engine_request("urgent", now=1.0, prompt=1000, output=1, deadline=4.0),
+    ]
+
+    events = drive(engine(config=PolicyConfig(), num_kv_blocks=84), calls)
+
+    assert first_token_times(events)["urgent"] < 1.2
+
+
 def test_last_of_the_running_computes_again_when_blocks_run_out() -> None:
     calls = [
         engine_request("a", prompt=160, output=200),

@@ -19,9 +19,10 @@ from vllm_workflow.sim.types import EngineEvent, EngineRequest
 pytestmark = pytest.mark.vllm
 
 
+@pytest.mark.parametrize("async_scheduling", [False, True], ids=["sync", "async"])
 @settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
-@given(cases() | contended())
-def test_level_1_equals_level_2_with_synchronous_scheduling(case: tuple[object, ...]) -> None:
+@given(case=cases() | contended())
+def test_level_1_equals_level_2(async_scheduling: bool, case: tuple[object, ...]) -> None:
     latency, config, num_blocks, seats, found, _ = case
     assume(latency.max_num_batched_tokens >= seats)
     one = EventEngine(
@@ -31,6 +32,7 @@ def test_level_1_equals_level_2_with_synchronous_scheduling(case: tuple[object, 
         max_num_seqs=seats,
         num_kv_blocks=num_blocks,
         block_size=BLOCK_SIZE,
+        async_scheduling=async_scheduling,
     )
     two = vllm_engine(
         "two",
@@ -41,12 +43,15 @@ def test_level_1_equals_level_2_with_synchronous_scheduling(case: tuple[object, 
         num_kv_blocks=num_blocks,
         max_model_len=(num_blocks - 1) * BLOCK_SIZE + 1,
         block_size=BLOCK_SIZE,
-        async_scheduling=False,
+        async_scheduling=async_scheduling,
     )
 
     calls = [as_received(call) for call in found]
 
     got, wanted = rows(drive(one, calls)), rows(drive(two, calls))
+    # A call that loses its seat while a step of it runs keeps that step's token at level 1; vLLM
+    # may lose sight of a KV block of it.
+    assume(not async_scheduling or not any(num_preemptions for *_, num_preemptions, _ in wanted))
 
     assert got == [(*what, pytest.approx(time, rel=1e-9)) for *what, time in wanted]
 

@@ -18,10 +18,13 @@ with warnings.catch_warnings():  # those of vLLM's dependencies are none of ours
     from vllm.sampling_params import SamplingParams
     from vllm.utils.hashing import sha256
     from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
+    from vllm.v1.engine.core import EngineCore as EngineCore
+    from vllm.v1.outputs import ModelRunnerOutput as ModelRunnerOutput
     from vllm.v1.request import Request
     from vllm.v1.request import RequestStatus as RequestStatus
 
     from vllm_workflow.sim.vllm_engine import VllmEngine
+    from vllm_workflow.sim.vllm_engine import vllm_engine as vllm_engine
 
 KIND_ORDER = [EventKind.FIRST_TOKEN, EventKind.FINISHED]
 LATENCY = LatencyModel(

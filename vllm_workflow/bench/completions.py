@@ -108,11 +108,18 @@ def _take(event: bytes, answer: Answer, now: float) -> None:
         if not _NO_CHOICE.search(event):
             answer.token_times.append(now)
         if _USAGE.search(event):
-            _count(json.loads(event)["usage"], answer)
+            usage = _object(json.loads(event), "usage")
+            answer.num_prompt_tokens = _number(usage, "prompt_tokens")
+            answer.num_output_tokens = _number(usage, "completion_tokens")
+            details = _object(usage, "prompt_tokens_details")
+            answer.num_cached_tokens = _number(details, "cached_tokens")
 
 
-def _count(usage: Mapping[str, Any], answer: Answer) -> None:
-    answer.num_prompt_tokens = usage.get("prompt_tokens")
-    answer.num_output_tokens = usage.get("completion_tokens")
-    details = usage.get("prompt_tokens_details") or {}
-    answer.num_cached_tokens = details.get("cached_tokens")
+def _object(value: Any, key: str) -> Mapping[str, Any]:
+    found = value.get(key) if isinstance(value, dict) else None
+    return found if isinstance(found, dict) else {}
+
+
+def _number(values: Mapping[str, Any], key: str) -> int | None:
+    value = values.get(key)
+    return value if type(value) is int else None

@@ -27,6 +27,8 @@ _MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 _SIZE_INCHES = (9.0, 4.2)
 _NUM_IN_LEGEND_COLUMN = 8
 _NUM_SCALES = 200
+_MAX_LINEAR_RATIO = 4.0
+"""Of the greatest to the least scale; beyond it their axis is logarithmic."""
 _RC: Any = {
     "font.family": "sans-serif",
     "font.size": 10,
@@ -217,7 +219,7 @@ def attainment_by_scale(
             for x in xs
         ]
         _step(axes, xs, [math.nan if y is None else y for y in ys], looks[name], label)
-    if finite:
+    if finite and finite[-1] > _MAX_LINEAR_RATIO * finite[0]:
         axes.set_xscale("log")
         axes.xaxis.set_major_locator(LogLocator(subs=(1, 1.5, 2, 3, 5, 7)))
         axes.xaxis.set_major_formatter("{x:g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -20,7 +21,7 @@ class CallRecord:
     """When it was handed to the HTTP client."""
     first_token_s: float | None = None
     end_s: float
-    token_times_s: tuple[float, ...] = ()
+    token_times_s: Sequence[float] = ()
     """Arrivals of the events that brought tokens."""
     num_prompt_tokens: int | None = None
     """As the server counted them; None if it did not say. So are the other two."""

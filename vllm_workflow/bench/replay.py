@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from vllm_workflow.bench.completions import Answer
 from vllm_workflow.bench.identity import CallContext, label
 from vllm_workflow.bench.records import CallRecord, RunRecord
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.sim.run_state import announced_as_final
 from vllm_workflow.sim.types import TraceCall, TraceRun
 
 Send = Callable[[CallContext], Awaitable[Answer]]
@@ -83,19 +85,6 @@ class _Clock:
         return (instant - self.begun) * self.scale
 
 
-def final_call(run: TraceRun) -> str:
-    """Return the id of the call whose stage tells its agent that it is the last; often none is.
-
-    That is, nothing runs beside it, and its stage has not occurred before in the run: of a loop
-    nobody knows which round is the last.
-    """
-    revealing = {before for call in run.calls for before in call.after}
-    ends = [call for call in run.calls if call.call_id not in revealing]
-    if len(ends) != 1 or sum(call.stage == ends[0].stage for call in run.calls) != 1:
-        return ""
-    return ends[0].call_id
-
-
 def _arrival_s(planned: PlannedRun) -> float:
     if planned.run.arrival_s is None:
         raise ConfigError(f"run {planned.run.run_id!r}: expected an arrival, got none")
@@ -133,7 +122,6 @@ class _ActiveRun:
         self._clock = clock
         self._workflow_id = label(id_prefix + planned.run.run_id)
         self._arrival = clock.instant(_arrival_s(planned))
-        self._final = final_call(planned.run)
         self._records: list[CallRecord] = []
         self._failed = False
         self._missing = {call.call_id: len(call.after) for call in self._trace.calls}
@@ -141,6 +129,7 @@ class _ActiveRun:
         for call in self._trace.calls:
             for before in call.after:
                 self._then.setdefault(before, []).append(call)
+        self._final = announced_as_final(planned.run, self._then) if planned.run.calls else ""
 
     def arrive_now(self) -> None:
         """Count the run's time from now on: it had to wait for its place."""
@@ -192,7 +181,7 @@ class _ActiveRun:
 
     def _record(self, call: TraceCall, planned_time: float, answer: Answer) -> CallRecord:
         life_s = self._clock.life_s
-        times = tuple(map(life_s, answer.token_times))
+        times = array("d", map(life_s, answer.token_times))  # a load may have millions
         prompt, output = answer.num_prompt_tokens, answer.num_output_tokens
         return CallRecord(
             run_id=self._trace.run_id,

@@ -66,6 +66,15 @@ def percent(value: Any) -> str:
     return NONE if value is None else f"{100 * value:.1f} %"
 
 
+def _exact(value: Any) -> str:
+    """Return a value as it can be typed again; lists and mappings on one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{k} {_exact(v)}" for k, v in value.items()) or NONE
+    if isinstance(value, list | tuple):
+        return ", ".join(_exact(v) for v in value) or NONE
+    return NONE if value is None else "''" if value == "" else str(value)
+
+
 def _real(value: float) -> str:
     if math.isinf(value):
         return "∞" if value > 0 else "−∞"
@@ -141,7 +150,7 @@ def text_section(title: str, text: str) -> Section:
 
 def conditions_section(conditions: Mapping[str, Any], title: str = "Conditions") -> Section:
     """Return what the figures were made with, one line each."""
-    lines = "\n".join(f"{name}: {plain(value)}" for name, value in conditions.items())
+    lines = "\n".join(f"{name}: {_exact(value)}" for name, value in conditions.items())
     return text_section(title, lines or NONE)
 
 

@@ -135,6 +135,8 @@ async def serve(
                 time_scale=options.time_scale,
             )
         before = [await server.emulation_metrics() for server in emulated]
+        gpus = {server.root: emulated_gpu(text) for server, text in zip(emulated, before)}
+        _check_time_scale(gpus, options.time_scale)
         clocks = time.monotonic(), time.process_time()
         records = await _with_progress(options, runs, sender.send, prefix)
         wall_s, cpu_s = time.monotonic() - clocks[0], time.process_time() - clocks[1]
@@ -143,11 +145,20 @@ async def serve(
             for server, then in zip(emulated, before)
         }
         facts = await target.facts() | {"request_id_prefix": prefix}
-        if emulated:
-            facts["emulated_gpus"] = {
-                server.root: emulated_gpu(text) for server, text in zip(emulated, before)
-            }
+        for server in emulated:
+            gpus[server.root] |= await server.facts()
+    if gpus:
+        facts["emulated_gpus"] = gpus
     return _result(options, records, lateness, cpu_s / wall_s if wall_s > 0 else 0.0, facts, model)
+
+
+def _check_time_scale(gpus: Mapping[str, Mapping[str, str]], time_scale: float) -> None:
+    for url, gpu in gpus.items():
+        if float(gpu.get("time_scale", time_scale)) != time_scale:
+            raise ConfigError(
+                f"{url} emulates its GPU at a time scale of {gpu['time_scale']}; expected the "
+                f"load's, {time_scale:g}"
+            )
 
 
 def _result(

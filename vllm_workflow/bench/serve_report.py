@@ -107,8 +107,9 @@ def _lane_sections(runs: Sequence[RunRecord]) -> list[Section]:
     lanes = [lane_of(run) for run in sorted(runs, key=lambda run: run.arrival_s)]
     palette = plots.Palette(instance_names(lanes))
     note = (
-        "A lane is a run, a bar a call, its colour the instance, its letter the stage; calls side "
-        "by side stack. The tick is the run's SLO; red: missed. Point at something for figures."
+        "A lane is a run, a bar a call, its colour the instance, its letter the stage's first; "
+        "calls side by side stack. The tick is the run's SLO; red: missed. Point at something for "
+        "figures."
     )
     if len(lanes) > MAX_LANES:
         note += f" The first {MAX_LANES} of {len(lanes)} runs."

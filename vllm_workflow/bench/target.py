@@ -39,7 +39,7 @@ class Target:
         self._session = session
 
     async def wait_ready(self, timeout_s: float) -> None:
-        """Wait until the server lists its models; not at all if `timeout_s` is 0.
+        """Wait until the server lists a model; not at all if `timeout_s` is 0.
 
         Raises:
             UpstreamError: It did not in time.
@@ -47,7 +47,7 @@ class Target:
         give_up = time.monotonic() + timeout_s
         while timeout_s > 0:
             try:
-                await self._text("/v1/models")
+                await self.first_model()
             except UpstreamError as e:
                 if time.monotonic() > give_up:
                     raise UpstreamError(f"not ready after {timeout_s:g} s: {e}") from e

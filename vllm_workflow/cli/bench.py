@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     _check_outputs(args)
     trace, warmups = _trace(args)
     planned, conditions = _planned(args, trace)
-    longest = max(call.num_output_tokens for each in trace.runs for call in each.calls)
+    longest = max((c.num_output_tokens for each in trace.runs for c in each.calls), default=1)
     options = replace(options, max_tokens=args.max_tokens or max(1, longest))
     result = _measured(options, planned, warmups)
     document = bench.document(

@@ -13,6 +13,8 @@ class Waiting(NamedTuple):
     """One call that no instance has been chosen for yet."""
 
     priority: int
+    level: int
+    """Calls of a lower level go first."""
     key: float
     """From the ordering policy: smaller goes first."""
     sequence: int
@@ -31,7 +33,13 @@ class Backlog:
         self._num_added = 0
 
     def add(
-        self, request: StageRequest, key: float, num_prompt_bytes: int, exclude: tuple[str, ...]
+        self,
+        request: StageRequest,
+        key: float,
+        num_prompt_bytes: int = 0,
+        exclude: tuple[str, ...] = (),
+        *,
+        level: int = 0,
     ) -> Waiting:
         """Give a call its place.
 
@@ -42,7 +50,7 @@ class Backlog:
             raise ValueError(f"request {request.request_id!r} is already waiting")
         self._num_added += 1
         waiting = Waiting(
-            request.priority, key, self._num_added, request, num_prompt_bytes, exclude
+            request.priority, level, key, self._num_added, request, num_prompt_bytes, exclude
         )
         insort(self._sorted, waiting)
         self._by_id[request.request_id] = waiting

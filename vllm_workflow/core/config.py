@@ -44,6 +44,15 @@ class PolicyConfig:
     late_binding: bool = False
     """Router: a call waits there, in the order of the policy, until an instance has a seat and
     KV blocks for it. Not with `round-robin`, which takes each instance in turn."""
+    relegate: bool = False
+    """With `late_binding`: runs that have begun go before those that have not, and runs that can
+    no longer be on time wait for all that can."""
+    relegation_margin: float = 0.5
+    """With `relegate`: what a run must have to spare to begin, as a share of what it is
+    predicted to need, >= 0."""
+    relegated_share: float = 0.05
+    """With `relegate`: share of calls taken from those runs whatever waits, so that none
+    starves, above 0, at most 1."""
     patience_s: float = DEFAULT_PATIENCE_S
     """Budget that a call without a deadline is ranked by, and duration of one of unknown
     length, > 0."""
@@ -84,6 +93,18 @@ class PolicyConfig:
             not self.late_binding or self.dispatch != "round-robin",
             "late_binding",
             "false with dispatch: round-robin",
+            self,
+        )
+        _require(
+            0.0 <= self.relegation_margin < math.inf,
+            "relegation_margin",
+            "a finite number from 0",
+            self,
+        )
+        _require(
+            0.0 < self.relegated_share <= 1.0,
+            "relegated_share",
+            "a number above 0, at most 1",
             self,
         )
         _require(self.seed >= 0, "seed", "an integer from 0", self)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 
+from vllm_workflow.core.types import StageRequest
+
 
 def slack_s(*, deadline: float, now: float, finish_s: float, rest_s: float) -> float:
     """Seconds to spare if the call ends `finish_s` from `now` and the run needs `rest_s` more.
@@ -26,3 +28,19 @@ def proportional_budget_s(budget_s: float, service_s: float, rest_s: float) -> f
     if service_s <= 0.0:
         return max(0.0, budget_s - rest_s)
     return budget_s * service_s / (service_s + rest_s)
+
+
+def is_hopeless(request: StageRequest, now: float, margin: float) -> bool:
+    """Whether a call's run can no longer be on time, as far as is predicted.
+
+    Args:
+        request: With `service_s` and `rest_s`.
+        now: Instant at which it could start at the earliest.
+        margin: What a run that has not had any service yet must have to spare, as a share of
+            what it needs: one that begins with nothing to spare mostly ends late, and takes
+            from others what they need to be on time.
+    """
+    needed_s = request.service_s + request.rest_s
+    if request.attained_s <= 0.0:
+        needed_s *= 1.0 + margin
+    return request.deadline - now < needed_s

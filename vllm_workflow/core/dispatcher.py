@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 
 from vllm_workflow.core.backlog import Backlog, Waiting
 from vllm_workflow.core.config import PolicyConfig
-from vllm_workflow.core.deadline import slack_s
+from vllm_workflow.core.deadline import is_hopeless, slack_s
 from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
@@ -29,6 +29,7 @@ from vllm_workflow.core.events import (
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.lengths import Lengths
 from vllm_workflow.core.prefix import Segment
+from vllm_workflow.core.remaining import RemainingTime
 from vllm_workflow.core.runs import Attained, AttainedService
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
@@ -51,6 +52,8 @@ class _Sent:
     request: StageRequest
     decision: Decision
     num_prompt_bytes: int
+    time: float
+    """Instant at which it was bound."""
 
 
 class Dispatcher:
@@ -78,6 +81,10 @@ class Dispatcher:
         self._record = record
         self._ordering = config.build_ordering()
         self.backlog = Backlog()
+        self.relegated = Backlog()
+        """Calls of runs that can no longer be on time: they wait for all others."""
+        self._num_since_relegated = 0
+        self._remaining = RemainingTime()
         self._due: dict[str, Decision] = {}
         self._looked_at_version = -1
         self._sent: dict[str, _Sent] = {}
@@ -181,7 +188,7 @@ class Dispatcher:
             service_s = sum(c.service_s for c in candidates) / len(candidates)
             request = replace(request, service_s=service_s)
             key = self._ordering.key(request)
-            waiting = self.backlog.add(request, key, num_prompt_bytes, excluded)
+            waiting = self._enqueue(request, key, num_prompt_bytes, excluded, now)
             self._bind_waiting(now, newest=waiting)
             decision = self._due.pop(request.request_id, None)
         else:
@@ -189,6 +196,7 @@ class Dispatcher:
             best = min(range(len(costs)), key=costs.__getitem__)
             decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
         self._attained.begin(request)
+        self._remaining.began(request)
         if self._record is not None:
             self._record(
                 Submitted(
@@ -206,7 +214,7 @@ class Dispatcher:
 
         To be asked after each `submit`, `settle`, `withdraw`, `add` and `mark`.
         """
-        looked = bool(self.backlog) and self.fleet.version != self._looked_at_version
+        looked = self.num_waiting > 0 and self.fleet.version != self._looked_at_version
         if looked:
             self._bind_waiting(now)
         decisions = tuple(self._due.values())
@@ -217,10 +225,53 @@ class Dispatcher:
 
     def withdraw(self, request_id: str) -> bool:
         """Give up a call that waits; returns whether it did."""
-        found = self.backlog.remove(request_id) is not None
-        if found and self._record is not None:
+        waiting = self.backlog.remove(request_id) or self.relegated.remove(request_id)
+        if waiting is None:
+            return False
+        self._remaining.ended(waiting.request, sent_time=math.nan, e2el_s=math.nan, ok=False)
+        if self._record is not None:
             self._record(Withdrawn(request_id=request_id))
-        return found
+        return True
+
+    @property
+    def num_waiting(self) -> int:
+        """Calls that no instance has been chosen for yet."""
+        return len(self.backlog) + len(self.relegated)
+
+    def _enqueue(
+        self,
+        request: StageRequest,
+        key: float,
+        num_prompt_bytes: int,
+        exclude: tuple[str, ...],
+        now: float,
+    ) -> Waiting:
+        if self.config.relegate and is_hopeless(request, now, self.config.relegation_margin):
+            return self.relegated.add(request, request.deadline, num_prompt_bytes, exclude)
+        level = 0 if self.config.relegate and request.attained_s > 0.0 else 1
+        return self.backlog.add(request, key, num_prompt_bytes, exclude, level=level)
+
+    def _relegate(self, now: float) -> None:
+        """Move what can no longer be on time behind all that can."""
+        for waiting in self.backlog.first(_MAX_LOOKED_AT):
+            if is_hopeless(waiting.request, now, self.config.relegation_margin):
+                request = waiting.request
+                self.backlog.remove(request.request_id)
+                self.relegated.add(
+                    request, request.deadline, waiting.num_prompt_bytes, waiting.exclude
+                )
+
+    def _in_turn(self, now: float) -> list[Waiting]:
+        """Calls to look at, in order; now and then a relegated one goes first, so none starves."""
+        if self.config.relegate:
+            self._relegate(now)
+        if not self.relegated:
+            return self.backlog.first(_MAX_LOOKED_AT)
+        hopeful = self.backlog.first(_MAX_LOOKED_AT)
+        hopeless = self.relegated.first(_MAX_LOOKED_AT)
+        if self._num_since_relegated >= 1.0 / self.config.relegated_share - 1.0:
+            return [*hopeless[:1], *hopeful, *hopeless[1:]]
+        return hopeful + hopeless
 
     def _bind_waiting(self, now: float, newest: Waiting | None = None) -> None:
         """Bind what can start now, first in order first.
@@ -237,7 +288,7 @@ class Dispatcher:
         only_newest = newest is not None and fleet.version == self._looked_at_version
         head: Waiting | None = None
         head_wait: tuple[str, float] | None = None
-        for waiting in self.backlog.first(_MAX_LOOKED_AT):
+        for waiting in self._in_turn(now):
             if not fleet.has_room():
                 break
             if (only_newest and waiting is not newest) or not fleet.can_start(
@@ -254,7 +305,10 @@ class Dispatcher:
                 head = head or waiting
                 continue
             request = waiting.request
-            self.backlog.remove(request.request_id)
+            self._num_since_relegated += 1
+            if self.backlog.remove(request.request_id) is None:
+                self.relegated.remove(request.request_id)
+                self._num_since_relegated = 0
             self._due[request.request_id] = self._bind(
                 request, candidates, costs, chosen, now, waiting.num_prompt_bytes
             )
@@ -290,7 +344,7 @@ class Dispatcher:
             policy=self.config.dispatch,
         )
         self.fleet.reserve(request.request_id, chosen, now=now, request=request)
-        self._sent[request.request_id] = _Sent(request, decision, num_prompt_bytes)
+        self._sent[request.request_id] = _Sent(request, decision, num_prompt_bytes, now)
         return decision
 
     def settle(self, outcome: Outcome) -> None:
@@ -313,6 +367,9 @@ class Dispatcher:
                 predicted=sent.decision.chosen.num_cached_tokens,
                 actual=outcome.num_cached_tokens,
             )
+        self._remaining.ended(
+            sent.request, sent_time=sent.time, e2el_s=outcome.e2el_s, ok=outcome.ok
+        )
         if outcome.ok:
             self._learn(sent, outcome)
 
@@ -363,6 +420,10 @@ class Dispatcher:
         )
 
     def _rest_s(self, request: StageRequest) -> float:
+        """What was learned from runs, else what was declared, else nothing."""
+        learned_s = self._remaining.after(request)
+        if learned_s is not None:
+            return learned_s
         workflow = self._workflows.get(request.workflow)
         if workflow is None:
             return 0.0

@@ -52,6 +52,15 @@ class DecodeBatch:
         self._num_by_residue[base % self._block_size] += 1
         self._finish_at(call, self.num_steps + call.num_output - call.num_generated)
 
+    def linger(self, call: LiveCall) -> None:
+        """Take in a call that has all its tokens, until it is told to `leave`."""
+        call.is_decoding = True
+        call.base = base = call.num_computed - self.num_steps
+        call.finish_at = self.num_steps
+        self.num_calls += 1
+        self.sum_base += base
+        self._num_by_residue[base % self._block_size] += 1
+
     def leave(self, call: LiveCall) -> None:
         """Let a call go, with its tokens as of now."""
         base, num_steps = call.base, self.num_steps

@@ -9,8 +9,10 @@ A step with prompt tokens in it is an event of its own. Between two such steps n
 decoding happens: the n-th of these steps takes `first_s + n · B · per_kv_token_s`, an
 arithmetic series, so that where a later event falls is solved for, not stepped to.
 
-Beside the approximations of `LatencyModel`: what a step decides on is known when the step
-before has ended (no asynchronous scheduling), and output ends without a look at its text.
+With asynchronous scheduling a step is planned when the step before it starts. Nothing happens
+to what is planned in between, so here too it is made when it begins, but as it was then known:
+calls that came during the step before are not seen yet, and calls that ended with it take part
+once more and keep their seat and blocks as long.
 """
 
 from __future__ import annotations
@@ -44,6 +46,7 @@ class EventEngine:
         max_num_seqs: Calls that run side by side.
         num_kv_blocks: As vLLM reports them. One of these holds nothing, there as here.
         block_size: Tokens of a KV block.
+        async_scheduling: As vLLM does on GPUs; without it a step is planned when it begins.
 
     Raises:
         ConfigError: No seat, or no block.
@@ -58,16 +61,11 @@ class EventEngine:
         max_num_seqs: int = 128,
         num_kv_blocks: int = 1 << 20,
         block_size: int = DEFAULT_BLOCK_SIZE,
+        async_scheduling: bool = False,
     ) -> None:
-        for name, value, least in (
-            ("max_num_seqs", max_num_seqs, 1),
-            ("num_kv_blocks", num_kv_blocks, 2),
-            ("block_size", block_size, 1),
-        ):
-            if value < least:
-                raise ConfigError(
-                    f"instance {instance_id!r}: {name}: expected at least {least}, got {value}"
-                )
+        _require(instance_id, "max_num_seqs", max_num_seqs, 1)
+        _require(instance_id, "num_kv_blocks", num_kv_blocks, 2)
+        _require(instance_id, "block_size", block_size, 1)
         config = config or PolicyConfig()
         self.instance_id = instance_id
         self.pool = BlockPool(num_kv_blocks - 1, block_size)
@@ -85,6 +83,11 @@ class EventEngine:
         self._waiting = WaitingLine()
         self._queued = self._waiting.places
         self._num_aborted = 0
+        self._is_async = async_scheduling
+        self._unseen: list[LiveCall] = []
+        """Calls that came too late for the next step, which is planned already."""
+        self._lingering: list[LiveCall] = []
+        """Calls that have ended but take part in the step that was planned before."""
         self._decoding = DecodeBatch(block_size)
         self._seats = None
         if config.preempt:
@@ -126,11 +129,14 @@ class EventEngine:
         call = LiveCall(request, table)
         self._ranking.place(call, told)
         self._calls[call.request_id] = call
+        if self._is_async and self._num_steps:
+            self._see_later(call, now)
+            return
         self._waiting.append(call)
         if self._end == math.inf:
             self._end = now
         elif self._num_steps > 1:
-            self._cut_short(now)
+            self._cut_short(self._steps.num_steps_until(now))
 
     def abort(self, request_id: str, now: float) -> None:
         """Forget a call; a running one leaves at the end of the step under way."""
@@ -142,8 +148,10 @@ class EventEngine:
             self._num_aborted += 1
         else:
             self._waiting.remove(call)
+            if call in self._unseen:
+                self._unseen.remove(call)
         if self._num_steps > 1:
-            self._cut_short(now)
+            self._cut_short(self._steps.num_steps_until(now))
 
     def next_event_time(self) -> float:
         return self._end
@@ -174,6 +182,8 @@ class EventEngine:
             self.pool.take(decoding.num_blocks(1, self._num_steps - 1))
         decoding.num_steps += self._num_steps
         done = self._complete_prefills(now, events) if self._chunks else []
+        if self._lingering:
+            self._release()
         for call in decoding.finished():
             if not call.is_aborted:
                 done.append(call)
@@ -182,10 +192,14 @@ class EventEngine:
         if len(done) > 1:
             done.sort(key=self._running.index)
         for call in done:
-            self._running.remove(call)
-            self.pool.free(call.table, call.num_computed)
             del self._calls[call.request_id]
             events.append(_event(call, now, EventKind.FINISHED))
+            if self._is_async:
+                self._decoding.linger(call)
+                self._lingering.append(call)
+            else:
+                self._running.remove(call)
+                self.pool.free(call.table, call.num_computed)
 
     def _complete_prefills(self, now: float, events: list[EngineEvent]) -> list[LiveCall]:
         """Count the prompt tokens of the step that ends; return the calls of one output token."""
@@ -204,14 +218,21 @@ class EventEngine:
         return done
 
     def _drop_aborted(self) -> None:
-        for call in [c for c in self._running if c.is_aborted]:
+        self._lingering = [c for c in self._running if c.is_aborted]
+        if not self._is_async:
+            self._release()
+        self._num_aborted = 0
+
+    def _release(self) -> None:
+        """Let go of the seats and blocks of calls that have ended."""
+        for call in self._lingering:
             if call.is_decoding:
                 self._decoding.leave(call)
-            if call in self._prefilling:
+            elif call in self._prefilling:
                 self._prefilling.remove(call)
             self._running.remove(call)
             self.pool.free(call.table, call.num_computed)
-        self._num_aborted = 0
+        self._lingering = []
 
     def _preempt(self, call: LiveCall) -> None:
         """Send a running call back to the queue; what it computed is lost but for the cache."""
@@ -225,29 +246,43 @@ class EventEngine:
         call.num_computed = 0
         call.num_preemptions += 1
         call.is_running = False
-        self._waiting.prepend(call)
+        if call in self._lingering:
+            self._lingering.remove(call)
+        else:
+            self._waiting.prepend(call)
 
     # The step that begins.
 
     def _begin(self, now: float) -> None:
         """Make the next step, and find out how many like it follow."""
         self._chunks = []
-        queued, seats = self._queued, self._seats
+        queued, seats, planned_at = self._queued, self._seats, now
         if not self._running and not queued:
-            self._num_steps = 0
-            self._end = math.inf
-            return
-        is_special, cap = False, 0
+            if not self._unseen:
+                self._num_steps = 0
+                self._end = math.inf
+                return
+            self._see()
+        elif self._is_async and self._num_steps:
+            planned_at = self._steps.end(self._num_steps - 1)
+        is_special, cap = bool(self._unseen or self._lingering), 0
         if seats and queued and self._running:
-            is_special = seats.make_room(now)
-        if self._prefill_cap and self._is_urgent_one_present(now):
+            is_special |= seats.make_room(planned_at)
+        if self._prefill_cap and self._is_urgent_one_present(planned_at):
             cap = self._prefill_cap
-        num_preempted, tokens_left, num_idle = self._schedule_running(now, cap)
+        num_preempted, tokens_left, num_idle = self._schedule_running(planned_at, cap)
         if queued and not num_preempted:
-            tokens_left = self._admit_waiting(now, tokens_left, cap)
+            tokens_left = self._admit_waiting(planned_at, tokens_left, cap)
         if seats and (queued or seats.starved):
-            is_special |= seats.note_step(now, has_token_budget=tokens_left > 0)
+            is_special |= seats.note_step(planned_at, has_token_budget=tokens_left > 0)
         num_decoding = self._decoding.num_calls - num_idle
+        if self._is_async and self._num_steps and not num_decoding and not self._chunks:
+            # Nothing could be planned ahead: it is planned when the step before has ended.
+            self._release()
+            self._see()
+            self._num_steps = 0
+            self._begin(now)
+            return
         steps = self._steps
         steps.start = now
         steps.first_s = first_s = self._step_s(num_decoding)
@@ -256,8 +291,24 @@ class EventEngine:
             self._end = now + first_s
         else:
             steps.growth_s = num_decoding * self._per_kv_token_s
-            self._num_steps = num_steps = self._num_steps_alike(now)
+            self._num_steps = num_steps = self._num_steps_alike(planned_at)
             self._end = steps.end(num_steps)
+        if self._unseen:
+            self._see()
+
+    def _see_later(self, call: LiveCall, now: float) -> None:
+        """Enqueue a call while steps are under way; the next of them is planned already."""
+        num_steps = 1 if self._num_steps == 1 else self._steps.num_steps_until(now)
+        if num_steps < self._num_steps:
+            self._waiting.append(call)
+            self._cut_short(num_steps + 1)
+        else:
+            self._unseen.append(call)
+
+    def _see(self) -> None:
+        for call in self._unseen:
+            self._waiting.append(call)
+        self._unseen = []
 
     def _schedule_running(self, now: float, cap: int) -> tuple[int, int, int]:
         """Give the running calls their tokens and blocks.
@@ -398,9 +449,8 @@ class EventEngine:
             step_s += (num_tokens - self._knee) * self._above_s
         return step_s
 
-    def _cut_short(self, now: float) -> None:
-        """Let the steps under way end with the one that `now` falls into."""
-        num_steps = self._steps.num_steps_until(now)
+    def _cut_short(self, num_steps: int) -> None:
+        """Let the steps under way be `num_steps` at most."""
         if num_steps < self._num_steps:
             self._num_steps = num_steps
             self._end = self._steps.end(num_steps)
@@ -420,3 +470,10 @@ class EventEngine:
 
 def _event(call: LiveCall, now: float, kind: EventKind) -> EngineEvent:
     return EngineEvent(now, call.request_id, kind, call.num_cached, call.num_preemptions)
+
+
+def _require(instance_id: str, name: str, value: int, least: int) -> None:
+    if value < least:
+        raise ConfigError(
+            f"instance {instance_id!r}: {name}: expected at least {least}, got {value}"
+        )

@@ -66,6 +66,7 @@ def event_engine(instance: SimInstance, policy: PolicyConfig) -> SimEngine:
         max_num_seqs=instance.instance.max_num_seqs,
         num_kv_blocks=instance.num_kv_blocks,
         block_size=instance.block_size,
+        async_scheduling=True,
     )
 
 

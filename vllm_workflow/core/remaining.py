@@ -1,0 +1,153 @@
+"""How long runs go on after each of their stages, learned from the runs themselves.
+
+A run is seen as a walk from one ended call to the next that ends later, which is its critical
+path as it turns out. The expected time still to go after a stage satisfies
+
+    V(stage) = P(another call follows) · E[time until it ends + V(its stage)]
+
+and is kept up to date by temporal-difference learning: one step per call, no graph to declare.
+Time in the engine and gaps between calls count; time in the router's own queue does not, since
+that is what is being decided.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import dataclass, field
+
+from vllm_workflow.core.types import StageRequest
+
+MAX_RUNS = 20_000
+"""Runs followed at a time: their names come from clients."""
+MAX_STAGES = 4_096
+"""Of all workflows; the one longest without news is forgotten."""
+MAX_ROUND = 3
+"""A stage entered again is another state, up to so many rounds: loops tire."""
+MIN_ENDED = 8
+"""Runs seen to leave a state before its value is believed."""
+OVER_AFTER_S = 60.0
+"""A run without a call in flight for this long is taken to be over."""
+_MIN_RATE = 0.05
+
+_State = tuple[str, str, int]
+"""Workflow, stage, and which round of it in the run; ("w", "", 0) is the beginning."""
+_RunKey = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _Node:
+    num_left: float = 0.0
+    """Runs that have left the state, faded, either way."""
+    num_followed: float = 0.0
+    """Of them, those that went on."""
+    then_s: float = 0.0
+    """Expected time still to go of a run that goes on."""
+
+    @property
+    def rest_s(self) -> float:
+        return self.then_s * self.num_followed / self.num_left if self.num_left else 0.0
+
+
+@dataclass(slots=True)
+class _Run:
+    state: _State
+    end_time: float
+    """Of the call that ended last."""
+    num_in_flight: int = 0
+    rounds: dict[str, int] = field(default_factory=dict)
+
+
+class RemainingTime:
+    """Learns from calls in the order in which they are settled."""
+
+    def __init__(self) -> None:
+        self._nodes: OrderedDict[_State, _Node] = OrderedDict()
+        self._runs: OrderedDict[_RunKey, _Run] = OrderedDict()
+
+    def after(self, request: StageRequest) -> float | None:
+        """Seconds that a run is expected to go on after a call; None if too little is known."""
+        run = self._runs.get((request.tenant_id, request.workflow_id))
+        node = self._nodes.get(_state(request, run))
+        if node is None or node.num_left < MIN_ENDED:
+            return None
+        return node.rest_s
+
+    def began(self, request: StageRequest) -> None:
+        """Note that a call of a run has been made."""
+        if not request.workflow_id:
+            return
+        key = (request.tenant_id, request.workflow_id)
+        run = self._runs.get(key)
+        if run is None:
+            start = (request.workflow, "", 0)
+            run = self._runs[key] = _Run(start, request.arrival_time)
+            if len(self._runs) > MAX_RUNS:
+                _, oldest = self._runs.popitem(last=False)
+                self._left(oldest.state, None, 0.0)
+        run.num_in_flight += 1
+
+    def ended(self, request: StageRequest, *, sent_time: float, e2el_s: float, ok: bool) -> None:
+        """Note that a call of a run has ended.
+
+        Args:
+            request: The call.
+            sent_time: When it left the router's queue.
+            e2el_s: From then to its end.
+            ok: It ended well.
+        """
+        key = (request.tenant_id, request.workflow_id)
+        run = self._runs.get(key)
+        if run is None:
+            return
+        run.num_in_flight -= 1
+        if not ok:
+            return
+        end_time = sent_time + e2el_s
+        if end_time > run.end_time:
+            waited_s = (
+                sent_time - request.arrival_time if request.arrival_time >= run.end_time else 0.0
+            )
+            state = _state(request, run)
+            self._left(run.state, state, max(0.0, end_time - run.end_time - waited_s))
+            run.state, run.end_time = state, end_time
+        run.rounds[request.stage] = run.rounds.get(request.stage, 0) + 1
+        self._runs.move_to_end(key)
+        if request.final:
+            self._left(run.state, None, 0.0)
+            del self._runs[key]
+        self._forget_idle(end_time - OVER_AFTER_S)
+
+    def _forget_idle(self, before: float) -> None:
+        """Take the runs whose last call ended long ago to be over, a few at a time."""
+        for _ in range(2):
+            key = next(iter(self._runs), None)
+            if key is None:
+                return
+            run = self._runs[key]
+            if run.num_in_flight > 0:
+                self._runs.move_to_end(key)
+            elif run.end_time < before:
+                del self._runs[key]
+                self._left(run.state, None, 0.0)
+
+    def _left(self, state: _State, to: _State | None, took_s: float) -> None:
+        node = self._nodes.get(state)
+        if node is None:
+            node = self._nodes[state] = _Node()
+            if len(self._nodes) > MAX_STAGES:
+                self._nodes.popitem(last=False)
+        self._nodes.move_to_end(state)
+        fade = 1.0 - _MIN_RATE if node.num_left >= 1.0 / _MIN_RATE else 1.0
+        node.num_left = fade * node.num_left + 1.0
+        node.num_followed *= fade
+        if to is not None:
+            node.num_followed += 1.0
+            following = self._nodes.get(to)
+            target_s = took_s + (following.rest_s if following else 0.0)
+            rate = max(_MIN_RATE, 1.0 / node.num_followed)
+            node.then_s += rate * (target_s - node.then_s)
+
+
+def _state(request: StageRequest, run: _Run | None) -> _State:
+    num_before = run.rounds.get(request.stage, 0) if run else 0
+    return (request.workflow, request.stage, min(num_before, MAX_ROUND))

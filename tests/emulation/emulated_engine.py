@@ -20,8 +20,17 @@ TOKEN = 7
 class EmulatedEngine:
     """Steps, and what became of the requests. In asynchronous mode one step runs ahead."""
 
-    def __init__(self, model_dir: Path, *, asynchronous: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self,
+        model_dir: Path,
+        *,
+        asynchronous: bool = True,
+        second_runner: bool = False,
+        **kwargs: Any,
+    ) -> None:
+        """Build a scheduler; `second_runner`: one that speaks to vLLM's second model runner."""
         self.scheduler = build_scheduler(model_dir, asynchronous=asynchronous, **kwargs)
+        self.scheduler.use_v2_model_runner = second_runner
         self.worker = EmulatedRequests(token_id=TOKEN)
         self.answers: dict[str, list[int]] = {}
         self._depth = 2 if asynchronous else 1

@@ -26,9 +26,14 @@ def model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_config(tmp_path_factory.mktemp("model"))
 
 
-@pytest.fixture(params=[True, False], ids=["async", "sync"])
+@pytest.fixture(params=["async", "sync", "async, second runner"])
 def make_engine(request: pytest.FixtureRequest, model_dir: Path) -> Make:
-    return lambda **kwargs: EmulatedEngine(model_dir, asynchronous=request.param, **kwargs)
+    return lambda **kwargs: EmulatedEngine(
+        model_dir,
+        asynchronous=request.param != "sync",
+        second_runner="second" in request.param,
+        **kwargs,
+    )
 
 
 def counts(step: Step | None) -> tuple[int, int, int, float]:
@@ -157,13 +162,19 @@ def test_preempted_requests_are_computed_anew_and_lose_no_token(make_engine: Mak
     ),
     num_seats=st.integers(1, 5),
     asynchronous=st.booleans(),
+    second_runner=st.booleans(),
 )
 def test_whatever_runs_together_every_answer_has_its_exact_length(
-    model_dir: Path, lengths: list[tuple[int, int, int]], num_seats: int, asynchronous: bool
+    model_dir: Path,
+    lengths: list[tuple[int, int, int]],
+    num_seats: int,
+    asynchronous: bool,
+    second_runner: bool,
 ) -> None:
     engine = EmulatedEngine(
         model_dir,
         asynchronous=asynchronous,
+        second_runner=second_runner,
         num_seats=num_seats,
         num_blocks=16,
         max_num_batched_tokens=64,

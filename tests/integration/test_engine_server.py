@@ -5,7 +5,7 @@ import json
 import subprocess
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -34,6 +34,10 @@ class Client:
 
     def complete(self, name: str, *, max_tokens: int, **body: Any) -> "Future[dict[str, Any]]":
         return self._pool.submit(self._complete, name, {"max_tokens": max_tokens, **body})
+
+    def submit(self, function: Callable[..., None], *args: Any) -> "Future[None]":
+        """Do something else in a thread of its own."""
+        return self._pool.submit(function, *args)
 
     def post(self, body: dict[str, Any]) -> tuple[int, bytes]:
         connection = http.client.HTTPConnection(urlsplit(self.server.base_url).netloc, timeout=180)

@@ -26,10 +26,15 @@ class VllmServer:
     log_path: Path
     pid: int
 
+    def metrics_text(self) -> str:
+        """`/metrics` as it is."""
+        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=10) as answer:
+            text: str = answer.read().decode()
+        return text
+
     def metrics(self) -> dict[str, float]:
         """Every sample of `/metrics`, by its name and labels as they are printed."""
-        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=10) as answer:
-            lines = answer.read().decode().splitlines()
+        lines = self.metrics_text().splitlines()
         samples = (line.rpartition(" ") for line in lines if line and line[0] != "#")
         return {name: float(value) for name, _, value in samples}
 

@@ -83,7 +83,7 @@ def test_policies_that_differ_in_the_router_only_share_servers_and_orderings_do_
 def test_a_search_is_refused_and_an_unknown_name_is_told_what_is_known() -> None:
     with pytest.raises(ConfigError, match="clairvoyant searches among 14 policies"):
         systems(["clairvoyant"])
-    with pytest.raises(ConfigError, match="vllm-router:random.*vllm-router:cache_aware"):
+    with pytest.raises(ConfigError, match=r"vllm-router:random.*vllm-router:cache_aware"):
         systems(["vllm-router:random"])
 
 
@@ -120,5 +120,3 @@ def test_program_scheduling_is_calibrated_to_the_servers_as_its_documentation_as
     assert config["decode_throughput_model"]["fixed_step_seconds"] == pytest.approx(0.046)
     assert config["max_acting_ttl_seconds"] == 2.5
     assert len(config["prefill_cost_model"]) + len(config["decode_throughput_model"]) == 7
-
-

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_workflow.bench.compare_jobs import Inputs, Sample, Setting, Setup, inputs_of
 from vllm_workflow.bench.records import RunRecord
@@ -97,9 +97,10 @@ async def measure_systems(
         told: What is being done.
         done: Called after each measurement.
 
+    Servers that do not start, or end, are a problem of all systems before them.
+
     Raises:
         ConfigError: A fleet that cannot be emulated.
-        ProcessError: Servers that do not start, or end.
     """
     instances = emulated_instances(setup)
     groups: dict[PolicyConfig | None, list[System]] = {}
@@ -109,19 +110,41 @@ async def measure_systems(
     for policy, group in groups.items():
         name = "stock" if policy is None else f"{policy.ordering}-{policy.fingerprint}"
         folder = (options.workdir / name).resolve()
+        planned = [
+            _Planned(system, setting, seed)
+            for setting in settings
+            for seed in range(num_seeds)
+            for system in (group if seed % 2 == 0 else reversed(group))
+        ]
         told(f"starting {len(instances)} {name} servers")
         fleet = EmulatedFleet(instances, policy, time_scale=options.time_scale, folder=folder)
-        async with fleet:
-            for setting in settings:
-                for seed in range(num_seeds):
+        try:
+            async with fleet:
+                while planned:
+                    system, setting, seed = planned[0]
+                    told(system.name)
                     inputs = inputs_of(setup, setting, seed)
-                    for system in group if seed % 2 == 0 else reversed(group):
-                        told(system.name)
-                        found.append(
-                            await measure(system, fleet, setting, inputs, seed, options, folder)
-                        )
-                        done()
+                    found.append(
+                        await measure(system, fleet, setting, inputs, seed, options, folder)
+                    )
+                    del planned[0]
+                    done()
+        except (ProcessError, UpstreamError) as e:
+            # What has been measured already took too long to lose.
+            found += [_not_measured(*each, problem=f"servers: {e}") for each in planned]
     return found
+
+
+class _Planned(NamedTuple):
+    system: System
+    setting: Setting
+    seed: int
+
+
+def _not_measured(system: System, setting: Setting, seed: int, problem: str) -> SystemRun:
+    return SystemRun(
+        system=system, setting=setting, seed=seed, sample=None, reasons=(), problem=problem
+    )
 
 
 async def measure(
@@ -142,7 +165,6 @@ async def measure(
         UpstreamError: The servers themselves do not answer.
     """
     await fleet.reset_prefix_caches()
-    found = SystemRun(system=system, setting=setting, seed=seed, sample=None, reasons=())
     try:
         front = front_process(
             system, fleet, inputs.workflows, peers_folder=options.peers, folder=folder
@@ -158,13 +180,14 @@ async def measure(
         finally:
             await front.stop()
     except (ProcessError, UpstreamError) as e:
-        return replace(found, problem=str(e))
-    return _judged(found, result, wall_s)
+        return _not_measured(system, setting, seed, problem=str(e))
+    found = SystemRun(system=system, setting=setting, seed=seed, sample=None, reasons=())
+    return _judged(found, result, {"wall_s": wall_s, "server_version": fleet.version})
 
 
-def _judged(found: SystemRun, result: ServeResult, wall_s: float) -> SystemRun:
+def _judged(found: SystemRun, result: ServeResult, said: Mapping[str, Any]) -> SystemRun:
     figures = {
-        "wall_s": wall_s,
+        **said,
         "generator": dict(result.validity.generator),
         "emulated_servers": {k: dict(v) for k, v in result.validity.emulated_servers.items()},
         **{
@@ -173,7 +196,6 @@ def _judged(found: SystemRun, result: ServeResult, wall_s: float) -> SystemRun:
         },
         "total_cached_tokens": result.figures["total_cached_tokens"],
         "per_instance": result.figures["per_instance"],
-        "server_version": result.facts.get("server_version"),
     }
     if not result.figures["calls_completed"]:
         first = next(iter(result.figures["errors"]), "no call was made")

@@ -55,7 +55,6 @@ def compare_systems(
 
     Raises:
         ConfigError: Unknown names, runs that do not fit the fleet, a fleet without emulation.
-        ProcessError: Servers that do not start, or end.
     """
     found = systems(options.policies)
     _check_against(options.against, found)

@@ -15,7 +15,7 @@ import aiohttp
 
 from vllm_workflow.bench.compare_jobs import Setup
 from vllm_workflow.bench.system_words import write_word_model
-from vllm_workflow.cluster.process import ManagedProcess
+from vllm_workflow.cluster.process import ManagedProcess, as_json, http_get
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import UpstreamError
 from vllm_workflow.core.latency import LatencyModel
@@ -149,6 +149,8 @@ class EmulatedFleet:
         self.policy = policy
         self.time_scale = time_scale
         self._folder = folder
+        self.version = ""
+        """Of the servers' vLLM, once they run."""
         self._processes: list[ManagedProcess] = []
 
     @property
@@ -174,6 +176,8 @@ class EmulatedFleet:
             if isinstance(e, BaseExceptionGroup):
                 raise e.exceptions[0] from None
             raise
+        _, body = await http_get(f"{self.urls[0]}/version")
+        self.version = str((as_json(body) or {}).get("version", "unknown"))
         return self
 
     async def __aexit__(
@@ -192,11 +196,15 @@ class EmulatedFleet:
         """
         async with aiohttp.ClientSession(timeout=_RESET_TIMEOUT) as session:
             for url in self.urls:
-                async with session.post(f"{url}/reset_prefix_cache") as response:
-                    if response.status != 200:
-                        raise UpstreamError(
-                            f"{url}/reset_prefix_cache: expected status 200, got {response.status}"
-                        )
+                try:
+                    async with session.post(f"{url}/reset_prefix_cache") as response:
+                        status = f"status {response.status}"
+                except (aiohttp.ClientError, TimeoutError) as e:
+                    status = f"{type(e).__name__}: {e}"
+                if status != "status 200":
+                    raise UpstreamError(
+                        f"{url}/reset_prefix_cache: expected status 200, got {status}"
+                    )
 
     def _prepared(self) -> Iterator[ManagedProcess]:
         environment = {**_ENVIRONMENT, **self._policy_environment()}

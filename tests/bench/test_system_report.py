@@ -3,12 +3,14 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tests.bench.builders import call_record, run_record
 from vllm_workflow.bench.compare import Comparison, Options
+from vllm_workflow.bench.compare_flags import options, parser, system_options
 from vllm_workflow.bench.compare_jobs import Sample, Setting
 from vllm_workflow.bench.system import SystemOptions, SystemRun, sample_of
 from vllm_workflow.bench.system_compare import (
@@ -144,6 +146,15 @@ def test_level_2_is_held_against_level_3_where_both_are_known() -> None:
 
     assert errors == pytest.approx({"workflow": -0.25, "least-outstanding+fcfs": -0.5})
     assert summary["worst_abs"] == pytest.approx(0.5)
+
+
+def test_flags_of_level_3_become_its_options(tmp_path: Path) -> None:
+    flags = parser().parse_args(
+        ["--level", "3", "--time-scale", "2", "--workdir", str(tmp_path), "--peers-dir", "p"]
+    )
+
+    assert options(flags).level == 3
+    assert system_options(flags) == SystemOptions(time_scale=2.0, workdir=tmp_path, peers=Path("p"))
 
 
 def test_a_failed_run_misses_its_slo_in_the_order_of_arrival() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -74,3 +75,5 @@ def test_runs_go_through_our_router_to_emulated_servers_and_nothing_is_left_runn
     assert max(shares) <= MAX_LATE_SHARE or found.reasons
     assert sum("vllm.entrypoints" in words for words in alive[0]) >= 2
     assert processes_naming(tmp_path) == []
+    (line,) = (tmp_path / system.MEASUREMENTS).read_text().splitlines()
+    assert json.loads(line)["latencies_s"] == list(found.sample.latencies_s)

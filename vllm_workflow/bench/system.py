@@ -8,6 +8,7 @@ order of systems alternates with the seed.
 from __future__ import annotations
 
 import asyncio
+import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +20,7 @@ from typing import Any, NamedTuple
 from vllm_workflow.bench.compare_jobs import Inputs, Sample, Setting, Setup, inputs_of
 from vllm_workflow.bench.records import RunRecord
 from vllm_workflow.bench.replay import PlannedRun
+from vllm_workflow.bench.results import to_json_value
 from vllm_workflow.bench.serve import ServeOptions, ServeResult, serve
 from vllm_workflow.bench.system_fleet import (
     EmulatedFleet,
@@ -30,10 +32,13 @@ from vllm_workflow.bench.system_words import WORDS
 from vllm_workflow.cluster.process import ProcessError
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import UpstreamError
+from vllm_workflow.core.metrics import slo_attainment
 
 DEFAULT_TIME_SCALE = 3.0
 DEFAULT_WORKDIR = Path(".cache/system")
 DEFAULT_PEERS = Path(".cache/peers")
+MEASUREMENTS = "measurements.jsonl"
+"""In the work directory: a line for each measurement, as they end."""
 _FRONT_TIMEOUT_S = 60.0
 _CALL_TIMEOUT_S = 3600.0
 
@@ -103,6 +108,8 @@ async def measure_systems(
         ConfigError: A fleet that cannot be emulated.
     """
     instances = emulated_instances(setup)
+    options.workdir.mkdir(parents=True, exist_ok=True)
+    (options.workdir / MEASUREMENTS).write_text("", encoding="utf-8")
     groups: dict[PolicyConfig | None, list[System]] = {}
     for system in systems:
         groups.setdefault(system.engine_policy, []).append(system)
@@ -128,11 +135,29 @@ async def measure_systems(
                         await measure(system, fleet, setting, inputs, seed, options, folder)
                     )
                     del planned[0]
+                    _note(found[-1], options.workdir / MEASUREMENTS)
                     done()
         except (ProcessError, UpstreamError) as e:
             # What has been measured already took too long to lose.
             found += [_not_measured(*each, problem=f"servers: {e}") for each in planned]
     return found
+
+
+def _note(run: SystemRun, path: Path) -> None:
+    """Append a measurement, for whoever does not want to wait, or has interrupted the rest."""
+    latencies_s = () if run.sample is None else run.sample.latencies_s
+    line = {
+        "policy": run.system.name,
+        "trace": run.setting.trace,
+        "rate": run.setting.rate,
+        "seed": run.seed,
+        "attainment": run.sample and slo_attainment(latencies_s, run.sample.slos_s),
+        "latencies_s": to_json_value(latencies_s),
+        "reasons": run.reasons,
+        "problem": run.problem,
+    }
+    with path.open("a", encoding="utf-8") as file:
+        file.write(json.dumps(line) + "\n")
 
 
 class _Planned(NamedTuple):

@@ -14,7 +14,7 @@ bench-system: $(VLLM)        ## real servers with emulated GPUs: our router, oth
 	mkdir -p out
 	$(BIN)/python -m pip install -q -e '.[bench]'
 	$(BIN)/python benchmarks/compare.py --level 3 --fleet A100:2,A6000:1,L40S:1 \
-		--model-shape llama-3.1-70b --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 50 \
+		--model-shape llama-3.1-70b --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 40 \
 		--seeds 1 --policies workflow hexgen+urgency least-outstanding+fcfs round-robin+fcfs peers \
 		--json out/system.json --html out/system.html
 

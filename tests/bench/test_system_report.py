@@ -20,7 +20,7 @@ from vllm_workflow.bench.system_compare import (
     _shown,
     level_error_summary,
 )
-from vllm_workflow.bench.system_report import document, excluded_rows, text
+from vllm_workflow.bench.system_report import document, excluded_rows, page, text
 from vllm_workflow.bench.system_router import systems
 from vllm_workflow.sim.workloads import load
 
@@ -164,3 +164,14 @@ def test_a_failed_run_misses_its_slo_in_the_order_of_arrival() -> None:
 
     assert found.latencies_s == (1.0, math.inf)
     assert found.slos_s == (9.0, 9.0)
+
+
+def test_the_page_shows_what_is_valid_and_what_is_not() -> None:
+    runs = valid_runs()
+    late = system_run("workflow", 0, 1000.0, reasons=("server: 30 % added by the CPU",))
+    shown = page(comparison(late, *runs[1:]), ["command"])
+
+    assert shown is not None
+    assert "server: 30 % added by the CPU" in shown
+    assert "Level 2 against level 3" in shown
+    assert page(comparison(late), ["command"]) is None

@@ -192,8 +192,8 @@ def test_a_call_whose_time_runs_out_while_it_waits_is_relegated() -> None:
     end(each, running)
 
     assert [d.request_id for d in each.poll(30.0)] == ["second"]
-    assert each.num_waiting == 1
-    assert len(each.relegated) == 1
+    assert len(each.waiting) == 1
+    assert len(each.waiting.relegated) == 1
 
 
 def test_a_run_that_has_begun_goes_before_one_that_has_not() -> None:
@@ -264,7 +264,7 @@ def test_every_call_is_bound_once_and_never_do_all_wait(
         elif live:
             end(each, live.pop(pick % len(live)))
         live.extend(each.poll(now))
-        assert not each.backlog or live, "calls wait and no instance has anything to do"
+        assert not each.waiting or live, "calls wait and no instance has anything to do"
         for instance_id, seats in (("a", 3), ("b", 2)):
             assert each.fleet.num_outstanding(instance_id) <= seats
     while live or todo:
@@ -277,6 +277,6 @@ def test_every_call_is_bound_once_and_never_do_all_wait(
             end(each, last)
         live.extend(each.poll(now))
 
-    assert not each.backlog
+    assert not each.waiting
     assert each.num_in_flight == each.fleet.num_outstanding() == 0
     assert len(set(bound)) == len(bound)

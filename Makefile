@@ -10,10 +10,18 @@ PUBLISHED = $(wildcard $(TRACES)/*.json)
 COMPARE = $(BIN)/python benchmarks/compare.py
 PAPER = round-robin+fcfs round-robin+urgency hexgen+fcfs hexgen+urgency
 
-.PHONY: demo test lint unit integration test-upstream bench model clean
+.PHONY: demo test lint unit integration test-upstream bench bench-system model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
 	$(BIN)/python examples/demo/demo.py
+
+# One load; what the machine could not keep up with is marked invalid. Peers come from PyPI.
+bench-system: $(VLLM) $(BENCH)  ## real servers on emulated GPUs, other routers beside ours, to out/system
+	mkdir -p out
+	$(BIN)/python benchmarks/compare.py --level 3 --fleet A100:2,A6000:1,L40S:1 \
+		--model-shape llama-3.1-70b --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 40 \
+		--seeds 1 --policies workflow hexgen+urgency least-outstanding+fcfs round-robin+fcfs peers \
+		--json out/system/chess.json --html out/system/chess.html
 
 test: lint unit integration  ## everything that must pass before a change lands
 

@@ -35,7 +35,7 @@ def begin(brain: Dispatcher, each: StageRequest) -> float:
 
 
 def attained(brain: Dispatcher, workflow_id: str = "w", tenant_id: str = "") -> Attained:
-    return brain.attained(call("x", workflow_id, tenant_id=tenant_id))
+    return brain.predictor.attained(call("x", workflow_id, tenant_id=tenant_id))
 
 
 def test_one_call_after_the_other_adds_up_along_both() -> None:
@@ -123,7 +123,7 @@ def test_a_call_without_a_run_is_remembered_nowhere() -> None:
         brain.settle(outcome(request_id, "a"))
 
     assert attained(brain, "") == Attained()
-    assert len(brain._attained) == 0
+    assert len(brain.predictor._attained) == 0
 
 
 def test_a_run_is_forgotten_when_its_final_call_ended_well() -> None:
@@ -136,7 +136,7 @@ def test_a_run_is_forgotten_when_its_final_call_ended_well() -> None:
     brain.settle(outcome("straggler", "a"))
 
     assert attained(brain) == Attained()
-    assert len(brain._attained) == 0
+    assert len(brain.predictor._attained) == 0
 
 
 def test_a_final_call_that_failed_leaves_the_run_what_it_had() -> None:
@@ -198,4 +198,4 @@ def test_to_predict_a_call_does_not_begin_it() -> None:
     brain = dispatcher(instance("a"))
     brain.predict(call("r"), num_prompt_bytes=1, max_tokens=None)
 
-    assert len(brain._attained) == 0
+    assert len(brain.predictor._attained) == 0

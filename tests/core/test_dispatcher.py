@@ -163,4 +163,4 @@ def test_models_that_clients_invent_do_not_fill_the_memory() -> None:
         call = stage_request(workflow="text2sql", stage="generate", model=f"m{i}")
         brain.predict(call, num_prompt_bytes=1, max_tokens=None)
 
-    assert len(brain._rests) <= 1024
+    assert len(brain.predictor._rests) <= 1024

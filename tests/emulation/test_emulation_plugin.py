@@ -158,7 +158,7 @@ from vllm.engine.arg_utils import AsyncEngineArgs
 from vllm.usage.usage_lib import UsageContext
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 parser = AsyncEngineArgs.add_cli_args(FlexibleArgumentParser())
-engine_args = AsyncEngineArgs.from_cli_args(parser.parse_args(sys.argv[1:]))
+engine_args = AsyncEngineArgs.from_cli_args(parser.parse_args(["--model", ".", *sys.argv[1:]]))
 from vllm.platforms import current_platform
 tokens, seqs = engine_args.get_batch_defaults(1)
 child = "from vllm.platforms import current_platform as p; print(type(p).__name__)"

@@ -116,6 +116,52 @@ def test_up_and_ask_answer_a_question_from_the_database(tmp_path: Path) -> None:
     assert "generate" in done.stdout
 
 
+def shell(line: str, cwd: Path) -> str:
+    """Run one line to its end; return what it printed."""
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_policies_are_compared_by_simulation(tmp_path: Path) -> None:
+    (tmp_path / "benchmarks").symlink_to(ROOT / "benchmarks")
+    printed = shell(commands("compare")[0], tmp_path)
+
+    assert all(name in printed for name in ("workflow", "least-outstanding+fcfs", "hexgen+urgency"))
+    assert "<svg" in (tmp_path / "compare.html").read_text(encoding="utf-8")
+
+
+def test_a_trace_is_analysed(tmp_path: Path) -> None:
+    assert "critical path" in shell(commands("analyze")[0], tmp_path)
+    assert "<svg" in (tmp_path / "chess.html").read_text(encoding="utf-8")
+
+
+def test_runs_are_replayed_against_an_emulated_gpu(tmp_path: Path) -> None:
+    model, serve = commands("emulate")
+    shell(model, tmp_path)
+    log = tmp_path / "serve.log"
+    with running(f"{serve} &", tmp_path, log):
+        give_up = time.monotonic() + START_TIMEOUT_S
+        while True:
+            try:
+                with urllib.request.urlopen("http://127.0.0.1:8001/health", timeout=5):
+                    break
+            except (urllib.error.URLError, OSError):
+                assert time.monotonic() < give_up, log.read_text(encoding="utf-8")[-3000:]
+                time.sleep(0.5)
+        printed = shell(commands("bench")[0], tmp_path)
+
+    assert "Successful runs" in printed
+
+
 def test_router_example_starts_from_the_router_yaml(tmp_path: Path) -> None:
     (tmp_path / "router.yaml").write_text(example("router.yaml"), encoding="utf-8")
     assert shutil.which("vllm-workflow", path=environment()["PATH"])

@@ -15,7 +15,7 @@ LATE = {"dispatch": "predicted-finish", "ordering": "deadline", "late_binding": 
 
 
 def waiting(client: Client) -> int:
-    return len(client.router.dispatcher.backlog)
+    return len(client.router.dispatcher.waiting)
 
 
 async def until(client: Client, *, num_waiting: int) -> None:

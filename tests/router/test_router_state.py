@@ -119,7 +119,7 @@ async def test_the_engine_is_told_how_old_a_run_is_and_what_it_has_attained(
         run.arrival_time -= 60.0
         await asyncio.gather(*(call(client, Workflow_Id="w") for _ in range(2)))
         await call(client, Workflow_Id="w")
-        known = client.router.dispatcher.attained(StageRequest(
+        known = client.router.dispatcher.predictor.attained(StageRequest(
             request_id="", arrival_time=0.0, workflow_id="w"
         ))  # fmt: skip
         await call(client, Workflow_Id="w", Workflow_Final="true")

@@ -11,6 +11,8 @@ from typing import NoReturn, TypeVar
 
 from vllm_workflow.bench.compare import DEFAULT_AGAINST, Options
 from vllm_workflow.bench.compare_jobs import Setup
+from vllm_workflow.bench.peers import GROUP, PEERS
+from vllm_workflow.bench.system import SystemOptions
 from vllm_workflow.core import policy_names
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.sim.workloads import builtin_names
@@ -34,6 +36,7 @@ def parser() -> argparse.ArgumentParser:
     _add_what(made)
     _add_load(made)
     _add_how(made)
+    _add_system(made)
     return made
 
 
@@ -65,6 +68,11 @@ def options(args: argparse.Namespace) -> Options:
         level=args.level,
         num_jobs=args.jobs,
     )
+
+
+def system_options(args: argparse.Namespace) -> SystemOptions:
+    """Return how level 3 is run."""
+    return SystemOptions(time_scale=args.time_scale, workdir=args.workdir, peers=args.peers_dir)
 
 
 def writable(*paths: Path | None) -> None:
@@ -128,7 +136,8 @@ def _add_what(made: argparse.ArgumentParser) -> None:
         action="extend",
         metavar="POLICY",
         help="DISPATCH+ORDERING, a preset, a policy.json, `all`, `baselines`, or a search in "
-        f"hindsight: {', '.join(policy_names.SEARCH)}; see `vllm-workflow policies` "
+        f"hindsight: {', '.join(policy_names.SEARCH)}; see `vllm-workflow policies`. "
+        f"At level 3 no searches, but `{GROUP}` or some of {', '.join(PEERS)}, before stock vLLM "
         f"(default: {_shown(_DEFAULTS.policies)})",
     )
     made.add_argument(
@@ -208,6 +217,34 @@ def _add_how(made: argparse.ArgumentParser) -> None:
     )
     made.add_argument("--json", type=Path, metavar="FILE", help="write rows, pairs and conditions")
     made.add_argument("--html", type=Path, metavar="FILE", help="write a report with charts")
+
+
+def _add_system(made: argparse.ArgumentParser) -> None:
+    default = SystemOptions()
+    group = made.add_argument_group("level 3")
+    group.add_argument(
+        "--time-scale",
+        type=_positive,
+        default=default.time_scale,
+        metavar="X",
+        help="run X times as fast as life; the report says whether this machine kept up "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--workdir",
+        type=Path,
+        default=default.workdir,
+        metavar="DIR",
+        help="for model folders, configurations and logs of servers and routers "
+        "(default: %(default)s)",
+    )
+    group.add_argument(
+        "--peers-dir",
+        type=Path,
+        default=default.peers,
+        metavar="DIR",
+        help="where peers are, or get installed from PyPI (default: %(default)s)",
+    )
 
 
 def _shown(values: Sequence[object]) -> str:

@@ -193,38 +193,63 @@ LEVELS: Mapping[int, Measure] = MappingProxyType(
 """Level -> how a policy is run at it."""
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Inputs:
+    """What all policies get alike in one setting and seed."""
+
+    runs: tuple[TraceRun, ...]
+    """With their SLOs, in order of arrival."""
+    arrivals: tuple[float, ...]
+    references_s: tuple[float, ...]
+    """LB1 of each run."""
+    workflows: tuple[WorkflowProfile, ...]
+    """Declared to the router."""
+
+
+def inputs_of(setup: Setup, setting: Setting, seed: int) -> Inputs:
+    """Return what is compared on; equal at every level.
+
+    Raises:
+        ConfigError: A call that fits no instance.
+    """
+    trace = seed_trace(setting.trace, setup.num_runs, seed)
+    references_s = _references_s(setup, setting.trace, seed)
+    promised = zip(trace.runs, slos_s(setting, references_s), strict=True)
+    arrivals = arrival_times(
+        len(trace.runs), request_rate=setting.rate, burstiness=setup.burstiness, seed=seed
+    )
+    return Inputs(
+        runs=tuple(replace(run, slo_s=slo_s) for run, slo_s in promised),
+        arrivals=tuple(arrivals),
+        references_s=references_s,
+        workflows=_workflows(setting.trace),
+    )
+
+
 def run_job(job: Job) -> Sample:
     """Do one simulation.
 
     Raises:
         ConfigError: No such level, or a call that fits no instance.
     """
-    setup, setting, variant = job.setup, job.setting, job.variant
-    fleet = _fleet(setup)
-    trace = seed_trace(setting.trace, setup.num_runs, job.seed)
-    references_s = _references_s(setup, setting.trace, job.seed)
-    runs = [
-        replace(run, slo_s=slo_s)
-        for run, slo_s in zip(trace.runs, slos_s(setting, references_s), strict=True)
-    ]
-    arrivals = arrival_times(
-        len(runs), request_rate=setting.rate, burstiness=setup.burstiness, seed=job.seed
-    )
+    variant = job.variant
+    fleet = _fleet(job.setup)
+    inputs = inputs_of(job.setup, job.setting, job.seed)
     measured = level_of(job.level)(
         variant.policy,
-        runs,
-        arrivals,
+        inputs.runs,
+        inputs.arrivals,
         fleet,
-        workflows=_workflows(setting.trace),
+        workflows=inputs.workflows,
         hint=true_lengths if variant.is_clairvoyant else None,
-        rest=_true_rest(runs, fleet) if variant.is_clairvoyant else None,
+        rest=_true_rest(inputs.runs, fleet) if variant.is_clairvoyant else None,
     )
     timed = measured.decision_us
     return Sample(
         arrivals=tuple(run.arrival_time for run in measured.runs),
         latencies_s=tuple(run.latency_s for run in measured.runs),
-        references_s=references_s,
-        slos_s=tuple(slos_s(setting, references_s)),
+        references_s=inputs.references_s,
+        slos_s=tuple(slos_s(job.setting, inputs.references_s)),
         decision_us=statistics.median(timed) if timed else None,
     )
 

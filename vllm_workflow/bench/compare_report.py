@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from importlib import metadata
 from typing import Any
 
@@ -25,7 +25,7 @@ from vllm_workflow.core.metrics import mean, percentile
 from vllm_workflow.sim.capacity import REFERENCE_POLICIES
 from vllm_workflow.sim.workloads import PREFIX
 
-_LEVELS = {
+LEVELS = {
     1: "engines in closed form between events",
     2: "vLLM's own scheduler and KV-cache manager in virtual time",
     3: "vLLM servers with an emulated GPU, router and HTTP in real time",
@@ -51,8 +51,8 @@ def document(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
     }
     if comparison.rows_below:
         made["rows_level_1"] = list(comparison.rows_below)
-    finite: dict[str, Any] = _finite(made)
-    return finite
+    found: dict[str, Any] = finite(made)
+    return found
 
 
 def meta(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
@@ -62,7 +62,7 @@ def meta(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
     said: dict[str, Any] = {
         "command": " ".join(command),
         "level": options.level,
-        "level_is": _LEVELS[options.level],
+        "level_is": LEVELS[options.level],
         "versions": versions(),
         "fleet": setup.fleet,
         "instances": _instances(comparison),
@@ -90,8 +90,21 @@ def meta(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
     return said
 
 
-def page(comparison: Comparison, command: Sequence[str]) -> str:
-    """Return the HTML report."""
+def page(
+    comparison: Comparison,
+    command: Sequence[str],
+    *,
+    said: Mapping[str, Any] | None = None,
+    more: Sequence[Section] = (),
+) -> str:
+    """Return the HTML report.
+
+    Args:
+        comparison: Of what.
+        command: That made it.
+        said: Conditions in the place of `meta`.
+        more: Sections after the tables.
+    """
     options = comparison.options
     palette = plots.Palette(entry.name for entry in comparison.entries)
     sections: list[Section] = []
@@ -100,7 +113,8 @@ def page(comparison: Comparison, command: Sequence[str]) -> str:
     if comparison.rows_below:
         sections.append(_level_section(comparison))
     sections.append(_pair_section(comparison))
-    said = meta(comparison, command)
+    sections += more
+    said = dict(meta(comparison, command) if said is None else said)
     for name in ("definitions", "level_error", "policies"):
         said.pop(name, None)
     sections.append(report.conditions_section(said))
@@ -109,7 +123,7 @@ def page(comparison: Comparison, command: Sequence[str]) -> str:
     return report.render(
         "Policies compared",
         [*sections, rows],
-        lead=f"Level {options.level}: {_LEVELS[options.level]}. {options.setup.fleet}, "
+        lead=f"Level {options.level}: {LEVELS[options.level]}. {options.setup.fleet}, "
         f"{options.setup.model_shape}, {options.setup.num_runs} runs, {options.num_seeds} seeds.",
         cautions=_cautions(comparison),
     )
@@ -297,12 +311,12 @@ def _level_section(comparison: Comparison) -> Section:
     )
 
 
-def _finite(value: Any) -> Any:
+def finite(value: Any) -> Any:
     """JSON has no infinity: what is infinite becomes null."""
     if isinstance(value, dict):
-        return {key: _finite(each) for key, each in value.items()}
+        return {key: finite(each) for key, each in value.items()}
     if isinstance(value, list | tuple):
-        return [_finite(each) for each in value]
+        return [finite(each) for each in value]
     if isinstance(value, float) and not math.isfinite(value):
         return None
     return value

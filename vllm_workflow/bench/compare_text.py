@@ -39,7 +39,7 @@ def tables(comparison: Comparison) -> str:
     for setting in comparison.settings:
         parts.append(_table(comparison, setting))
         if small := paper_rows(comparison, setting):
-            parts.append(_aligned("HexGen-Text2SQL by part", small))
+            parts.append(aligned("HexGen-Text2SQL by part", small))
     if comparison.rows_below:
         parts.append(_level_error(comparison))
     return "\n\n".join(parts) + "\n"
@@ -129,10 +129,11 @@ def _table(comparison: Comparison, setting: Setting) -> str:
         f"{setting_title(setting)}, level {options.level}, {options.setup.fleet}, "
         f"{options.setup.num_runs} runs, {options.num_seeds} seeds (± standard deviation)"
     )
-    return _aligned(title, summary_rows(comparison, setting))
+    return aligned(title, summary_rows(comparison, setting))
 
 
-def _aligned(title: str, rows: Sequence[Mapping[str, str]]) -> str:
+def aligned(title: str, rows: Sequence[Mapping[str, str]]) -> str:
+    """Return a table below its title; numbers to the right."""
     lines = [list(rows[0]), *(list(row.values()) for row in rows)]
     widths = [max(map(len, column)) for column in zip(*lines)]
     text = [
@@ -213,4 +214,4 @@ def _level_error(comparison: Comparison) -> str:
         f"median {percent(summary['median_abs'])}, mean {percent(summary['mean_abs'])}, "
         f"worst {percent(summary['worst_abs'])}"
     )
-    return _aligned(title, rows) if rows else title
+    return aligned(title, rows) if rows else title

@@ -38,10 +38,14 @@ class Identity:
     agentic_context: bool = False
     """`vllm_xargs.agentic_context`, for vllm-router's program scheduling. vLLM itself refuses
     calls that carry it."""
+    session: bool = False
+    """`X-Session-ID`, which other routers take for what belongs together."""
 
     def to_headers(self, context: CallContext) -> dict[str, str]:
         """Return the request headers of a call."""
         said = {"X-Request-Id": f"{context.workflow_id}-{label(context.call.call_id)}"}
+        if self.session:
+            said["X-Session-ID"] = context.workflow_id
         if not self.headers:
             return said
         said |= {

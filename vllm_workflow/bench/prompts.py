@@ -40,6 +40,7 @@ class Prompts:
                 f"vocabulary: expected at least {_LEAST_VOCABULARY} token ids, got {len(token_ids)}"
             )
         self._salt = salt
+        self._open, self._between, self._close = "[", ",", "]"
         self._words = np.array([str(i) for i in token_ids], dtype=object)
         self._part = lru_cache(_NUM_CACHED_PARTS)(self._drawn)
         self._drawn(("the first draw loads what the others need",), 1)
@@ -53,8 +54,30 @@ class Prompts:
         """
         return cls(range(_NUM_SPECIAL, vocab_size), salt)
 
+    @classmethod
+    def of_words(cls, words: Sequence[str], salt: str = "") -> Prompts:
+        """Draw texts in the place of ids.
+
+        Args:
+            words: One token each at the server, however they follow one another; nothing that
+                JSON would escape.
+            salt: See the class.
+
+        Raises:
+            ConfigError: See the class.
+        """
+        made = cls(range(len(words)), salt)
+        made._words = np.array(words, dtype=object)
+        made._open, made._between, made._close = '"', "", '"'
+        return made
+
+    def json_prompt(self, run_id: str, call: TraceCall) -> bytes:
+        """Return the prompt of a call as JSON; arguments as of `json_ids`."""
+        inside = self.json_ids(run_id, call)
+        return self._open.encode() + inside + self._close.encode()
+
     def json_ids(self, run_id: str, call: TraceCall) -> bytes:
-        """Return the prompt of a call as the inside of a JSON list.
+        """Return the prompt of a call as the inside of a JSON list, or of a JSON text.
 
         Args:
             run_id: Of the call's run, as prompts are to depend on it.
@@ -70,7 +93,7 @@ class Prompts:
             num_left -= part.num_tokens
         if num_left > 0:
             pieces.extend(self._drawn(("call", run_id, call.call_id), num_left))
-        return ",".join(pieces).encode()
+        return self._between.join(pieces).encode()
 
     def _drawn(self, names: tuple[str, ...], num_tokens: int) -> list[str]:
         digest = hashlib.sha256("\x1f".join((self._salt, *names)).encode()).digest()

@@ -52,6 +52,8 @@ class ServeOptions:
     """With `hidden`: of every call."""
     vocab_size: int | None = None
     """None to ask the server for tokens."""
+    words: tuple[str, ...] = ()
+    """Prompts are texts of these, one token each at the server; empty: prompts are token ids."""
     max_concurrency: int | None = None
     time_scale: float = 1.0
     """Of emulated GPUs, see `replay`."""
@@ -118,7 +120,9 @@ async def serve(
         await target.wait_ready(options.ready_check_timeout_sec)
         model = options.model or await target.first_model()
         prefix = options.request_id_prefix or f"bench-{uuid.uuid4().hex[:8]}-"
-        if options.vocab_size is None:
+        if options.words:
+            prompts = Prompts.of_words(options.words, prefix)
+        elif options.vocab_size is None:
             prompts = await target.prompts(model, prefix)
         else:
             prompts = Prompts.of_vocabulary(options.vocab_size, prefix)
@@ -248,8 +252,8 @@ class _Sender:
         if xargs:
             body["vllm_xargs"] = {**xargs, **body.get("vllm_xargs", {})}
         # The prompt is most of the body and already in the form it is sent in.
-        ids = self._prompts.json_ids(context.run.run_id, context.call)
-        return b'{"prompt":[' + ids + b"]," + json.dumps(body).encode()[1:]
+        prompt = self._prompts.json_prompt(context.run.run_id, context.call)
+        return b'{"prompt":' + prompt + b"," + json.dumps(body).encode()[1:]
 
 
 def document(

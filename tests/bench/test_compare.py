@@ -19,31 +19,11 @@ from vllm_workflow.sim.trace import write_trace
 from vllm_workflow.sim.workloads import load
 
 PAPER = ("round-robin+fcfs", "round-robin+urgency", "hexgen+fcfs", "hexgen+urgency")
-ROW = set(
-    [
-        "policy",
-        "trace",
-        "fleet",
-        "level",
-        "rate",
-        "load",
-        "seed",
-        "slo_s",
-        "arrived",
-        "finished",
-        "failed",
-        "attainment",
-        "goodput",
-        "throughput",
-        "p50_s",
-        "p95_s",
-        "p99_s",
-        "mean_s",
-        "slo_scale_at_95",
-        "slo_scale_at_99",
-        "decision_us",
-    ]
-)
+ROW = {
+    *("policy", "trace", "fleet", "level", "rate", "load", "seed", "slo_s"),
+    *("arrived", "finished", "failed", "attainment", "goodput", "throughput"),
+    *("p50_s", "p95_s", "p99_s", "mean_s", "slo_scale_at_95", "slo_scale_at_99", "decision_us"),
+}
 PAIR = {"policy", "against", "trace", "rate", "metric", "ratio", "ci_low", "ci_high", "seeds"}
 
 

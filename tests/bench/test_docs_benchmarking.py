@@ -13,12 +13,14 @@ from pathlib import Path
 
 import pytest
 
+from vllm_workflow.bench import compare_flags
 from vllm_workflow.bench.results import METRICS, summarize
 from vllm_workflow.bench.validity import MAX_CPU_SHARE, MAX_LATE_SEND_SHARE, MAX_WRONG_LENGTH_SHARE
 from vllm_workflow.cli.bench_flags import add_flags
 from vllm_workflow.emulation.lateness import MAX_LATE_SHARE
 
-TEXT = (Path(__file__).parents[2] / "docs" / "benchmarking.md").read_text(encoding="utf-8")
+PAGE = (Path(__file__).parents[2] / "docs" / "benchmarking.md").read_text(encoding="utf-8")
+TEXT, COMPARING = PAGE.split("## Comparing policies without a server")
 
 
 def parser() -> argparse.ArgumentParser:
@@ -56,6 +58,16 @@ def test_every_flag_that_it_names_exists() -> None:
     named = set(re.findall(r"--[a-z][a-z-]+", TEXT))
 
     assert named - elsewhere <= set(flags(parser()))
+
+
+def test_what_it_says_of_comparing_is_what_that_command_line_takes() -> None:
+    (text,) = re.findall(r"```bash\n(.*?)```", COMPARING, flags=re.DOTALL)
+    words = shlex.split(text.replace("\\\n", " "))
+
+    assert words[:2] == ["python", "benchmarks/compare.py"]
+    compare_flags.options(compare_flags.parser().parse_args(words[2:]))
+    named = set(re.findall(r"--[a-z][a-z-]+", COMPARING))
+    assert named == set(flags(compare_flags.parser())) - {"-h", "--help"}
 
 
 def test_every_key_that_it_names_is_in_a_result() -> None:

@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -161,6 +162,77 @@ def test_with_no_healthy_instance_there_is_nothing_to_wait_for() -> None:
 def test_to_take_each_in_turn_cannot_wait() -> None:
     with pytest.raises(ConfigError, match="late_binding: expected false with dispatch"):
         PolicyConfig(dispatch="round-robin", late_binding=True)
+
+
+RELEGATING = PolicyConfig(late_binding=True, relegate=True)
+
+
+def test_a_run_that_cannot_be_on_time_waits_for_those_that_can() -> None:
+    each = brain(instance("a", max_num_seqs=1), config=RELEGATING)
+    running = each.submit(stage_request("running"), now=0.0)
+    assert running is not None
+    each.submit(stage_request("hopeless", deadline=0.5, rest_s=90.0), now=0.1)
+    each.submit(stage_request("hopeful", deadline=90.0), now=0.2)
+
+    end(each, running)
+    (first,) = each.poll(1.0)
+    end(each, first)
+    (second,) = each.poll(2.0)
+
+    assert [first.request_id, second.request_id] == ["hopeful", "hopeless"]
+
+
+def test_a_call_whose_time_runs_out_while_it_waits_is_relegated() -> None:
+    each = brain(instance("a", max_num_seqs=1), config=RELEGATING)
+    running = each.submit(stage_request("running"), now=0.0)
+    assert running is not None
+    each.submit(stage_request("first", deadline=20.0), now=0.1)
+    each.submit(stage_request("second", deadline=90.0), now=0.2)
+
+    end(each, running)
+
+    assert [d.request_id for d in each.poll(30.0)] == ["second"]
+    assert each.num_waiting == 1
+    assert len(each.relegated) == 1
+
+
+def test_a_run_that_has_begun_goes_before_one_that_has_not() -> None:
+    each = brain(instance("a", max_num_seqs=1), config=RELEGATING)
+    running = each.submit(stage_request("running"), now=0.0)
+    assert running is not None
+    each.submit(stage_request("new", deadline=50.0), now=0.1)
+    each.submit(stage_request("begun", deadline=90.0, attained_s=3.0), now=0.2)
+
+    end(each, running)
+
+    assert [d.request_id for d in each.poll(1.0)] == ["begun"]
+
+
+def test_a_relegated_call_gets_its_share_however_many_others_wait() -> None:
+    config = PolicyConfig(late_binding=True, relegate=True, relegated_share=0.25)
+    each = brain(instance("a", max_num_seqs=1), config=config)
+    running = each.submit(stage_request("running"), now=0.0)
+    each.submit(stage_request("hopeless", deadline=0.0), now=0.0)
+    order = []
+    for number in range(12):
+        each.submit(stage_request(f"r{number}", deadline=900.0), now=0.0)
+        assert running is not None
+        end(each, running)
+        (running,) = each.poll(0.0)
+        order.append(running.request_id)
+
+    assert order.index("hopeless") <= 4
+
+
+def test_a_new_run_does_not_join_others_that_its_company_would_make_late() -> None:
+    each = brain(instance("a"), config=RELEGATING)
+    tight = stage_request("tight", expected_output_tokens=100.0, attained_s=1.0)
+    (alone,) = each.fleet.candidates(tight)
+    tight = replace(tight, deadline=alone.alone_s * 1.05)
+    assert each.submit(tight, now=0.0) is not None
+
+    assert each.submit(stage_request("new", deadline=1e4), now=0.0) is None
+    assert each.submit(stage_request("begun", deadline=1e4, attained_s=1.0), now=0.0) is not None
 
 
 @given(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 
 import pytest
 
@@ -27,14 +28,29 @@ def test_any_dispatch_goes_with_any_ordering(dispatch: str, ordering: str) -> No
     assert (config.dispatch, config.ordering) == (dispatch, ordering)
 
 
-def test_the_default_has_a_name_and_an_older_one() -> None:
-    assert policy_names.parse(DEFAULT_POLICY) == PolicyConfig()
+def test_the_default_binds_late_and_its_long_name_says_so() -> None:
+    assert policy_names.parse(DEFAULT_POLICY) == PolicyConfig(late_binding=True)
     assert policy_names.parse("predicted-finish") == PolicyConfig()
-    assert policy_names.parse("predicted-finish+slack") == PolicyConfig()
+    assert policy_names.parse("predicted-finish+slack+late+relegate") == PolicyConfig(
+        late_binding=True, relegate=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "problem"),
+    [
+        ("hexgen+urgency+soon", "expected nothing, +late or +late+relegate after hexgen+urgency"),
+        ("hexgen+urgency+relegate", "got 'relegate'"),
+        ("round-robin+fcfs+late", "expected false with dispatch: round-robin"),
+    ],
+)
+def test_what_may_follow_a_name_is_known(name: str, problem: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(problem)):
+        policy_names.parse(name)
 
 
 def test_a_preset_s_description_is_its_long_name() -> None:
-    for name in PRESETS.keys() - {"predicted-finish"}:
+    for name in PRESETS:
         long_name = policy_names.PRESET[name].what.partition(";")[0]
         assert policy_names.parse(long_name) == PRESETS[name]
 
@@ -68,7 +84,7 @@ def test_no_policy_is_listed_twice_and_every_baseline_is_listed() -> None:
         ("hexgen+hexgen", r"unknown ordering 'hexgen'; known are \['atlas', 'deadline', "),
         ("hexgen+", r"unknown ordering ''; known are"),
         ("+fcfs", r"unknown dispatch ''; known are"),
-        ("hexgen+fcfs+fcfs", r"unknown ordering 'fcfs\+fcfs'; known are"),
+        ("hexgen+fcfs+fcfs", r"expected nothing, \+late or"),
         ("workflow+fcfs", r"unknown dispatch 'workflow'; known are"),
         ("hexgen + fcfs", r"unknown dispatch 'hexgen '; known are"),
     ],

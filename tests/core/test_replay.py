@@ -108,7 +108,7 @@ POLICIES = [
     for name in DISPATCH_POLICIES
     for late in (False, True)
     if not (late and name == "round-robin")
-]
+] + [PolicyConfig(late_binding=True, relegate=True)]
 
 
 def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
@@ -134,7 +134,9 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
                 brain.settle(event.outcome)
 
 
-@pytest.mark.parametrize("config", POLICIES, ids=lambda c: f"{c.dispatch}-late={c.late_binding}")
+@pytest.mark.parametrize(
+    "config", POLICIES, ids=lambda c: f"{c.dispatch}-late={c.late_binding}-relegate={c.relegate}"
+)
 @given(script=steps)
 @settings(max_examples=40)
 def test_recorded_decisions_replay_identically(config: PolicyConfig, script: list[Step]) -> None:

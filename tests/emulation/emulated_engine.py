@@ -68,6 +68,7 @@ class EmulatedEngine:
             assert sorted(step.request_ids) == sorted(output.num_scheduled_tokens)
             num_tokens = step.num_prefill_tokens + step.num_decode_seqs
             assert num_tokens == output.total_num_scheduled_tokens
+            self._agree_on_outputs(step)
         self._in_flight.append((output, step or Step()))
         while self._in_flight and (step is None or len(self._in_flight) >= self._depth):
             self._hand_over()
@@ -84,6 +85,17 @@ class EmulatedEngine:
         while self._in_flight:
             self._hand_over()
         return steps
+
+    def _agree_on_outputs(self, step: Step) -> None:
+        """Who gets a token, and which one of its answer that is, as the scheduler has it."""
+        for request_id, token_ids in zip(step.request_ids, step.token_ids):
+            request = self.scheduler.requests[request_id]
+            assert bool(token_ids) == (not request.is_prefill_chunk)
+            if request_id in step.output_numbers:
+                # In asynchronous mode this step's token is a placeholder already.
+                num_before = request.num_output_tokens + request.num_output_placeholders
+                number = num_before + (self._depth == 1)
+                assert step.output_numbers[request_id] == number
 
     def _hand_over(self) -> None:
         output, step = self._in_flight.popleft()

@@ -126,15 +126,18 @@ def test_no_end_token_before_min_tokens_and_none_under_ignore_eos(make_engine: M
     engine = make_engine(num_seats=4)
     hidden = {NUM_OUTPUT_TOKENS_KEY: 3}
     engine.add("min", 10, max_tokens=20, min_tokens=6, **hidden)
-    engine.add("ignore", 10, max_tokens=8, ignore_eos=True, **hidden)
+    engine.add("ignore", 10, max_tokens=8, ignore_eos=True, stop_token_ids=[9], **hidden)
 
     engine.run()
 
     assert engine.answers == {"min": [TOKEN] * 6 + [EOS], "ignore": [TOKEN] * 8}
 
 
-def test_preempted_requests_are_computed_anew_and_lose_no_token(make_engine: Make) -> None:
-    engine = make_engine(num_seats=3, num_blocks=14)
+@pytest.mark.parametrize("chunk", [24, 8192])
+def test_preempted_requests_are_computed_anew_and_lose_no_token(
+    make_engine: Make, chunk: int
+) -> None:
+    engine = make_engine(num_seats=3, num_blocks=14, max_num_batched_tokens=chunk)
     requests = [
         engine.add(name, 40, max_tokens=100, **{NUM_OUTPUT_TOKENS_KEY: length})
         for name, length in (("a", 70), ("b", 71), ("c", 72))

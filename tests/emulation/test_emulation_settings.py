@@ -34,7 +34,11 @@ def test_the_flag_is_found_in_any_form(argv: list[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "argv", [[], ["serve", "emulate-gpu"], ["--emulate-tp", "2"], ["--emulate-gpu"]]
+    "argv",
+    [
+        *([], ["serve", "emulate-gpu"], ["--emulate-tp", "2"], ["--emulate-gpu"]),
+        ["--emulate-g", "H100"],
+    ],
 )
 def test_without_the_flag_and_its_value_there_is_nothing(argv: list[str]) -> None:
     assert EmulationSettings.from_argv(argv) is None

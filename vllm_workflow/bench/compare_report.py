@@ -23,6 +23,7 @@ from vllm_workflow.bench.compare_text import (
 from vllm_workflow.bench.report import Section
 from vllm_workflow.core.metrics import mean, percentile
 from vllm_workflow.sim.capacity import REFERENCE_POLICIES
+from vllm_workflow.sim.workloads import PREFIX
 
 LEVELS = {
     1: "engines in closed form between events",
@@ -194,7 +195,10 @@ def _searches(comparison: Comparison) -> dict[str, str]:
 
 def _cautions(comparison: Comparison) -> list[str]:
     cautions = [
-        f"{name}: {note}" for name, trace in comparison.traces.items() for note in trace.notes
+        f"{name}: {note}"
+        for name, trace in comparison.traces.items()
+        if not name.startswith(PREFIX)  # what a generator is, its name and the conditions tell
+        for note in trace.notes
     ]
     for name, trace in comparison.traces.items():
         if trace.num_duplicates:

@@ -150,11 +150,12 @@ class PolicyConfig:
         """
         if name in PRESETS:
             return PRESETS[name]
-        dispatch, plus, ordering = name.partition("+")
+        dispatch, plus, rest = name.partition("+")
+        ordering, *options = rest.split("+")
         if not plus:
             raise ConfigError(
                 f"{source}: unknown policy {name!r}; known are {sorted(PRESETS)}, and "
-                f"DISPATCH+ORDERING, e.g. 'hexgen+urgency'"
+                f"DISPATCH+ORDERING, e.g. 'hexgen+urgency', each with +late or +late+relegate"
             )
         for half, value, known in (
             ("dispatch", dispatch, DISPATCH_POLICIES),
@@ -164,7 +165,21 @@ class PolicyConfig:
                 raise ConfigError(
                     f"{source}: policy {name!r}: unknown {half} {value!r}; known are {list(known)}"
                 )
-        return cls(dispatch=dispatch, ordering=ordering, preempt=ordering == "slack")
+        if options not in ([], ["late"], ["late", "relegate"]):
+            raise ConfigError(
+                f"{source}: policy {name!r}: expected nothing, +late or +late+relegate after "
+                f"{dispatch}+{ordering}, got {'+'.join(options)!r}"
+            )
+        try:
+            return cls(
+                dispatch=dispatch,
+                ordering=ordering,
+                preempt=ordering == "slack",
+                late_binding="late" in options,
+                relegate="relegate" in options,
+            )
+        except ConfigError as e:
+            raise ConfigError(f"{source}: policy {name!r}: {e}") from None
 
     @classmethod
     def from_file(cls, path: str | Path) -> PolicyConfig:
@@ -207,8 +222,8 @@ def _typed(value: object, wanted: type, where: str) -> object:
 
 PRESETS: Mapping[str, PolicyConfig] = MappingProxyType(
     {
-        "workflow": PolicyConfig(),
-        "predicted-finish": PolicyConfig(),  # what `workflow` was called first
+        "workflow": PolicyConfig(late_binding=True),
+        "predicted-finish": PolicyConfig(),
         "hexgen": PolicyConfig(dispatch="hexgen", ordering="urgency", preempt=False),
         "least-outstanding": PolicyConfig(
             dispatch="least-outstanding", ordering="fcfs", preempt=False
@@ -219,4 +234,4 @@ PRESETS: Mapping[str, PolicyConfig] = MappingProxyType(
 )
 """Whole policies by one name, as `policy: NAME` in `router.yaml`."""
 DEFAULT_POLICY = "workflow"
-"""The preset that `PolicyConfig()` is."""
+"""The preset that a router runs unless told otherwise."""

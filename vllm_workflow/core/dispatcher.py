@@ -26,7 +26,7 @@ from vllm_workflow.core.events import (
     Submitted,
     Withdrawn,
 )
-from vllm_workflow.core.fleet import Fleet, Instance
+from vllm_workflow.core.fleet import Fleet, Instance, max_stretch
 from vllm_workflow.core.lengths import Lengths
 from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.remaining import RemainingTime
@@ -185,8 +185,8 @@ class Dispatcher:
             raise NoInstanceError(self._why_none(request, excluded))
         decision: Decision | None
         if self.config.late_binding:
-            service_s = sum(c.service_s for c in candidates) / len(candidates)
-            request = replace(request, service_s=service_s)
+            alone_s = sum(c.alone_s for c in candidates) / len(candidates)
+            request = replace(request, service_s=alone_s)
             key = self._ordering.key(request)
             waiting = self._enqueue(request, key, num_prompt_bytes, excluded, now)
             self._bind_waiting(now, newest=waiting)
@@ -228,7 +228,7 @@ class Dispatcher:
         waiting = self.backlog.remove(request_id) or self.relegated.remove(request_id)
         if waiting is None:
             return False
-        self._remaining.ended(waiting.request, sent_time=math.nan, e2el_s=math.nan, ok=False)
+        self._remaining.ended(waiting.request, end_time=math.nan, alone_s=math.nan, ok=False)
         if self._record is not None:
             self._record(Withdrawn(request_id=request_id))
         return True
@@ -300,7 +300,10 @@ class Dispatcher:
             if head is not None and head_wait is None:
                 head_wait = self._wait_of(head, now)
             costs = self._policy.costs(waiting.request, candidates)
-            chosen = _startable(candidates, costs, head_wait)
+            able = _able(candidates, head_wait)
+            if self.config.relegate and self._is_guest(waiting):
+                able = [i for i in able if self._bears(waiting, candidates[i], now)]
+            chosen = min(able, key=costs.__getitem__, default=None)
             if chosen is None:
                 head = head or waiting
                 continue
@@ -313,6 +316,18 @@ class Dispatcher:
                 request, candidates, costs, chosen, now, waiting.num_prompt_bytes
             )
         self._looked_at_version = fleet.version
+
+    def _is_guest(self, waiting: Waiting) -> bool:
+        """Whether a call's run has not begun, or is late anyway."""
+        return waiting.request.attained_s <= 0.0 or waiting.request.request_id in self.relegated
+
+    def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
+        """Whether such a call may join others on an instance without making them late."""
+        margin = self.config.relegation_margin
+        if not self.fleet.bears(candidate, margin=margin):
+            return False
+        own = max_stretch(waiting.request, candidate, now)
+        return candidate.stretch * (1.0 + margin) <= own
 
     def _wait_of(self, waiting: Waiting, now: float) -> tuple[str, float] | None:
         """Instance that can start a call first, and in how many seconds."""
@@ -368,7 +383,10 @@ class Dispatcher:
                 actual=outcome.num_cached_tokens,
             )
         self._remaining.ended(
-            sent.request, sent_time=sent.time, e2el_s=outcome.e2el_s, ok=outcome.ok
+            sent.request,
+            end_time=sent.time + outcome.e2el_s,
+            alone_s=self._alone_s(sent, outcome),
+            ok=outcome.ok,
         )
         if outcome.ok:
             self._learn(sent, outcome)
@@ -419,6 +437,15 @@ class Dispatcher:
             outcome.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
         )
 
+    def _alone_s(self, sent: _Sent, outcome: Outcome) -> float:
+        """Service of the tokens that a call turned out to have, on its instance left to itself."""
+        chosen, request = sent.decision.chosen, sent.request
+        decode_s = chosen.decode_s / chosen.stretch
+        if outcome.num_output_tokens is not None and request.expected_output_tokens > 1.0:
+            num_decoded = max(0, outcome.num_output_tokens - 1)
+            decode_s *= num_decoded / (request.expected_output_tokens - 1.0)
+        return self._prefill_s(sent, outcome) + decode_s
+
     def _rest_s(self, request: StageRequest) -> float:
         """What was learned from runs, else what was declared, else nothing."""
         learned_s = self._remaining.after(request)
@@ -467,23 +494,18 @@ class Dispatcher:
         return f"no healthy instance serves model {request.model!r}{tried}"
 
 
-def _startable(
-    candidates: Sequence[Candidate],
-    costs: Sequence[float],
-    head_wait: tuple[str, float] | None,
-) -> int | None:
-    """Index of the candidate to start a call on now; None if it has to wait.
+def _able(candidates: Sequence[Candidate], head_wait: tuple[str, float] | None) -> list[int]:
+    """Indexes of the candidates that a call could start on now.
 
     A call does not wait for a faster instance while a slower one could start it: that pays for
     the call, and costs the fleet a quarter of its throughput when many do it.
 
     Args:
         candidates: Predictions; those with no `queue_s` can start it.
-        costs: Of the policy.
         head_wait: Instance that a call which goes first waits for, and how long: what would
             still be there by then is not started there.
     """
-    able = [
+    return [
         index
         for index, candidate in enumerate(candidates)
         if candidate.queue_s <= 0.0
@@ -493,4 +515,3 @@ def _startable(
             or candidate.finish_s <= head_wait[1]
         )
     ]
-    return min(able, key=costs.__getitem__, default=None)

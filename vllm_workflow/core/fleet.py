@@ -32,8 +32,8 @@ class Instance:
     models: tuple[str, ...]
     """Model names it serves; empty means that it serves any."""
     latency: LatencyModel = field(default_factory=LatencyModel)
-    max_num_seqs: int = 128
-    """Calls that run side by side; further ones wait in the engine."""
+    max_num_seqs: int = 256
+    """Calls that run side by side; further ones wait, in the router with late binding."""
     num_kv_tokens: int | None = None
     """Tokens that its KV cache holds; None where that is not known."""
 
@@ -48,6 +48,8 @@ class _Reserved(NamedTuple):
     """As predicted when it was sent."""
     num_tokens: float
     """Of the KV cache, that nobody else needed then."""
+    max_stretch: float
+    """By which its instance may be slower than for one call alone without making it late."""
 
 
 @dataclass(slots=True)
@@ -169,6 +171,18 @@ class Fleet:
             for account in self._accounts.values()
         )
 
+    def bears(self, candidate: Candidate, *, margin: float) -> bool:
+        """Whether the calls on an instance can bear one more without being made late by it.
+
+        Args:
+            candidate: With its `stretch`.
+            margin: Kept in reserve, as a share of what is predicted: prompts of later calls
+                and wrong guesses of lengths come on top.
+        """
+        reserved = self._accounts[candidate.instance_id].reserved.values()
+        limit = min((r.max_stretch for r in reserved), default=math.inf)
+        return candidate.stretch * (1.0 + margin) <= limit
+
     def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
         """Learn how far an instance's prefix cache holds what it is believed to hold.
 
@@ -225,7 +239,11 @@ class Fleet:
             num_tokens = account.kv.num_new_tokens(request.prefix, num_own_tokens)
             account.kv.admit(request_id, request.prefix, num_own_tokens)
         account.reserved[request_id] = _Reserved(
-            candidate.service_s, now, now + candidate.finish_s, num_tokens
+            candidate.service_s,
+            now,
+            now + candidate.finish_s,
+            num_tokens,
+            math.inf if request is None else max_stretch(request, candidate, now),
         )
         account.outstanding_s += candidate.service_s
 
@@ -290,6 +308,17 @@ def _num_own_tokens(request: StageRequest) -> float:
     return max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
 
 
+def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> float:
+    """How much slower than alone a call's run may go from `now` on, and still be on time.
+
+    `inf` without a deadline, and for a run that cannot be on time anyway: nobody has to make
+    room for it.
+    """
+    needed_s = candidate.alone_s + request.rest_s
+    left_s = request.deadline - now
+    return left_s / needed_s if 0.0 < needed_s <= left_s else math.inf
+
+
 def _capacity(instance: Instance) -> float:
     return math.inf if instance.num_kv_tokens is None else instance.num_kv_tokens
 
@@ -313,10 +342,12 @@ def _predict(
     if num_decoded < 0.0:
         num_decoded = 0.0
     context = request.num_prompt_tokens + 0.5 * request.expected_output_tokens
-    together_s = num_decoded * latency.decode_step_s(num_beside + 1, context)
-    slowdown_s = 0.0
+    step_s = latency.decode_step_s(num_beside + 1, context)
+    together_s = num_decoded * step_s
+    slowdown_s, stretch = 0.0, 1.0
     if num_beside:
         slowdown_s = together_s - num_decoded * latency.decode_step_s(num_beside, context)
+        stretch = step_s / latency.decode_step_s(1, context)
     return Candidate(
         instance.instance_id,
         queue_s,
@@ -326,6 +357,7 @@ def _predict(
         num_ahead,
         account.outstanding_s,
         num_cached_tokens,
+        stretch,
     )
 
 

@@ -56,8 +56,8 @@ ORDERING: Mapping[str, About] = MappingProxyType(
 
 PRESET: Mapping[str, About] = MappingProxyType(
     {
-        "workflow": About("predicted-finish+slack; the default"),
-        "predicted-finish": About("the same as workflow, by its first name"),
+        "workflow": About("predicted-finish+slack+late; the default"),
+        "predicted-finish": About("predicted-finish+slack"),
         "hexgen": About("hexgen+urgency", _HEXGEN),
         "least-outstanding": About("least-outstanding+fcfs"),
         "power-of-two": About("power-of-two+fcfs"),
@@ -101,10 +101,21 @@ ALL: tuple[str, ...] = (
     "least-outstanding+shortest-remaining",
     "least-outstanding+urgency",
     "least-outstanding+slack",
-    *(f"predicted-finish+{ordering}" for ordering in ORDERING if ordering != "slack"),
+    *(f"predicted-finish+{ordering}" for ordering in ORDERING),
+    *(f"predicted-finish+{ordering}+late" for ordering in ORDERING if ordering != "slack"),
+    "predicted-finish+slack+late+relegate",
+    "least-outstanding+fcfs+late",
 )
-"""The default, what others do, and each half of the default with other halves. No two are the
+"""The default, what others do, and each part of the default with other parts. No two are the
 same policy."""
+
+OPTION: Mapping[str, About] = MappingProxyType(
+    {
+        "late": About("calls wait in the router until an instance has room for them"),
+        "relegate": About("runs that can no longer be on time wait for those that can"),
+    }
+)
+"""What may follow `DISPATCH+ORDERING`."""
 
 
 def parse(name: str) -> PolicyConfig:
@@ -125,7 +136,7 @@ def describe(name: str) -> About:
     parse(name)
     if name in PRESETS:
         return PRESET[name]
-    dispatch, _, ordering = name.partition("+")
-    halves = DISPATCH[dispatch], ORDERING[ordering]
-    sources = dict.fromkeys(half.source for half in halves if half.source)
-    return About("; ".join(half.what for half in halves), "; ".join(sources))
+    dispatch, ordering, *options = name.split("+")
+    parts = [DISPATCH[dispatch], ORDERING[ordering], *(OPTION[o] for o in options)]
+    sources = dict.fromkeys(part.source for part in parts if part.source)
+    return About("; ".join(part.what for part in parts), "; ".join(sources))

@@ -6,8 +6,8 @@ path as it turns out. The expected time still to go after a stage satisfies
     V(stage) = P(another call follows) · E[time until it ends + V(its stage)]
 
 and is kept up to date by temporal-difference learning: one step per call, no graph to declare.
-Time in the engine and gaps between calls count; time in the router's own queue does not, since
-that is what is being decided.
+Times are those of an idle fleet: service as it would be alone, and gaps between calls. What a
+loaded fleet adds is for the policy to decide.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ class RemainingTime:
                 self._left(oldest.state, None, 0.0)
         run.num_in_flight += 1
 
-    def ended(self, request: StageRequest, *, sent_time: float, e2el_s: float, ok: bool) -> None:
+    def ended(self, request: StageRequest, *, end_time: float, alone_s: float, ok: bool) -> None:
         """Note that a call of a run has ended.
 
         Args:
             request: The call.
-            sent_time: When it left the router's queue.
-            e2el_s: From then to its end.
+            end_time: When; `nan` unless it ended well.
+            alone_s: Its service on its instance, had it been alone there.
             ok: It ended well.
         """
         key = (request.tenant_id, request.workflow_id)
@@ -102,13 +102,12 @@ class RemainingTime:
         run.num_in_flight -= 1
         if not ok:
             return
-        end_time = sent_time + e2el_s
         if end_time > run.end_time:
-            waited_s = (
-                sent_time - request.arrival_time if request.arrival_time >= run.end_time else 0.0
-            )
             state = _state(request, run)
-            self._left(run.state, state, max(0.0, end_time - run.end_time - waited_s))
+            gap_s = request.arrival_time - run.end_time
+            # Of a call that ran beside the last one, only what it took longer counts.
+            took_s = gap_s + alone_s if gap_s >= 0.0 else min(alone_s, end_time - run.end_time)
+            self._left(run.state, state, took_s)
             run.state, run.end_time = state, end_time
         run.rounds[request.stage] = run.rounds.get(request.stage, 0) + 1
         self._runs.move_to_end(key)

@@ -89,10 +89,17 @@ class Candidate(NamedTuple):
     """Predicted service of those calls, summed; what they have already done is not subtracted."""
     num_cached_tokens: int = 0
     """Prompt tokens that the instance's prefix cache is believed to hold."""
+    stretch: float = 1.0
+    """Step time with this call beside the others over step time of this call alone."""
 
     @property
     def service_s(self) -> float:
         return self.prefill_s + self.decode_s
+
+    @property
+    def alone_s(self) -> float:
+        """Service if nothing else ran on the instance."""
+        return self.prefill_s + self.decode_s / self.stretch
 
     @property
     def finish_s(self) -> float:

@@ -43,20 +43,23 @@ FLAGS: dict[str, dict[str, Any]] = {
     },
     "--emulate-weight-bits": {
         "metavar": "{4,8,16}",
+        "default": "16",
         "help": "With --emulate-gpu NAME: bits of one weight; fewer are read faster and leave "
-        "more room for the KV cache. Default: 16.",
+        "more room for the KV cache.",
     },
     "--emulate-tp": {
         "metavar": "N",
+        "default": "1",
         "help": "With --emulate-gpu NAME: this many such GPUs hold the model together, by tensor "
-        "parallelism. vLLM's own --tensor-parallel-size stays 1. Default: 1.",
+        "parallelism. vLLM's own --tensor-parallel-size stays 1.",
     },
     "--emulate-time-scale": {
         "metavar": "X",
+        "default": "1",
         "help": "With --emulate-gpu: run X times as fast as life. 2: steps take half as long as on "
         "the GPU; 0.5: twice as long. Durations seen by clients are to be multiplied by X. How "
         "fast is too fast for this CPU, `vllm_workflow:emulated_late_seconds_total` and "
-        "`…:emulated_stalled_seconds_total` on /metrics tell. Default: 1.",
+        "`…:emulated_stalled_seconds_total` on /metrics tell.",
     },
 }
 """Flag -> what argparse is told about it."""

@@ -57,7 +57,7 @@ class TokenChoice:
             if _is_allowed(row, token_id):
                 return token_id
         for index, word in enumerate(row):
-            bits = int(word) & 0xFFFFFFFF
+            bits = int(word)
             if bits:
                 return index * 32 + (bits & -bits).bit_length() - 1
         return self.plain_id  # a grammar without a way on; vLLM ends the request

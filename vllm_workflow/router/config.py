@@ -70,8 +70,8 @@ class InstanceConfig(_Strict):
     """File that `vllm-workflow profile` wrote; replaces `model_shape`."""
     models: list[_Name] = []
     """Models it serves; asked of the server if empty."""
-    max_num_seqs: Annotated[int, Field(ge=1)] = 128
-    """As the server was started with."""
+    max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    """As the server was started with; vLLM's own default is this, or more on large GPUs."""
     num_kv_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens that its KV cache holds; by default those of the profile, or as datasheets say."""
     latency: LatencyConfig = LatencyConfig()

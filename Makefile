@@ -16,12 +16,11 @@ demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with dea
 	$(BIN)/python examples/demo/demo.py
 
 # One load; what the machine could not keep up with is marked invalid. Peers come from PyPI.
-bench-system: $(VLLM) $(BENCH)  ## real servers on emulated GPUs, other routers beside ours, to out/system
-	mkdir -p out
-	$(BIN)/python benchmarks/compare.py --level 3 --fleet A100:2,A6000:1,L40S:1 \
-		--model-shape llama-3.1-70b --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 40 \
-		--seeds 1 --policies workflow hexgen+urgency least-outstanding+fcfs round-robin+fcfs peers \
-		--json out/system/chess.json --html out/system/chess.html
+bench-system: $(VLLM) $(BENCH)  ## real servers on emulated GPUs, other routers beside ours
+	$(COMPARE) --level 3 --fleet A100:2,A6000:1,L40S:1 --model-shape llama-3.1-70b \
+	  --weight-bits 4 --trace builtin:chess --loads 0.85 --runs 40 --seeds 1 \
+	  --policies workflow hexgen+urgency least-outstanding+fcfs round-robin+fcfs peers \
+	  --json out/bench/system.json --html out/bench/system.html
 
 test: lint unit integration  ## everything that must pass before a change lands
 

@@ -74,9 +74,13 @@ def test_peers_and_first_come_first_served_share_stock_servers() -> None:
 
 
 def test_policies_that_differ_in_the_router_only_share_servers_and_orderings_do_not() -> None:
-    hexgen, round_robin, workflow = systems(["hexgen", "round-robin+urgency", "workflow"])
+    hexgen, round_robin, workflow, early = systems(
+        ["hexgen", "round-robin+urgency", "workflow", "predicted-finish+slack"]
+    )
 
     assert hexgen.engine_policy == round_robin.engine_policy
+    assert workflow.policy != early.policy
+    assert workflow.engine_policy == early.engine_policy
     assert workflow.engine_policy not in {None, hexgen.engine_policy}
 
 

@@ -11,6 +11,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError
 from vllm_workflow.core.fleet import Instance
+from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.types import Decision
 
 LATE = PolicyConfig(late_binding=True, ordering="deadline")
@@ -133,11 +134,82 @@ def test_an_idle_instance_takes_a_call_whose_answer_is_expected_to_overflow_its_
     assert each.submit(wordy, now=0.0) is not None
 
 
-def test_a_call_that_no_cache_can_hold_is_refused_with_the_number() -> None:
+def test_a_prompt_that_seems_too_long_for_every_cache_is_for_an_engine_to_refuse() -> None:
     each = brain(instance("a", num_kv_tokens=50), instance("b", num_kv_tokens=90))
 
-    with pytest.raises(NoInstanceError, match=r"at most 90 tokens .* got 101"):
-        each.submit(stage_request(num_prompt_tokens=100), now=0.0)
+    assert each.submit(stage_request(num_prompt_tokens=100), now=0.0) is not None
+
+
+def test_a_call_goes_only_where_the_cache_can_hold_it() -> None:
+    each = brain(instance("small", num_kv_tokens=90), instance("large", num_kv_tokens=200))
+    long = stage_request(num_prompt_tokens=100)
+
+    decision = each.submit(long, now=0.0)
+
+    assert decision is not None
+    assert [c.instance_id for c in decision.candidates] == ["large"]
+
+
+def test_calls_for_a_full_model_do_not_keep_others_from_an_idle_one() -> None:
+    each = brain(
+        instance("full", models=("m",), max_num_seqs=1), instance("idle", models=("other",))
+    )
+    each.submit(stage_request("running", model="m"), now=0.0)
+    for number in range(100):
+        each.submit(stage_request(f"r{number}", model="m", deadline=1.0), now=0.0)
+
+    assert each.submit(stage_request("other", model="other"), now=0.0) is not None
+
+
+def test_an_instance_that_recovers_takes_as_many_as_it_has_seats_for() -> None:
+    each = brain(instance("a", max_num_seqs=1), instance("b", max_num_seqs=80))
+    each.mark("b", healthy=False)
+    for number in range(101):
+        each.submit(stage_request(f"r{number}"), now=0.0)
+
+    each.mark("b", healthy=True)
+
+    assert len(each.poll(1.0)) == 80
+
+
+def test_a_call_that_leaves_no_longer_holds_up_others() -> None:
+    each = brain(instance("a", num_kv_tokens=1_000))
+    half = stage_request("half", num_prompt_tokens=500, expected_output_tokens=100.0)
+    each.submit(half, now=0.0)
+    each.submit(stage_request("large", deadline=9.0, num_prompt_tokens=900), now=0.0)
+    each.submit(stage_request("long", num_prompt_tokens=10, expected_output_tokens=300.0), now=0.0)
+
+    each.withdraw("large")
+
+    assert [d.request_id for d in each.poll(0.1)] == ["long"]
+
+
+def test_calls_that_no_healthy_instance_serves_any_more_are_named() -> None:
+    each = brain(instance("a", max_num_seqs=1), instance("b", max_num_seqs=1))
+    running = each.submit(stage_request("running"), now=0.0, exclude=["b"])
+    assert running is not None
+    each.submit(stage_request("both"), now=0.0)
+    each.submit(stage_request("neither"), now=0.0)
+    each.submit(stage_request("only-b"), now=0.0, exclude=["a"])
+
+    each.mark("b", healthy=False)
+
+    assert [r.request_id for r in each.waiting.stranded()] == ["only-b"]
+
+
+def test_a_restarted_instance_is_not_believed_to_hold_prefixes() -> None:
+    each = brain(instance("a"))
+    prefix = (Segment(1, 90),)
+    first = each.submit(stage_request("first", prefix=prefix), now=0.0)
+    assert first is not None
+    end(each, first)
+    each.mark("a", healthy=False)
+    each.mark("a", healthy=True)
+
+    again = each.submit(stage_request("again", prefix=prefix), now=1.0)
+
+    assert again is not None
+    assert again.chosen.num_cached_tokens == 0
 
 
 def test_an_instance_that_recovers_takes_what_waits() -> None:
@@ -233,6 +305,15 @@ def test_a_new_run_does_not_join_others_that_its_company_would_make_late() -> No
 
     assert each.submit(stage_request("new", deadline=1e4), now=0.0) is None
     assert each.submit(stage_request("begun", deadline=1e4, attained_s=1.0), now=0.0) is not None
+
+
+def test_an_idle_instance_takes_a_run_that_has_nothing_to_spare() -> None:
+    each = brain(instance("a"), config=RELEGATING)
+    (alone,) = each.fleet.candidates(stage_request())
+
+    tight = stage_request("tight", deadline=1.2 * alone.alone_s)
+
+    assert each.submit(tight, now=0.0) is not None
 
 
 @given(

@@ -8,6 +8,8 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
+from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.router.prefixes import head_of
 
 pytestmark = pytest.mark.anyio
 
@@ -87,3 +89,65 @@ async def test_clients_that_come_and_go_at_any_moment_leave_nothing_behind(
         async with asyncio.timeout(5):
             while client.router.dispatcher.num_in_flight or waiting(client):
                 await asyncio.sleep(0.005)
+
+
+async def test_clients_that_leave_as_they_are_bound_take_nobody_s_turn(routing: Routing) -> None:
+    async with (
+        FakeEngine(held=True).serving() as engine,
+        routing(engine, seats=2, policy=LATE) as client,
+    ):
+        binder, dispatcher = client.router.proxy._binder, client.router.dispatcher
+
+        def ask(name: str) -> asyncio.Task[Decision]:
+            call = StageRequest(request_id=name, arrival_time=0.0, model="m")
+            return asyncio.create_task(binder.bind(call, num_prompt_bytes=1, exclude=()))
+
+        def settle(decision: Decision) -> None:
+            binder.settle(Outcome(request_id=decision.request_id, instance_id="a", ok=False))
+
+        first, second = await ask("first"), await ask("second")
+        leaving = [ask("leaving-1"), ask("leaving-2")]
+        staying = [ask("staying-1"), ask("staying-2")]
+        await until(client, num_waiting=4)
+        settle(first)
+        settle(second)  # binds those that leave in the same moment
+        for task in leaving:
+            task.cancel()
+
+        async with asyncio.timeout(5):
+            for decision in await asyncio.gather(*staying):
+                settle(decision)
+        assert dispatcher.num_in_flight == 0
+
+
+async def test_a_call_whose_last_instance_dies_while_it_waits_is_told_so(routing: Routing) -> None:
+    async with (
+        FakeEngine(held=True).serving() as engine,
+        routing(engine, seats=1, policy=LATE) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
+        tasks.create_task(call(client, [], "first"))
+        await engine.wait_for(received=1)
+        waiting_call = tasks.create_task(client.post().__aenter__())
+        await until(client, num_waiting=1)
+
+        client.router.proxy._upstreams._mark(client.router.proxy._upstreams["a"], False, "gone")
+
+        assert (await waiting_call).status == 503
+        engine.release()
+
+
+def test_the_head_of_a_prompt_is_the_same_whatever_follows() -> None:
+    messages = [{"role": "user", "content": "x" * 300} for _ in range(40)]
+    longer = [*messages, {"role": "user", "content": "y" * 9_000}]
+
+    head = head_of({"messages": messages})
+
+    assert len(head) == 6
+    assert head_of({"messages": longer})[: len(head) - 1] == head[:-1]
+
+
+def test_of_a_huge_prompt_only_the_beginning_is_looked_at() -> None:
+    assert len(head_of({"prompt": list(range(1_000_000))})) == 256
+    assert len(head_of({"prompt": "x" * 5_000_000})) == 256
+    assert head_of({"prompt": {"not": "a prompt"}}) == head_of({}) == ()

@@ -6,7 +6,7 @@ import json
 import re
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,11 @@ PEER_IDENTITY = Identity(headers=False, session=True)
 """What other routers understand of runs: `X-Session-ID`, by vllm-router's documentation the
 recommended way, for consistent hashing and for Program scheduling."""
 _STOCK_ORDERING = "fcfs"
+_ENGINE_FIELDS = (
+    *("ordering", "patience_s", "starvation_ratio", "preempt", "urgent_slack_s"),
+    *("preempt_margin_s", "preempt_cooldown_s", "prefill_chunk_cap"),
+)
+"""Of a policy; what only the router looks at makes no other servers."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,14 +53,7 @@ class System:
         """Of the servers; None for stock vLLM. Systems with equal ones share their servers."""
         if self.policy is None or self.policy.ordering == _STOCK_ORDERING:
             return None
-        stock = PolicyConfig()  # what only the router looks at makes no other servers
-        return replace(
-            self.policy,
-            dispatch=stock.dispatch,
-            alpha=stock.alpha,
-            seed=stock.seed,
-            late_binding=stock.late_binding,
-        )
+        return PolicyConfig(**{name: getattr(self.policy, name) for name in _ENGINE_FIELDS})
 
     @property
     def fingerprint(self) -> str:

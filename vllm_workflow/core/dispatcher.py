@@ -228,13 +228,5 @@ class Dispatcher:
         if not self.fleet.serves(request.model):
             served = sorted({m for i in self.fleet for m in i.models})
             return f"no instance serves model {request.model!r}; served are {served}"
-        most = max(
-            (i.num_kv_tokens or math.inf for i in self.fleet if i.serves(request.model)), default=0
-        )
-        if request.num_tokens_at_most > most:
-            return (
-                f"expected at most {most} tokens of prompt and answer, which is what the largest "
-                f"KV cache holds, got {request.num_tokens_at_most}"
-            )
         tried = f"; tried {sorted(exclude)}" if exclude else ""
         return f"no healthy instance serves model {request.model!r}{tried}"

@@ -65,6 +65,14 @@ class _Account:
     hit_share: float = 1.0
     """Of the prompt tokens that should be in its prefix cache, those that were."""
 
+    @property
+    def has_room(self) -> bool:
+        """Whether it can start a further call, if it is a small one; an idle one takes any."""
+        return self.healthy and (
+            not self.reserved
+            or (len(self.reserved) < self.instance.max_num_seqs and self.kv.num_free_tokens > 0.0)
+        )
+
 
 class Fleet:
     """Predicts candidates and keeps account of the calls in flight."""
@@ -83,7 +91,7 @@ class Fleet:
             self._accounts[instance.instance_id] = _Account(instance, KvLedger(_capacity(instance)))
         else:
             account.instance = instance
-            account.kv.num_tokens = _capacity(instance)
+            account.kv.resize(_capacity(instance))
 
     def _sharing_latency(self, instance: Instance) -> Instance:
         """Equal latency models become one object, so that each is asked once per call."""
@@ -93,7 +101,10 @@ class Fleet:
         return instance
 
     def mark(self, instance_id: str, *, healthy: bool) -> None:
-        self._accounts[instance_id].healthy = healthy
+        account = self._accounts[instance_id]
+        if healthy and not account.healthy:
+            account.kv.clear()  # it may have been restarted
+        account.healthy = healthy
         self.version += 1
 
     def is_healthy(self, instance_id: str) -> bool:
@@ -115,7 +126,7 @@ class Fleet:
     ) -> tuple[Candidate, ...]:
         """Predict `request` on every healthy instance that serves its model and can hold it."""
         num_own_tokens = _num_own_tokens(request)
-        num_tokens_at_most = request.num_tokens_at_most
+        num_at_most = self._num_at_most(request)
         prefills: dict[tuple[int, int], float] = {}  # instances of one kind share a latency model
         found: list[Candidate] = []
         for account in self._accounts.values():
@@ -124,7 +135,7 @@ class Fleet:
                 not account.healthy
                 or instance.instance_id in exclude
                 or not instance.serves(request.model)
-                or num_tokens_at_most > account.kv.num_tokens
+                or num_at_most > account.kv.num_tokens
             ):
                 continue
             num_cached = 0
@@ -141,35 +152,53 @@ class Fleet:
             found.append(_predict(account, request, prefill_s, num_cached, num_new_tokens, now))
         return tuple(found)
 
-    def has_room(self) -> bool:
-        """Whether any healthy instance can start a further call, if it is a small one."""
+    def has_room(self, model: str = "", exclude: Collection[str] = ()) -> bool:
+        """Whether a healthy instance of a model can start a further call, if it is a small one."""
         return any(
-            a.healthy
-            and (
-                not a.reserved
-                or (len(a.reserved) < a.instance.max_num_seqs and a.kv.num_free_tokens > 0.0)
-            )
-            for a in self._accounts.values()
+            account.has_room
+            and account.instance.instance_id not in exclude
+            and account.instance.serves(model)
+            for account in self._accounts.values()
+        )
+
+    def serves_now(self, model: str, exclude: Collection[str] = ()) -> bool:
+        """Whether any healthy instance outside `exclude` serves `model`."""
+        return any(
+            account.healthy
+            and account.instance.instance_id not in exclude
+            and account.instance.serves(model)
+            for account in self._accounts.values()
         )
 
     def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
         num_own_tokens = _num_own_tokens(request)
+        num_at_most = self._num_at_most(request)
         return any(
-            account.healthy
+            account.has_room
             and (
                 not account.reserved
-                or (
-                    len(account.reserved) < account.instance.max_num_seqs
-                    and account.kv.num_new_tokens(request.prefix, num_own_tokens)
-                    <= account.kv.num_free_tokens
-                )
+                or account.kv.num_new_tokens(request.prefix, num_own_tokens)
+                <= account.kv.num_free_tokens
             )
             and account.instance.instance_id not in exclude
             and account.instance.serves(request.model)
-            and request.num_tokens_at_most <= account.kv.num_tokens
+            and num_at_most <= account.kv.num_tokens
             for account in self._accounts.values()
         )
+
+    def _num_at_most(self, request: StageRequest) -> int:
+        """Tokens that an instance must be able to hold; 0 if none can hold what is guessed.
+
+        A prompt's tokens are guessed from its bytes, which may be an image: then it is for an
+        engine to refuse the call.
+        """
+        num_tokens = request.num_tokens_at_most
+        largest = max(
+            (a.kv.num_tokens for a in self._accounts.values() if a.instance.serves(request.model)),
+            default=0.0,
+        )
+        return num_tokens if num_tokens <= largest else 0
 
     def bears(self, candidate: Candidate, *, margin: float) -> bool:
         """Whether the calls on an instance can bear one more without being made late by it.

@@ -126,6 +126,11 @@ class KvLedger:
             self.num_used_tokens = 0.0  # no rounding error outlives the calls
         self._evict()
 
+    def resize(self, num_tokens: float) -> None:
+        """Set the capacity."""
+        self.num_tokens = num_tokens
+        self._evict()
+
     def clear(self) -> None:
         """Forget every prefix that no call in flight reads: the engine has restarted."""
         for chain_hash in list(self._idle):

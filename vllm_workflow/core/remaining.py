@@ -21,6 +21,7 @@ MAX_RUNS = 20_000
 """Runs followed at a time: their names come from clients."""
 MAX_STAGES = 4_096
 """Of all workflows; the one longest without news is forgotten."""
+MAX_STAGES_OF_RUN = 64
 MAX_ROUND = 3
 """A stage entered again is another state, up to so many rounds: loops tire."""
 MIN_ENDED = 8
@@ -29,8 +30,8 @@ OVER_AFTER_S = 60.0
 """A run without a call in flight for this long is taken to be over."""
 _MIN_RATE = 0.05
 
-_State = tuple[str, str, int]
-"""Workflow, stage, and which round of it in the run; ("w", "", 0) is the beginning."""
+_State = tuple[str, str, str, int]
+"""Tenant, workflow, stage, and which round of it in the run; stage "" is the beginning."""
 _RunKey = tuple[str, str]
 
 
@@ -66,6 +67,8 @@ class RemainingTime:
 
     def after(self, request: StageRequest) -> float | None:
         """Seconds that a run is expected to go on after a call; None if too little is known."""
+        if not request.workflow:
+            return None
         run = self._runs.get((request.tenant_id, request.workflow_id))
         node = self._nodes.get(_state(request, run))
         if node is None or node.num_left < MIN_ENDED:
@@ -74,13 +77,12 @@ class RemainingTime:
 
     def began(self, request: StageRequest) -> None:
         """Note that a call of a run has been made."""
-        if not request.workflow_id:
-            return
+        if not request.workflow_id or not request.workflow:
+            return  # sessions have no stages to learn from
         key = (request.tenant_id, request.workflow_id)
         run = self._runs.get(key)
         if run is None:
-            start = (request.workflow, "", 0)
-            run = self._runs[key] = _Run(start, request.arrival_time)
+            run = self._runs[key] = _Run(_beginning(request), request.arrival_time)
             if len(self._runs) > MAX_RUNS:
                 _, oldest = self._runs.popitem(last=False)
                 self._left(oldest.state, None, 0.0)
@@ -103,13 +105,19 @@ class RemainingTime:
         if not ok:
             return
         if end_time > run.end_time:
-            state = _state(request, run)
             gap_s = request.arrival_time - run.end_time
+            if gap_s > OVER_AFTER_S:  # somebody came back to it: another run, as far as time goes
+                self._left(run.state, None, 0.0)
+                run.state, run.end_time = _beginning(request), request.arrival_time
+                run.rounds.clear()
+                gap_s = 0.0
+            state = _state(request, run)
             # Of a call that ran beside the last one, only what it took longer counts.
             took_s = gap_s + alone_s if gap_s >= 0.0 else min(alone_s, end_time - run.end_time)
             self._left(run.state, state, took_s)
             run.state, run.end_time = state, end_time
-        run.rounds[request.stage] = run.rounds.get(request.stage, 0) + 1
+        if request.stage in run.rounds or len(run.rounds) < MAX_STAGES_OF_RUN:
+            run.rounds[request.stage] = run.rounds.get(request.stage, 0) + 1
         self._runs.move_to_end(key)
         if request.final:
             self._left(run.state, None, 0.0)
@@ -149,4 +157,8 @@ class RemainingTime:
 
 def _state(request: StageRequest, run: _Run | None) -> _State:
     num_before = run.rounds.get(request.stage, 0) if run else 0
-    return (request.workflow, request.stage, min(num_before, MAX_ROUND))
+    return (request.tenant_id, request.workflow, request.stage, min(num_before, MAX_ROUND))
+
+
+def _beginning(request: StageRequest) -> _State:
+    return (request.tenant_id, request.workflow, "", 0)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from vllm_workflow.core.backlog import Backlog, Waiting
@@ -13,7 +14,11 @@ from vllm_workflow.core.fleet import Fleet, max_stretch
 from vllm_workflow.core.types import Candidate, StageRequest
 
 _MAX_LOOKED_AT = 16
-"""Waiting calls that are considered when something has changed, from the first on."""
+"""Calls that turn out not to fit, after which no more are looked at when something has changed.
+Those for which every instance is full are passed over at no cost."""
+
+_Kind = tuple[str, tuple[str, ...]]
+"""Model and excluded instances: what decides which instances come into question."""
 
 
 class Choice(NamedTuple):
@@ -70,7 +75,18 @@ class WaitingRoom:
 
     def leave(self, request_id: str) -> Waiting | None:
         """Take a call out; None if it does not wait."""
-        return self.backlog.remove(request_id) or self.relegated.remove(request_id)
+        waiting = self.backlog.remove(request_id) or self.relegated.remove(request_id)
+        if waiting is not None:
+            self._looked_at_version = -1  # others may have been held up by it
+        return waiting
+
+    def stranded(self) -> list[StageRequest]:
+        """Calls that no healthy instance serves any more."""
+        return [
+            waiting.request
+            for waiting in (*self.backlog, *self.relegated)
+            if not self._fleet.serves_now(waiting.request.model, waiting.exclude)
+        ]
 
     def starting(self, now: float, newest: Waiting | None = None) -> Iterator[Choice]:
         """Yield what can start now, first in order first; each must be reserved before the next.
@@ -85,32 +101,40 @@ class WaitingRoom:
         """
         fleet = self._fleet
         only_newest = newest is not None and fleet.version == self._looked_at_version
-        head: Waiting | None = None
-        head_wait: tuple[str, float] | None = None
+        blocked: dict[_Kind, Waiting] = {}
+        claims: dict[str, float] | None = None
+        num_in_vain = 0
         for waiting in self._in_turn(now):
-            if not fleet.has_room():
+            if not fleet.has_room() or num_in_vain == _MAX_LOOKED_AT:
                 break
-            if (only_newest and waiting is not newest) or not fleet.can_start(
-                waiting.request, waiting.exclude
-            ):
-                head = head or waiting
+            kind = waiting.request.model, waiting.exclude
+            if only_newest and waiting is not newest:
+                blocked.setdefault(kind, waiting)
+                continue
+            if not fleet.has_room(*kind):
+                blocked.setdefault(kind, waiting)
+                continue
+            if not fleet.can_start(waiting.request, waiting.exclude):
+                blocked.setdefault(kind, waiting)
+                num_in_vain += 1
                 continue
             candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
-            if head is not None and head_wait is None:
-                head_wait = self._wait_of(head, now)
+            if blocked and claims is None:
+                claims = self._claims(blocked, now)
             costs = self._policy.costs(waiting.request, candidates)
-            able = _able(candidates, head_wait)
-            if self._config.relegate and self._is_guest(waiting):
+            able = _able(candidates, claims or {})
+            if not able:
+                blocked.setdefault(kind, waiting)
+            elif self._config.relegate and self._is_guest(waiting):
                 able = [i for i in able if self._bears(waiting, candidates[i], now)]
-            chosen = min(able, key=costs.__getitem__, default=None)
-            if chosen is None:
-                head = head or waiting
+            if not able:
+                num_in_vain += 1
                 continue
             self._num_since_relegated += 1
             if self.backlog.remove(waiting.request.request_id) is None:
                 self.relegated.remove(waiting.request.request_id)
                 self._num_since_relegated = 0
-            yield Choice(waiting, candidates, costs, chosen)
+            yield Choice(waiting, candidates, costs, min(able, key=costs.__getitem__))
         self._looked_at_version = fleet.version
 
     def _relegate(self, now: float) -> None:
@@ -124,16 +148,24 @@ class WaitingRoom:
                 )
 
     def _in_turn(self, now: float) -> list[Waiting]:
-        """Calls to look at, in order; now and then a relegated one goes first, so none starves."""
-        if self._config.relegate:
-            self._relegate(now)
-        if not self.relegated:
-            return self.backlog.first(_MAX_LOOKED_AT)
-        hopeful = self.backlog.first(_MAX_LOOKED_AT)
-        hopeless = self.relegated.first(_MAX_LOOKED_AT)
+        """All calls in order; now and then a relegated one goes first, so that none starves."""
+        if not self._config.relegate:
+            return list(self.backlog)
+        self._relegate(now)
+        hopeful, hopeless = list(self.backlog), list(self.relegated)
         if self._num_since_relegated >= 1.0 / self._config.relegated_share - 1.0:
             return [*hopeless[:1], *hopeful, *hopeless[1:]]
         return hopeful + hopeless
+
+    def _claims(self, blocked: Mapping[_Kind, Waiting], now: float) -> dict[str, float]:
+        """Instances that the first blocked call of each kind waits for, and for how long."""
+        claims: dict[str, float] = {}
+        for waiting in blocked.values():
+            candidates = self._fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+            first = min(candidates, key=lambda c: c.queue_s, default=None)
+            if first is not None and first.queue_s > 0.0:
+                claims.setdefault(first.instance_id, first.queue_s)
+        return claims
 
     def _is_guest(self, waiting: Waiting) -> bool:
         """Whether a call's run has not begun, or is late anyway."""
@@ -141,20 +173,17 @@ class WaitingRoom:
 
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
         """Whether such a call may join others on an instance without making them late."""
+        if not candidate.num_outstanding:
+            return True
         margin = self._config.relegation_margin
         if not self._fleet.bears(candidate, margin=margin):
             return False
-        own = max_stretch(waiting.request, candidate, now)
-        return candidate.stretch * (1.0 + margin) <= own
-
-    def _wait_of(self, waiting: Waiting, now: float) -> tuple[str, float] | None:
-        """Instance that can start a call first, and in how many seconds."""
-        candidates = self._fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
-        first = min(candidates, key=lambda c: c.queue_s, default=None)
-        return None if first is None else (first.instance_id, first.queue_s)
+        if waiting.request.request_id in self.relegated:
+            return True
+        return candidate.stretch * (1.0 + margin) <= max_stretch(waiting.request, candidate, now)
 
 
-def _able(candidates: Sequence[Candidate], head_wait: tuple[str, float] | None) -> list[int]:
+def _able(candidates: Sequence[Candidate], claims: Mapping[str, float]) -> list[int]:
     """Indexes of the candidates that a call could start on now.
 
     A call does not wait for a faster instance while a slower one could start it: that pays for
@@ -162,16 +191,12 @@ def _able(candidates: Sequence[Candidate], head_wait: tuple[str, float] | None) 
 
     Args:
         candidates: Predictions; those with no `queue_s` can start it.
-        head_wait: Instance that a call which goes first waits for, and how long: what would
-            still be there by then is not started there.
+        claims: Seconds until a call that goes first starts on an instance: what would still be
+            there by then is not started there.
     """
     return [
         index
         for index, candidate in enumerate(candidates)
         if candidate.queue_s <= 0.0
-        and (
-            head_wait is None
-            or head_wait[0] != candidate.instance_id
-            or candidate.finish_s <= head_wait[1]
-        )
+        and candidate.finish_s <= claims.get(candidate.instance_id, math.inf)
     ]

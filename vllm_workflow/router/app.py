@@ -112,7 +112,9 @@ async def serve(config: RouterConfig) -> AsyncIterator[Router]:
             stack.callback(log.flush)
         session = await stack.enter_async_context(_session())
         binder = Binder(dispatcher)
-        upstreams = Upstreams(config.instances, dispatcher, session, metrics, binder.poll)
+        upstreams = Upstreams(
+            config.instances, dispatcher, session, metrics, binder.instances_changed
+        )
         proxy = Proxy(
             dispatcher, binder, upstreams, session, metrics, set_priority=config.set_priority
         )

@@ -24,19 +24,26 @@ class Binder:
         self._dispatcher = dispatcher
         self._waiting: dict[str, asyncio.Future[Decision]] = {}
 
-    @property
-    def num_waiting(self) -> int:
-        return len(self._waiting)
-
     def poll(self) -> None:
         """Wake the calls that can start now."""
         while decisions := self._dispatcher.poll(time.monotonic()):
             for decision in decisions:
-                future = self._waiting.pop(decision.request_id)
-                if future.cancelled():  # its client left a moment ago
+                future = self._waiting.pop(decision.request_id, None)
+                if future is None or future.cancelled():  # its client left a moment ago
                     self._release(decision)
                 else:
                     future.set_result(decision)
+
+    def instances_changed(self) -> None:
+        """Wake the calls that can start now, and those that no instance can serve any more."""
+        for request in self._dispatcher.waiting.stranded():
+            future = self._waiting.pop(request.request_id, None)
+            self._dispatcher.withdraw(request.request_id)
+            if future is not None and not future.done():
+                future.set_exception(
+                    NoInstanceError(f"no healthy instance serves model {request.model!r} any more")
+                )
+        self.poll()
 
     def settle(self, outcome: Outcome) -> None:
         """Let go of a reservation, and give its room to whoever waits."""
@@ -55,7 +62,8 @@ class Binder:
             request, now=time.monotonic(), num_prompt_bytes=num_prompt_bytes, exclude=exclude
         )
         if decision is None:
-            decision = await self._wait(request)
+            return await self._wait(request)
+        self.poll()
         return decision
 
     async def _wait(self, request: StageRequest) -> Decision:
@@ -67,7 +75,8 @@ class Binder:
                 try:
                     return await future
                 except asyncio.CancelledError:
-                    if not future.cancelled():  # it was bound in the same moment
+                    # It may have been bound in the same moment.
+                    if not future.cancelled() and future.exception() is None:
                         self._release(future.result())
                     raise
         except TimeoutError:
@@ -75,7 +84,7 @@ class Binder:
         finally:
             if self._waiting.pop(request.request_id, None) is not None:
                 self._dispatcher.withdraw(request.request_id)
-                self.poll()
+            self.poll()
 
     def _release(self, decision: Decision) -> None:
         self._dispatcher.settle(

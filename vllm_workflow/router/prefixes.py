@@ -9,7 +9,10 @@ from typing import Any
 
 _PIECE_BYTES = 2048
 """About 500 tokens: a share of a prompt that is worth knowing of."""
-_MAX_PIECES = 256
+_MAX_BYTES = 256 * _PIECE_BYTES
+_ITEMS_AT_ONCE = 16
+"""Messages or token ids that are written at a time: a prefix must begin with the same bytes
+whatever follows it."""
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -20,15 +23,29 @@ def head_of(members: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     last whole piece is left out: another prompt hardly ends there too.
     """
     prompt = members.get("messages") or members.get("prompt") or members.get("input")
-    if not prompt:
-        return ()
-    text = (prompt if isinstance(prompt, str) else _dumps(prompt)).encode(errors="replace")
+    text = _text(prompt)
     chain = b""
     pieces: list[tuple[int, int]] = []
-    for start in range(0, min(len(text), _PIECE_BYTES * _MAX_PIECES), _PIECE_BYTES):
+    for start in range(0, min(len(text), _MAX_BYTES), _PIECE_BYTES):
         piece = text[start : start + _PIECE_BYTES]
         if len(piece) < _PIECE_BYTES:
             break
         chain = blake2b(piece, digest_size=8, key=chain).digest()
         pieces.append((int.from_bytes(chain), _PIECE_BYTES))
     return tuple(pieces)
+
+
+def _text(prompt: Any) -> bytes:
+    """As much of a prompt as is looked at, and not much more: it may be huge."""
+    if isinstance(prompt, str):
+        return prompt[:_MAX_BYTES].encode(errors="replace")
+    if not isinstance(prompt, list):
+        return b""
+    parts: list[bytes] = []
+    num_bytes = 0
+    for start in range(0, len(prompt), _ITEMS_AT_ONCE):
+        parts.append(_dumps(prompt[start : start + _ITEMS_AT_ONCE]).encode(errors="replace"))
+        num_bytes += len(parts[-1])
+        if num_bytes >= _MAX_BYTES:
+            break
+    return b"".join(parts)

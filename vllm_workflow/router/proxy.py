@@ -160,8 +160,9 @@ class Proxy:
                 head=head_of(call.body.members) if call.takes_xargs else (),
             )
             if call.info.expected_output_tokens is not None:
+                most = call.body.max_tokens or math.inf
                 predicted = replace(
-                    predicted, expected_output_tokens=call.info.expected_output_tokens
+                    predicted, expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
             response, ok = await self._relay(request, replace(call, request=predicted))
             return response

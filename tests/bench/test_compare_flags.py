@@ -81,7 +81,6 @@ def test_flags_that_contradict_each_other_are_refused(flags: str) -> None:
         ("--trace none.jsonl", "none.jsonl"),
         ("--fleet fleet.yaml", "fleet.yaml"),
         ("--model-shape none", "none"),
-        ("--level 3 --rates 1", "level 3"),
         ("--json /dev/null/x.json", "cannot write"),
     ],
 )

@@ -1,11 +1,16 @@
 """Shared by all tests."""
 
+import os
+
 import pytest
 from hypothesis import settings
 
 # How long an example takes says something of the machine and its load, not of the code.
-settings.register_profile("untimed", deadline=None)
-settings.load_profile("untimed")
+# The same examples each time, so that a red run says something of the change;
+# HYPOTHESIS_PROFILE=random looks for new ones.
+settings.register_profile("repeatable", deadline=None, derandomize=True)
+settings.register_profile("random", deadline=None)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 
 @pytest.fixture

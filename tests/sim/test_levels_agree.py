@@ -24,6 +24,7 @@ pytestmark = pytest.mark.vllm
 @given(case=cases() | contended())
 def test_level_1_equals_level_2(async_scheduling: bool, case: tuple[object, ...]) -> None:
     latency, config, num_blocks, seats, found, _ = case
+    config = replace(config, prefill_chunk_cap=0)  # with it a chunk may fall into another step
     assume(latency.max_num_batched_tokens >= seats)
     one = EventEngine(
         "one",

@@ -24,6 +24,7 @@ PORTS = range(18300, 18400)
 CONFIG = """
 host: 127.0.0.1
 port: {port}
+policy: {policy}
 instances:
   - id: tiny
     url: {url}
@@ -68,11 +69,20 @@ class Client:
         self.ended.append(name)
         return int(answer["usage"]["completion_tokens"])
 
+    async def num_waiting(self) -> int:
+        """Calls that wait in the router, by its own metrics."""
+        async with self.session.get(f"{self.url}/metrics") as response:
+            lines = (await response.text()).splitlines()
+        name = "vllm_workflow:router_requests_waiting "
+        return int(float(next(x for x in lines if x.startswith(name)).split()[-1]))
+
 
 @asynccontextmanager
-async def routing(server: VllmServer, folder: Path) -> AsyncIterator[Client]:
+async def routing(
+    server: VllmServer, folder: Path, policy: str = "workflow"
+) -> AsyncIterator[Client]:
     config = folder / "router.yaml"
-    config.write_text(CONFIG.format(port=free_port(), url=server.base_url))
+    config.write_text(CONFIG.format(port=free_port(), url=server.base_url, policy=policy))
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "vllm_workflow.cli.main", "router", "--config", str(config)),
         stdout=asyncio.subprocess.PIPE,
@@ -225,10 +235,15 @@ async def test_the_client_library_s_run_and_stage_reach_the_scheduler(
     assert 'vllm_workflow:router_runs_total{outcome="met",workflow="text2sql"} 1.0' in metrics
 
 
+@pytest.mark.parametrize(("policy", "at"), [("predicted-finish", "engine"), ("workflow", "router")])
 async def test_calls_that_contend_run_in_the_order_of_their_slack(
-    vllm_server: VllmServer, tmp_path: Path
+    vllm_server: VllmServer, tmp_path: Path, policy: str, at: str
 ) -> None:
-    async with routing(vllm_server, tmp_path) as client, asyncio.TaskGroup() as tasks:
+    async with (
+        routing(vllm_server, tmp_path, policy) as client,
+        asyncio.timeout(200),
+        asyncio.TaskGroup() as tasks,
+    ):
         # Late calls are nobody's victims: they keep both seats until the others have queued up.
         late = {"X-Workflow-Budget-Ms": "0"}
         keepers = [
@@ -236,11 +251,14 @@ async def test_calls_that_contend_run_in_the_order_of_their_slack(
             for _ in range(2)
         ]
         await until(lambda: num_requests(vllm_server) == (2, 0))
-        for num_waiting, budget_s in enumerate((400, 300, 60, 50), start=1):
+        for num_sent, budget_s in enumerate((400, 300, 60, 50), start=1):
             headers = {"X-Workflow-Budget-Ms": str(budget_s * 1000)}
             name = f"budget-{budget_s}"
             tasks.create_task(client.complete(name, max_tokens=300, headers=headers))
-            await until(lambda n=num_waiting: num_requests(vllm_server) == (2, n))
+            while num_sent != (
+                num_requests(vllm_server)[1] if at == "engine" else await client.num_waiting()
+            ):
+                await asyncio.sleep(0.02)
         for keeper in keepers:
             keeper.cancel()
 

@@ -112,6 +112,7 @@ async def serve(config: RouterConfig) -> AsyncIterator[Router]:
             stack.callback(log.flush)
         session = await stack.enter_async_context(_session())
         binder = Binder(dispatcher)
+        metrics.count_waiting(lambda: len(dispatcher.waiting))
         upstreams = Upstreams(
             config.instances, dispatcher, session, metrics, binder.instances_changed
         )

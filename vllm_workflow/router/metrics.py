@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 
@@ -107,6 +108,14 @@ class Metrics:
 
     def healthy(self, instance_id: str, healthy: bool) -> None:
         self._healthy.labels(instance_id).set(healthy)
+
+    def count_waiting(self, num_waiting: Callable[[], int]) -> None:
+        """Show how many calls wait in the router, asked whenever somebody looks."""
+        Gauge(
+            f"{_PREFIX}requests_waiting",
+            "Calls that wait in the router until an instance has room for them.",
+            registry=self.registry,
+        ).set_function(num_waiting)
 
     def dispatched(self, decision: Decision, queue_s: float) -> None:
         self._in_flight.labels(decision.chosen.instance_id).inc()

@@ -28,7 +28,7 @@ class VllmServer:
 
     def metrics_text(self) -> str:
         """`/metrics` as it is."""
-        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=10) as answer:
+        with urllib.request.urlopen(f"{self.base_url}/metrics", timeout=60) as answer:
             text: str = answer.read().decode()
         return text
 

@@ -187,7 +187,7 @@ def _able(candidates: Sequence[Candidate], claims: Mapping[str, float]) -> list[
     """Indexes of the candidates that a call could start on now.
 
     A call does not wait for a faster instance while a slower one could start it: that pays for
-    the call, and costs the fleet a quarter of its throughput when many do it.
+    the call, and leaves the fleet idle when many do it.
 
     Args:
         candidates: Predictions; those with no `queue_s` can start it.

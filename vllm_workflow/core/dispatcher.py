@@ -21,6 +21,7 @@ from vllm_workflow.core.events import (
     Marked,
     Polled,
     Record,
+    Removed,
     Settled,
     Started,
     Submitted,
@@ -72,9 +73,16 @@ class Dispatcher:
         if self._record is not None:
             self._record(Added(instance=instance))
 
+    def remove(self, instance_id: str) -> None:
+        """Send no more calls to an instance, and forget it when those in flight have ended."""
+        self.fleet.remove(instance_id)
+        self.predictor.fleet_changed()
+        if self._record is not None:
+            self._record(Removed(instance_id=instance_id))
+
     def mark(self, instance_id: str, *, healthy: bool) -> None:
-        """Note whether calls may be sent to an instance."""
-        if self.fleet.is_healthy(instance_id) != healthy:
+        """Note whether calls may be sent to an instance; one that was removed gets none."""
+        if instance_id in self.fleet and self.fleet.is_healthy(instance_id) != healthy:
             self.fleet.mark(instance_id, healthy=healthy)
             self.predictor.fleet_changed()
             if self._record is not None:
@@ -219,6 +227,7 @@ class Dispatcher:
         ran = outcome.ok or not math.isnan(outcome.ttft_s)
         self.fleet.release(outcome.request_id, instance_id, ran=ran)
         self.predictor.ended(sent, outcome)
+        self.fleet.forget(instance_id)
 
     @property
     def num_in_flight(self) -> int:

@@ -36,6 +36,13 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """An instance was taken out; the calls in flight on it go on."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
     """An instance's health became known or changed."""
 
@@ -77,12 +84,12 @@ class Settled:
     outcome: Outcome
 
 
-Event = Started | Added | Marked | Submitted | Polled | Withdrawn | Settled
+Event = Started | Added | Removed | Marked | Submitted | Polled | Withdrawn | Settled
 Record = Callable[[Event], None]
 
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
-    for cls in (Started, Added, Marked, Submitted, Polled, Withdrawn, Settled)
+    for cls in (Started, Added, Removed, Marked, Submitted, Polled, Withdrawn, Settled)
 }
 _NESTED: Mapping[str, type[Any]] = {
     "policy": PolicyConfig,

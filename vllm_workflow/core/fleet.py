@@ -57,6 +57,8 @@ class _Account:
     instance: Instance
     kv: KvLedger
     healthy: bool = True
+    leaving: bool = False
+    """Removed, but for the calls that are still in flight on it."""
     reserved: dict[str, _Reserved] = field(default_factory=dict)
     outstanding_s: float = 0.0
     drift: float = 1.0
@@ -90,6 +92,7 @@ class Fleet:
         if account is None:
             self._accounts[instance.instance_id] = _Account(instance, KvLedger(_capacity(instance)))
         else:
+            account.leaving = False
             account.instance = instance
             account.kv.resize(_capacity(instance))
 
@@ -100,7 +103,29 @@ class Fleet:
                 return replace(instance, latency=other.instance.latency)
         return instance
 
+    def remove(self, instance_id: str) -> None:
+        """Take an instance out: it gets no more calls, those in flight on it stay counted.
+
+        It comes back with `add`, and is forgotten by `forget` when its last call has ended.
+        """
+        account = self._accounts[instance_id]
+        account.leaving, account.healthy = True, False
+        self.version += 1
+        self.forget(instance_id)
+
+    def forget(self, instance_id: str) -> None:
+        """Drop an instance that was removed and has no call in flight; else do nothing."""
+        account = self._accounts.get(instance_id)
+        if account is not None and account.leaving and not account.reserved:
+            del self._accounts[instance_id]
+
+    def __contains__(self, instance_id: object) -> bool:
+        """Whether an instance is there and was not removed."""
+        account = self._accounts.get(instance_id)  # type: ignore[call-overload]
+        return account is not None and not account.leaving
+
     def mark(self, instance_id: str, *, healthy: bool) -> None:
+        """Note whether calls may be sent to an instance that was not removed."""
         account = self._accounts[instance_id]
         if healthy and not account.healthy:
             account.kv.clear()  # it may have been restarted
@@ -108,18 +133,19 @@ class Fleet:
         self.version += 1
 
     def is_healthy(self, instance_id: str) -> bool:
-        return self._accounts[instance_id].healthy
+        account = self._accounts.get(instance_id)
+        return account is not None and account.healthy
 
     def instance(self, instance_id: str) -> Instance:
         """Return an instance as configured."""
         return self._accounts[instance_id].instance
 
     def __iter__(self) -> Iterator[Instance]:
-        return (a.instance for a in self._accounts.values())
+        return (a.instance for a in self._accounts.values() if not a.leaving)
 
     def serves(self, model: str) -> bool:
         """Whether any instance, healthy or not, serves `model`."""
-        return any(a.instance.serves(model) for a in self._accounts.values())
+        return any(instance.serves(model) for instance in self)
 
     def candidates(
         self, request: StageRequest, *, now: float = 0.0, exclude: Collection[str] = ()
@@ -195,7 +221,11 @@ class Fleet:
         """
         num_tokens = request.num_tokens_at_most
         largest = max(
-            (a.kv.num_tokens for a in self._accounts.values() if a.instance.serves(request.model)),
+            (
+                a.kv.num_tokens
+                for a in self._accounts.values()
+                if not a.leaving and a.instance.serves(request.model)
+            ),
             default=0.0,
         )
         return num_tokens if num_tokens <= largest else 0
@@ -317,7 +347,8 @@ class Fleet:
     def num_outstanding(self, instance_id: str | None = None) -> int:
         """Calls in flight on one instance, or on all."""
         if instance_id is not None:
-            return len(self._accounts[instance_id].reserved)
+            account = self._accounts.get(instance_id)
+            return 0 if account is None else len(account.reserved)
         return sum(len(a.reserved) for a in self._accounts.values())
 
     def outstanding_s(self, instance_id: str) -> float:

@@ -13,6 +13,7 @@ from vllm_workflow.core.events import (
     Event,
     Marked,
     Polled,
+    Removed,
     Settled,
     Started,
     Submitted,
@@ -48,6 +49,8 @@ def replay(
         match event:
             case Added():
                 dispatcher.add(event.instance)
+            case Removed():
+                dispatcher.remove(event.instance_id)
             case Marked():
                 dispatcher.mark(event.instance_id, healthy=event.healthy)
             case Submitted():

@@ -11,7 +11,7 @@ from typing import Any
 import aiohttp
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.router.config import InstanceConfig
+from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 
 PROBE_EVERY_S = 1.0

@@ -25,6 +25,7 @@ from vllm_workflow.core.events import (
     Settled,
     Started,
     Submitted,
+    Swapped,
     Withdrawn,
 )
 from vllm_workflow.core.fleet import Fleet, Instance
@@ -39,7 +40,7 @@ class Dispatcher:
 
     Args:
         fleet: The ledger. Change it through `add` and `mark`, or a replay will not know.
-        config: The policy, fixed for the life of a dispatcher.
+        config: The policy, until `swap`.
         workflows: Declared ones.
         record: Called with everything that a replay needs, in order.
     """
@@ -87,6 +88,21 @@ class Dispatcher:
             self.predictor.fleet_changed()
             if self._record is not None:
                 self._record(Marked(instance_id=instance_id, healthy=healthy))
+
+    def swap(self, config: PolicyConfig, *, now: float) -> None:
+        """Let another policy decide from here on; `poll` should follow.
+
+        What was learned and what is in flight stays. Calls that wait go on waiting, in the order
+        of the new policy, even if under it none would have begun to.
+        """
+        if self._record is not None:
+            self._record(Swapped(now=now, policy=config, fingerprint=config.fingerprint))
+        waiting = self.waiting.by_arrival()
+        self.config = config
+        self._policy = build(config)
+        self.waiting = WaitingRoom(self.fleet, self._policy, config)
+        for each in waiting:
+            self.waiting.enter(each.request, each.num_prompt_bytes, each.exclude, now)
 
     def predict(
         self,

@@ -29,6 +29,15 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Swapped:
+    """From here on another policy decides; calls that wait got their place in its order."""
+
+    now: float
+    policy: PolicyConfig
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
     """An instance joined, or came back with other properties."""
 
@@ -84,12 +93,12 @@ class Settled:
     outcome: Outcome
 
 
-Event = Started | Added | Removed | Marked | Submitted | Polled | Withdrawn | Settled
+Event = Started | Swapped | Added | Removed | Marked | Submitted | Polled | Withdrawn | Settled
 Record = Callable[[Event], None]
 
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
-    for cls in (Started, Added, Removed, Marked, Submitted, Polled, Withdrawn, Settled)
+    for cls in (Started, Swapped, Added, Removed, Marked, Submitted, Polled, Withdrawn, Settled)
 }
 _NESTED: Mapping[str, type[Any]] = {
     "policy": PolicyConfig,

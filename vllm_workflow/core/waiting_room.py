@@ -80,6 +80,10 @@ class WaitingRoom:
             self._looked_at_version = -1  # others may have been held up by it
         return waiting
 
+    def by_arrival(self) -> list[Waiting]:
+        """All calls, the one that came first first."""
+        return sorted((*self.backlog, *self.relegated), key=lambda w: w.request.arrival_time)
+
     def stranded(self) -> list[StageRequest]:
         """Calls that no healthy instance serves any more."""
         return [

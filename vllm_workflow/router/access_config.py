@@ -108,8 +108,18 @@ class TlsConfig(Strict):
 
     @model_validator(mode="after")
     def _check(self) -> TlsConfig:
-        self.load(ssl.create_default_context(ssl.Purpose.CLIENT_AUTH))
+        self.context()
         return self
+
+    def context(self) -> ssl.SSLContext:
+        """Return what connections are taken with; `load` renews it.
+
+        Raises:
+            ConfigError: A file cannot be used.
+        """
+        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.load(context)
+        return context
 
     def load(self, context: ssl.SSLContext) -> None:
         """Make `context` use these files from the next handshake on.
@@ -138,7 +148,8 @@ class UpstreamTlsConfig(Strict):
     def _check(self) -> UpstreamTlsConfig:
         if bool(self.cert_file) != bool(self.key_file):
             raise ValueError("expected cert_file and key_file together, got one of them")
-        self.context()
+        if self.model_fields_set:
+            self.context()
         return self
 
     def context(self) -> ssl.SSLContext:

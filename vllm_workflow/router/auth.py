@@ -74,6 +74,22 @@ class Access:
         return self._config is not None and not self._config.open_metrics
 
 
+class KeyCheck:
+    """Lets those pass who have one certain key."""
+
+    def __init__(self, key: KeyHash) -> None:
+        self._key = key
+
+    def check(self, headers: Mapping[str, str]) -> None:
+        """Do nothing if the key is right.
+
+        Raises:
+            RequestError: 401.
+        """
+        if not self._key.matches(bearer(headers)):
+            raise unauthorized("the operators' key is another one")
+
+
 def bearer(headers: Mapping[str, str]) -> str:
     """Return the key in `Authorization`.
 
@@ -118,7 +134,8 @@ def admitted(
     for where, claimed in claimed_tenants(headers, body):
         if not caller.may_act_for(claimed):
             raise RequestError(
-                f"{where}: expected tenant {caller.tenant_id!r} of the API key, got {claimed!a:.80}",
+                f"{where}: expected tenant {caller.tenant_id!r} of the API key, "
+                f"got {claimed!a:.80}",
                 status=403,
                 param=where.split()[-1],
                 code="tenant_not_allowed",

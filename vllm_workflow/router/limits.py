@@ -135,7 +135,6 @@ def too_large(max_body_mb: float, got: str = "more") -> RequestError:
     return RequestError(
         f"body: expected at most {max_body_mb:g} MB, got {got}",
         status=413,
-        code="body_too_large",
         headers={"Connection": "close"},
     )
 

@@ -23,7 +23,7 @@ _logger = logging.getLogger(__name__)
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
-class Protocol(web.RequestHandler[web.Request]):
+class Protocol(web.RequestHandler):
     """One connection of a client.
 
     aiohttp's own timer closes a connection on which no request is complete
@@ -41,7 +41,7 @@ class Protocol(web.RequestHandler[web.Request]):
             max_field_size=limits.max_header_bytes,
             max_headers=limits.max_headers,
             access_log=None,  # type: ignore[arg-type]
-            logger=_logger,  # type: ignore[arg-type]
+            logger=_logger,
             **kwargs,
         )
         self._listener = listener
@@ -124,9 +124,9 @@ class Listener:
         )
 
     @property
-    def server(self) -> web.Server[web.Request]:
+    def server(self) -> web.Server:
         assert self._runner.server is not None
-        return self._runner.server  # type: ignore[return-value]
+        return self._runner.server
 
     @asynccontextmanager
     async def listening(

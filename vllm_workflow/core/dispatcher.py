@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 
 from vllm_workflow.core.backlog import Waiting
 from vllm_workflow.core.config import PolicyConfig
@@ -139,8 +138,13 @@ class Dispatcher:
 
         Raises:
             NoInstanceError: No healthy instance outside `exclude` serves the model.
-            ValueError: The request is already in flight or waiting.
+            ValueError: The request is already in flight or waiting, or has no prompt tokens.
         """
+        if request.num_prompt_tokens < 1:
+            raise ValueError(
+                f"request {request.request_id!r}: num_prompt_tokens must be at least 1, "
+                f"got {request.num_prompt_tokens}"
+            )
         if request.request_id in self._sent:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
@@ -150,9 +154,9 @@ class Dispatcher:
         decision: Decision | None
         if self.config.late_binding:
             alone_s = sum(c.alone_s for c in candidates) / len(candidates)
-            request = replace(request, service_s=alone_s)
+            request = request._replace(service_s=alone_s)
             waiting = self.waiting.enter(request, num_prompt_bytes, excluded, now)
-            self._bind_waiting(now, waiting)
+            self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
         else:
             costs = self._policy.costs(request, candidates)
@@ -195,8 +199,14 @@ class Dispatcher:
             self._record(Withdrawn(request_id=request_id))
         return True
 
-    def _bind_waiting(self, now: float, newest: Waiting | None = None) -> None:
-        for waiting, candidates, costs, index in self.waiting.starting(now, newest):
+    def _bind_waiting(
+        self,
+        now: float,
+        newest: Waiting | None = None,
+        newest_candidates: tuple[Candidate, ...] = (),
+    ) -> None:
+        starting = self.waiting.starting(now, newest, newest_candidates)
+        for waiting, candidates, costs, index in starting:
             self._due[waiting.request.request_id] = self._bind(
                 waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
             )

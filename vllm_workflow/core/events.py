@@ -109,6 +109,7 @@ _NESTED: Mapping[str, type[Any]] = {
     "chosen": Candidate,
     "outcome": Outcome,
 }
+_NAMED_TUPLES = (Candidate, Decision, Outcome, StageRequest)
 _ITEMS: Mapping[str, type[Any]] = {"candidates": Candidate, "decisions": Decision}
 
 
@@ -142,13 +143,14 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _names(value: Any) -> Sequence[str]:
-    if isinstance(value, Candidate):
-        return Candidate._fields
+    if isinstance(value, tuple):
+        names: Sequence[str] = value._fields  # type: ignore[attr-defined]
+        return names
     return [f.name for f in fields(value) if f.init]
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Candidate):
+    if isinstance(value, _NAMED_TUPLES):
         return _fields(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]

@@ -164,8 +164,7 @@ class Proxy:
         ok = False
         try:
             predicted = self._dispatcher.predict(
-                replace(
-                    call.request,
+                call.request._replace(
                     workflow=call.info.workflow or run.workflow,
                     deadline=run.deadline,
                     run_arrival_time=run.arrival_time,
@@ -176,8 +175,8 @@ class Proxy:
             )
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
-                predicted = replace(
-                    predicted, expected_output_tokens=min(call.info.expected_output_tokens, most)
+                predicted = predicted._replace(
+                    expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
             response, ok = await self._relay(request, replace(call, request=predicted))
             return response

@@ -9,6 +9,7 @@ what else the machine does falls on all of them. CPU time is that of the router'
 import argparse
 import asyncio
 import json
+import os
 import statistics
 import sys
 import tempfile
@@ -17,6 +18,7 @@ from pathlib import Path
 
 import aiohttp
 from http_load import Load
+from http_processes import BACKEND, started, started_router, started_servers
 from tqdm import tqdm
 
 from vllm_workflow.bench import peers
@@ -31,7 +33,6 @@ OURS = ("workflow", "predicted-finish", "round-robin")
 PEERS = ("vllm-router:round_robin", "vllm-router:program", "smg:least_load")
 PLAIN = "plain aiohttp proxy"
 DIRECT = "no router"
-_BACKEND = str(Path(__file__).with_name("http_backend.py"))
 _NUM_SERVERS = 2
 
 
@@ -61,11 +62,7 @@ def main() -> int:
 async def _measure(args: argparse.Namespace) -> list[dict[str, object]]:
     async with AsyncExitStack() as stack:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        ports = free_ports(_NUM_SERVERS)
-        urls = [f"http://127.0.0.1:{port}" for port in ports]
-        for number, port in enumerate(ports):
-            command = [sys.executable, _BACKEND, "serve", str(port)]
-            await _started(stack, f"server {number}", command, urls[number], folder)
+        urls = await started_servers(stack, _NUM_SERVERS, folder)
         session = await stack.enter_async_context(
             aiohttp.ClientSession(
                 connector=aiohttp.TCPConnector(limit=0), timeout=aiohttp.ClientTimeout(total=120)
@@ -73,52 +70,29 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, object]]:
         )
         loads: dict[str, Load] = {}
         for name in args.routers:
-            port, metrics_port = free_ports(2)
-            url = f"http://127.0.0.1:{port}"
             if name == DIRECT:
-                loads[name] = Load(session, urls[0], 1, "headers")
+                loads[name] = Load(session, urls[0], os.getpid(), "headers")
                 continue
-            command = _command(name, port, metrics_port, urls, args.peers_dir, folder)
-            process = await _started(stack, name, command, url, folder)
-            identity = "session" if name in PEERS else "headers"
-            loads[name] = Load(session, url, process.pid, identity)
+            process = await _router(stack, name, urls, args.peers_dir, folder)
+            identity = "session" if name in peers.PEERS else "headers"
+            loads[name] = Load(session, process.url, process.pid, identity)
         return await _rounds(args, loads)
 
 
-async def _started(
-    stack: AsyncExitStack, name: str, command: list[str], url: str, folder: Path
+async def _router(
+    stack: AsyncExitStack, name: str, urls: list[str], peers_dir: Path, folder: Path
 ) -> ManagedProcess:
-    log_path = folder / f"{name.replace(':', '-')}.log"
-    process = ManagedProcess(name=name, command=command, url=url, log_path=log_path)
-    await process.start()
-    stack.push_async_callback(process.stop)
-    await process.ready("/health", (200,), 60.0)
-    return process
-
-
-def _command(
-    name: str, port: int, metrics_port: int, urls: list[str], peers_dir: Path, folder: Path
-) -> list[str]:
+    if name not in peers.PEERS and name != PLAIN:
+        return await started_router(stack, name, urls, folder)
+    port, metrics_port = free_ports(2)
     if name == PLAIN:
-        return [sys.executable, _BACKEND, "proxy", str(port), *urls]
-    if name in peers.PEERS:
+        command = [sys.executable, BACKEND, "proxy", str(port), *urls]
+    else:
         wanted = peers.peer(name)
-        front = peers.Front(
-            urls=urls,
-            latencies=[LatencyModel()] * len(urls),
-            port=port,
-            metrics_port=metrics_port,
-        )
-        return peers.command(wanted, peers.installed(wanted, peers_dir), front)
-    config = {
-        "port": port,
-        "policy": name,
-        "log_level": "warning",
-        "instances": [{"url": url, "id": f"i{i}"} for i, url in enumerate(urls)],
-    }
-    path = folder / f"{name}.yaml"
-    path.write_text(json.dumps(config), encoding="utf-8")  # which is YAML
-    return [sys.executable, "-m", "vllm_workflow.cli.main", "router", "--config", str(path)]
+        latencies = [LatencyModel()] * len(urls)
+        front = peers.Front(urls=urls, latencies=latencies, port=port, metrics_port=metrics_port)
+        command = peers.command(wanted, peers.installed(wanted, peers_dir), front)
+    return await started(stack, name, command, f"http://127.0.0.1:{port}", folder)
 
 
 async def _rounds(args: argparse.Namespace, loads: dict[str, Load]) -> list[dict[str, object]]:

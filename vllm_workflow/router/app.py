@@ -24,8 +24,10 @@ from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
+from vllm_workflow.router.recorder import recorder
 from vllm_workflow.router.reload import Reloader
 from vllm_workflow.router.routes import Routes
+from vllm_workflow.router.store import Store
 from vllm_workflow.router.upstreams import Upstreams
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -64,14 +66,18 @@ async def serve(
         ConfigError: The address is taken, or a file named in `config` cannot be used.
     """
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
+    store = Store(Path(config.store.path), config.store.retention) if config.store else None
     dispatcher = Dispatcher(
         Fleet(),
         config.policy_config(),
         [workflow.build() for workflow in config.workflows],
-        record=log.record if log else None,
+        record=recorder(log.record if log else None, store, config.store),
     )
     metrics = Metrics()
     async with AsyncExitStack() as stack:
+        if store:
+            stack.push_async_callback(asyncio.to_thread, store.close)
+            metrics.count_store(store)
         if log:
             stack.callback(log.flush)
         session = await stack.enter_async_context(_session())

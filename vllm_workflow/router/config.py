@@ -13,6 +13,7 @@ from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import LimitsConfig
+from vllm_workflow.router.recorder import StoreConfig
 from vllm_workflow.router.workflow_config import WorkflowConfig
 from vllm_workflow.yaml_config import Strict, read_yaml, validated
 
@@ -42,6 +43,8 @@ class RouterConfig(Strict):
     """Log the body of every call, at level info. Without it no log has any of them."""
     decision_log: str | None = None
     """File that every decision is appended to, as JSON lines."""
+    store: StoreConfig | None = None
+    """Database that keeps the decision log, what tenants use and what was learned."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""
@@ -109,6 +112,7 @@ _FILES: Mapping[str, Sequence[str]] = {
     "tls": ("cert_file", "key_file", "client_ca_file"),
     "auth.keys": ("key_file",),
     "admin": ("key_file",),
+    "store": ("path",),
 }
 """Fields that name files, by the section they stand in."""
 

@@ -20,6 +20,8 @@ from vllm_workflow.router.errors import error_json, error_response
 from vllm_workflow.router.limits import LimitsConfig
 
 _logger = logging.getLogger(__name__)
+_LINGERING_S = 2.0
+"""A refused body is read and thrown away for this long, so that its sender sees the answer."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -40,6 +42,7 @@ class Protocol(web.RequestHandler):
             max_line_size=limits.max_header_bytes,
             max_field_size=limits.max_header_bytes,
             max_headers=limits.max_headers,
+            lingering_time=_LINGERING_S,
             access_log=None,  # type: ignore[arg-type]
             logger=_logger,
             **kwargs,

@@ -32,7 +32,7 @@ from vllm_workflow.router.attempt import (
 )
 from vllm_workflow.router.auth import Access, admitted
 from vllm_workflow.router.binder import Binder
-from vllm_workflow.router.body import parse
+from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, forwarded_body, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_json, error_response
@@ -124,6 +124,7 @@ class Proxy:
         if caller is not None:
             headers.popall("Authorization")  # for the router; instances have keys of their own
         body = parse(await reader.read(request))
+        reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
         info = admitted(caller, info, request.headers, body.members, body.model)
         if self.log_prompts:

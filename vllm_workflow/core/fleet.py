@@ -81,8 +81,8 @@ class Fleet:
         return instance_id in self._accounts and instance_id not in self._leaving
 
     def _note_capacities(self) -> None:
-        each = (a for i, a in self._accounts.items() if i not in self._leaving)
-        self._capacities = list(dict.fromkeys((a.instance.models, a.kv.num_tokens) for a in each))
+        each = [a for i, a in self._accounts.items() if i not in self._leaving]
+        self._capacities = list(dict.fromkeys([(a.instance.models, a.kv.num_tokens) for a in each]))
 
     def _note_room(self, account: Account) -> None:
         if account.has_room:
@@ -115,7 +115,7 @@ class Fleet:
         return self._accounts[instance_id].instance
 
     def __iter__(self) -> Iterator[Instance]:
-        return (a.instance for i, a in self._accounts.items() if i not in self._leaving)
+        return iter([a.instance for i, a in self._accounts.items() if i not in self._leaving])
 
     def serves(self, model: str) -> bool:
         """Whether any instance, healthy or not, serves `model`."""

@@ -177,8 +177,8 @@ class WaitingRoom:
         if not self._config.relegate:
             return self.backlog.walk(passed_over)
         first = self._goes_first
-        hopeless = (w for w in self.relegated.walk(passed_over) if w is not first)
-        return chain([first] if first else [], self.backlog.walk(passed_over), hopeless)
+        hopeful, hopeless = self.backlog.walk(passed_over), self.relegated.walk(passed_over)
+        return chain([first] if first else [], hopeful, _without(first, hopeless))
 
     def _ahead_of(self, newest: Waiting) -> dict[Kind, Waiting]:
         """The first call of each kind of those that go before `newest`, in order."""
@@ -218,6 +218,12 @@ class WaitingRoom:
         if waiting.request.request_id in self.relegated:
             return True
         return candidate.stretch * (1.0 + margin) <= max_stretch(waiting.request, candidate, now)
+
+
+def _without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting]:
+    for waiting in calls:
+        if waiting is not first:
+            yield waiting
 
 
 def _able(candidates: Sequence[Candidate], claims: Mapping[str, float]) -> list[int]:

@@ -149,7 +149,7 @@ class WaitingLine:
         self.places.pop(call.request_id, None)
 
     def first(self, n: int) -> list[LiveCall]:
-        live = (e for e in self._heap if self.places.get(e[2].request_id) == e[1])
+        live = [e for e in self._heap if self.places.get(e[2].request_id) == e[1]]
         return [entry[2] for entry in heapq.nsmallest(n, live)]
 
     def __len__(self) -> int:

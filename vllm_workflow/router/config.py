@@ -45,6 +45,8 @@ class RouterConfig(Strict):
     """File that every decision is appended to, as JSON lines."""
     store: StoreConfig | None = None
     """Database that keeps the decision log, what tenants use and what was learned."""
+    dashboard: bool = True
+    """Serve the live page at /dashboard; with keys its data needs the operators' one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""

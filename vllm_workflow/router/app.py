@@ -22,6 +22,7 @@ from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.errors import error_response
+from vllm_workflow.router.forward import Sessions
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.upstreams import Upstreams
@@ -111,13 +112,20 @@ async def serve(config: RouterConfig) -> AsyncIterator[Router]:
         if log:
             stack.callback(log.flush)
         session = await stack.enter_async_context(_session())
+        fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
-        metrics.count_waiting(lambda: len(dispatcher.waiting))
+        metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
         upstreams = Upstreams(
             config.instances, dispatcher, session, metrics, binder.instances_changed
         )
         proxy = Proxy(
-            dispatcher, binder, upstreams, session, metrics, set_priority=config.set_priority
+            dispatcher,
+            binder,
+            upstreams,
+            Sessions(session, fresh),
+            metrics,
+            max_wait_s=config.max_wait_s,
+            set_priority=config.set_priority,
         )
         await upstreams.probe_all()
         router = Router("", dispatcher, upstreams, proxy, metrics)
@@ -171,9 +179,13 @@ async def _listening(router: Router, config: RouterConfig) -> AsyncIterator[str]
         await runner.cleanup()
 
 
-def _session() -> aiohttp.ClientSession:
+def _session(*, keep: bool = True) -> aiohttp.ClientSession:
+    """Return what makes connections, and keeps them for the next call or not."""
+    connector = aiohttp.TCPConnector(
+        limit=0, keepalive_timeout=_KEEPALIVE_S if keep else None, force_close=not keep
+    )
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),

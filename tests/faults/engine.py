@@ -191,8 +191,9 @@ class Connection:
     async def send(self, data: bytes) -> None:
         """Send all of it, or what comes before the cut."""
         if 0 <= self.cut_at < self.num_sent + len(data):
-            self.writer.write(data[: self.cut_at - self.num_sent])
-            await self.writer.drain()
+            if self.behaviour.cut_by != "error":  # that one is between two events
+                self.writer.write(data[: self.cut_at - self.num_sent])
+                await self.writer.drain()
             self.behaviour.num_cuts -= 1
             await self.cut()
         self.num_sent += len(data)

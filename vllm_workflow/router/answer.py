@@ -24,6 +24,8 @@ MAX_HELD_BYTES = 8 << 20
 """A larger answer is passed on as it comes, so that the memory taken by one is bounded."""
 _ERROR_EVENT = b'data: {"error"'
 _EVENT_END = b"\n\n"
+_EVENT_ENDS = (_EVENT_END, b"\r\n\r\n")
+_MAX_EVENT_BYTES = 1 << 20
 _LAST_WORDS_S = 1.0
 
 
@@ -80,6 +82,8 @@ class Passing:
         self._attempt = attempt
         self._silence = silence
         self._has_error = False
+        self._begun = b""
+        """Of an event whose end has not come."""
 
     async def run(
         self, upstream: aiohttp.ClientResponse, first: bytes, *, wants_done: bool
@@ -91,37 +95,51 @@ class Passing:
             first: What has come already.
             wants_done: Whether it is a stream that ends with `[DONE]`.
         """
-        attempt, chunk = self._attempt, first
+        chunk, has_events = first, is_event_stream(upstream.headers)
         while chunk and not self._has_error:
-            if wants_done:
-                chunk = self._up_to_error(chunk)
-            attempt.usage.add(chunk)
-            attempt.is_reading = False
-            begin = time.monotonic()
-            await self.response.write(chunk)
-            took_s = time.monotonic() - begin
-            attempt.is_reading = True
-            attempt.write_s += took_s
-            if took_s > TICK_S:
-                self._silence.resume(attempt)
+            await self._write(self._whole_events(chunk) if has_events else chunk)
             try:
                 chunk = await upstream.content.readany()
             except BROKEN_OFF:
                 return
-            self._silence.heard(attempt)
-        self.is_whole = not self._has_error and (not wants_done or attempt.usage.is_done)
+            self._silence.heard(self._attempt)
+        begun, self._begun = self._begun, b""
+        is_done = self._attempt.usage.is_done or begun.rstrip() == b"data: [DONE]"
+        if not self._has_error and (is_done or not wants_done):
+            self.is_whole = True
+            await self._write(begun)
 
-    def _up_to_error(self, chunk: bytes) -> bytes:
-        """Cut what follows an error event of the engine: it says that all is well."""
-        start = 0 if chunk.startswith(_ERROR_EVENT) and self._attempt.usage.ends_event else -1
+    async def _write(self, data: bytes) -> None:
+        attempt = self._attempt
+        if not data:
+            return
+        attempt.usage.add(data)
+        attempt.is_reading = False
+        begin = time.monotonic()
+        await self.response.write(data)
+        took_s = time.monotonic() - begin
+        attempt.is_reading = True
+        attempt.write_s += took_s
+        if took_s > TICK_S:
+            self._silence.resume(attempt)
+
+    def _whole_events(self, chunk: bytes) -> bytes:
+        """Return what can be passed on: half an event could not be followed by an error.
+
+        What follows an error event of the engine is cut, for it says that all is well.
+        """
+        data = self._begun + chunk
+        end = len(data)
+        if not data.endswith(_EVENT_ENDS):
+            end = max(data.rfind(mark) + len(mark) * (mark in data) for mark in _EVENT_ENDS)
+            end = max(end, 0) if len(data) < _MAX_EVENT_BYTES else len(data)
+        data, self._begun = data[:end], data[end:]
+        start = 0 if data.startswith(_ERROR_EVENT) else data.find(_EVENT_END + _ERROR_EVENT)
         if start < 0:
-            start = chunk.find(_EVENT_END + _ERROR_EVENT)
-            if start < 0:
-                return chunk
-            start += len(_EVENT_END)
+            return data
         self._has_error = True
-        end = chunk.find(_EVENT_END, start)
-        return chunk if end < 0 else chunk[: end + len(_EVENT_END)]
+        end = data.find(_EVENT_END, start + len(_EVENT_END))
+        return data if end < 0 else data[: end + len(_EVENT_END)]
 
     async def break_off(self, request: web.Request) -> None:
         """Let the client know that what it has is not the whole answer."""

@@ -208,12 +208,12 @@ async def test_a_call_whose_budget_ends_before_an_instance_is_back_is_told_when_
     routing: Routing, refusing_url: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(proxy_module, "MIN_WAIT_S", 0.0)
-    begin = time.monotonic()
     async with routing(refusing_url, max_wait_s=60) as client:
+        begin = time.monotonic()
         async with client.post(headers={"X-Workflow-Budget-Ms": "1200"}, max_tokens=2) as response:
             assert (response.status, response.headers["Retry-After"]) == (503, "1")
 
-    assert 0.8 < time.monotonic() - begin < 1.2
+        assert 0.8 < time.monotonic() - begin < 1.4
 
 
 async def test_a_call_that_engines_fail_at_is_not_tried_on_all_of_them(routing: Routing) -> None:

@@ -30,7 +30,7 @@ from vllm_workflow.router.call import Call, forwarded_body, response_headers
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.tries import is_refusal
-from vllm_workflow.router.upstreams import Upstreams
+from vllm_workflow.router.upstreams import Upstream, Upstreams
 from vllm_workflow.router.usage import MAX_USAGE_BYTES
 from vllm_workflow.router.watch import Silence
 
@@ -143,7 +143,7 @@ class Forwarder:
         """
         upstream = self._upstreams[attempt.instance_id]
         try:
-            answer = await self._post(upstream.url, call, attempt, fresh=fresh)
+            answer = await self._post(upstream, call, attempt, fresh=fresh)
         except _REFUSED as e:
             if isinstance(e, OSError) and e.errno in _OUT_OF_SOCKETS:
                 raise RequestError(
@@ -165,7 +165,7 @@ class Forwarder:
             answer.close()
 
     async def _post(
-        self, url: str, call: Call, attempt: Attempt, *, fresh: bool
+        self, upstream: Upstream, call: Call, attempt: Attempt, *, fresh: bool
     ) -> aiohttp.ClientResponse:
         body = forwarded_body(
             call,
@@ -176,9 +176,10 @@ class Forwarder:
         )
         session = self._sessions.fresh if fresh else self._sessions.kept
         return await session.post(
-            URL(url + call.path, encoded=True),
+            URL(upstream.url + call.path, encoded=True),
             data=body if len(body) < _LARGE_BODY_BYTES else BytesIO(body),
-            headers=call.headers,
+            headers=upstream.headers(call.headers),
+            ssl=upstream.ssl,
             skip_auto_headers=_ADDED_BY_AIOHTTP,
             allow_redirects=False,
         )

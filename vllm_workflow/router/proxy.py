@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import time
 from collections.abc import Iterator
@@ -15,12 +16,14 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
+from vllm_workflow.router.auth import Access, admitted
 from vllm_workflow.router.binder import Binder
-from vllm_workflow.router.body import parse
+from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_response
 from vllm_workflow.router.forward import Forwarder, Sessions
+from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.once import Once, key_of
 from vllm_workflow.router.prefixes import head_of
@@ -31,6 +34,7 @@ from vllm_workflow.router.usage import Usage
 
 RETRY_AFTER_S = 1
 _CLIENT_LEFT = 499
+_prompts = logging.getLogger("vllm_workflow.prompts")
 
 
 class Proxy:
@@ -49,8 +53,11 @@ class Proxy:
         sessions: Sessions,
         metrics: Metrics,
         *,
+        access: Access,
+        bodies: Bodies,
         max_wait_s: float,
         set_priority: bool = False,
+        log_prompts: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -59,6 +66,9 @@ class Proxy:
         self._forwarder = Forwarder(upstreams, sessions, metrics, ordering)
         self._max_wait_s = max_wait_s
         self._metrics = metrics
+        self._access = access
+        self._bodies = bodies
+        self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self.runs = Runs(metrics.run_ended)
         self.running = Once()
@@ -72,16 +82,13 @@ class Proxy:
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
         try:
-            call = await self._read(request, time.monotonic(), takes_xargs=takes_xargs)
-            stage = call.info.stage
-            response = await self._once(request, call)
+            with self._bodies.held() as reader:
+                call = await self._read(request, reader, time.monotonic(), takes_xargs=takes_xargs)
+                stage = call.info.stage
+                response = await self._once(request, call)
             instance_id = response.headers.get("X-Workflow-Instance", "")
-        except web.HTTPRequestEntityTooLarge:
-            response = error_response(
-                413, f"body: expected at most {request.client_max_size / 1e6:g} MB"
-            )
         except RequestError as e:
-            response = error_response(e.status, str(e), param=e.param, code=e.code)
+            response = e.response()
         except ConnectionResetError:  # it left while the answer was written to it
             return web.Response()
         except Exception:
@@ -95,10 +102,19 @@ class Proxy:
             self._metrics.answered(instance_id, stage, status)
         return response
 
-    async def _read(self, request: web.Request, now: float, *, takes_xargs: bool) -> Call:
+    async def _read(
+        self, request: web.Request, reader: BodyReader, now: float, *, takes_xargs: bool
+    ) -> Call:
+        caller = self._access.caller(request.headers)
         headers, request_id = request_headers(request.headers)
-        body = parse(await request.read())
+        if caller is not None:
+            headers.popall("Authorization")  # for the router; instances have keys of their own
+        body = parse(await reader.read(request))
+        reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
+        info = admitted(caller, info, request.headers, body.members, body.model)
+        if self.log_prompts:
+            _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         fleet = self._dispatcher.fleet
         if not fleet.serves(body.model):
             served = sorted({model for instance in fleet for model in instance.models})
@@ -163,8 +179,7 @@ class Proxy:
         ok = False
         try:
             predicted = self._dispatcher.predict(
-                replace(
-                    call.request,
+                call.request._replace(
                     workflow=call.info.workflow or run.workflow,
                     deadline=run.deadline,
                     run_arrival_time=run.arrival_time,
@@ -175,8 +190,8 @@ class Proxy:
             )
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
-                predicted = replace(
-                    predicted, expected_output_tokens=min(call.info.expected_output_tokens, most)
+                predicted = predicted._replace(
+                    expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
             response, ok = await self._relay(request, replace(call, request=predicted))
             return response

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.expectation import first_byte_s
 from vllm_workflow.router.attempt import Attempt
-from vllm_workflow.router.config import InstanceConfig
+from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.watch import Silence, WatchClock, watch
 
@@ -34,17 +36,38 @@ class Upstream:
     """One instance as an HTTP server."""
 
     def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
-        self.config = config
-        self.url = config.url
+        self.reconfigure(config)
+        self.leaving = False
+        """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
         """What it last said of its models; empty if it never did."""
         self.num_probes_to_models = 0
         self.probe_now = asyncio.Event()
+        self.watcher: asyncio.Task[None] | None = None
         self.silence = Silence(clock)
         self.generation = 0
         """How often it has come back."""
         self.is_stuck = False
         """Its engine gave nothing while its server was well, so that its word does not count."""
+
+    def reconfigure(self, config: InstanceConfig) -> None:
+        """Take another configuration, key and certificates among it, for what is sent next."""
+        authorization = config.authorization()
+        self.ssl: ssl.SSLContext | bool = (
+            config.tls.context() if config.url.startswith("https:") else True
+        )
+        self.own_headers = {"Authorization": authorization} if authorization else {}
+        """Headers that replace a client's."""
+        self.config = config
+        self.url = config.url
+
+    def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+        """Return the headers to send for a call that came with `headers`."""
+        if not self.own_headers:
+            return headers
+        result = headers.copy()
+        result.update(self.own_headers)
+        return result
 
     def model_cards(self) -> list[dict[str, Any]]:
         """Entries of `/v1/models`, made up for configured models it does not tell about."""
@@ -78,14 +101,67 @@ class Upstreams:
         self._session = session
         self._metrics = metrics
         self._clock = WatchClock()
-        self._upstreams = {config.id: Upstream(config, self._clock) for config in configs}
-        for instance_id, upstream in self._upstreams.items():
-            dispatcher.add(upstream.config.build())
-            dispatcher.mark(instance_id, healthy=False)
-            metrics.healthy(instance_id, False)
+        self._upstreams: dict[str, Upstream] = {}
+        self._watchers: asyncio.TaskGroup | None = None
+        for config in configs:
+            self.add(config)
+
+    def add(self, config: InstanceConfig) -> None:
+        """Take in an instance, or take one that is there for what `config` says now.
+
+        It is sent calls from its next good probe on; those under way on it go on. One that was
+        leaving stays.
+        """
+        upstream = self._upstreams.get(config.id)
+        moved = upstream is None or upstream.leaving or upstream.url != config.url
+        if upstream is None:
+            upstream = self._upstreams[config.id] = Upstream(config, self._clock)
+        else:
+            upstream.reconfigure(config)
+        upstream.leaving = False
+        self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
+        if moved:
+            self._dispatcher.mark(config.id, healthy=False)
+            self._metrics.healthy(config.id, False)
+            if self._watchers is not None and upstream.watcher is None:
+                upstream.watcher = self._watchers.create_task(self._watch(upstream))
+        upstream.num_probes_to_models = 0
+        if self._watchers is not None:
+            upstream.probe_now.set()
+            self._changed()
+
+    def drain(self, instance_id: str) -> None:
+        """Send no more calls to an instance, and forget it when those under way have ended.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        upstream = self._upstreams[instance_id]
+        if upstream.leaving:
+            return
+        upstream.leaving = True
+        self._dispatcher.remove(instance_id)
+        _logger.info("instance %s is leaving", instance_id)
+        upstream.probe_now.set()
+        self._changed()
+
+    def _forget(self, upstream: Upstream) -> None:
+        del self._upstreams[upstream.config.id]
+        self._metrics.forget(upstream.config.id)
+        _logger.info("instance %s is gone", upstream.config.id)
+
+    def num_in_flight(self, instance_id: str) -> int:
+        """Calls under way on an instance."""
+        return self._dispatcher.fleet.num_outstanding(instance_id)
 
     def __getitem__(self, instance_id: str) -> Upstream:
         return self._upstreams[instance_id]
+
+    def get(self, instance_id: str) -> Upstream | None:
+        return self._upstreams.get(instance_id)
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self._upstreams
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams.values())
@@ -95,7 +171,8 @@ class Upstreams:
 
     def generation(self, instance_id: str) -> int:
         """How often an instance has come back."""
-        return self._upstreams[instance_id].generation
+        upstream = self._upstreams.get(instance_id)
+        return upstream.generation if upstream else -1
 
     @contextmanager
     def watched(self, attempt: Attempt) -> Iterator[Silence]:
@@ -131,13 +208,13 @@ class Upstreams:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as self._watchers:
             for upstream in self:
-                tasks.create_task(self._watch(upstream))
-            tasks.create_task(
+                upstream.watcher = self._watchers.create_task(self._watch(upstream))
+            self._watchers.create_task(
                 watch(
                     self._clock,
-                    lambda: ((u.config.id, u.silence) for u in self),
+                    lambda: [(u.config.id, u.silence) for u in self],
                     self._dispatcher.fleet,
                     probe=lambda instance_id: self._upstreams[instance_id].probe_now.set(),
                     condemn=self._condemn,
@@ -147,20 +224,24 @@ class Upstreams:
     def _condemn(self, instance_id: str, reason: str) -> None:
         upstream = self._upstreams[instance_id]
         upstream.is_stuck |= reason == "stuck"
-        if self.is_healthy(upstream):
+        if not upstream.leaving and self.is_healthy(upstream):
             self._metrics.condemned(instance_id, reason)
         self._mark(upstream, False, reason)
         upstream.silence.abandon()
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
-            pause_s = PROBE_EVERY_S if self.is_healthy(upstream) else PROBE_SICK_EVERY_S
+            is_sick = not upstream.leaving and not self.is_healthy(upstream)
+            pause_s = PROBE_SICK_EVERY_S if is_sick else PROBE_EVERY_S
             try:
                 async with asyncio.timeout(pause_s):
                     await upstream.probe_now.wait()
             except TimeoutError:
                 pass
             upstream.probe_now.clear()
+            if upstream.leaving and not self.num_in_flight(upstream.config.id):
+                self._forget(upstream)
+                return
             await self._probe(upstream)
 
     async def _probe(self, upstream: Upstream) -> None:
@@ -179,7 +260,7 @@ class Upstreams:
         if healthy and upstream.is_stuck:
             healthy = await self._is_moving(upstream)
         if healthy:
-            if not self.is_healthy(upstream):
+            if not upstream.leaving and not self.is_healthy(upstream):
                 upstream.num_probes_to_models = 0
             await self._refresh_models(upstream)
         self._mark(upstream, healthy, reason)
@@ -193,7 +274,9 @@ class Upstreams:
         timeout = aiohttp.ClientTimeout(total=_CANARY_TIMEOUT_S)
         url = upstream.url + "/v1/completions"
         try:
-            async with self._session.post(url, json=body, timeout=timeout) as response:
+            async with self._session.post(
+                url, json=body, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
+            ) as response:
                 await response.read()
                 upstream.is_stuck = response.status >= 500
         except (aiohttp.ClientError, OSError, TimeoutError):
@@ -214,8 +297,9 @@ class Upstreams:
             cards = []
         if cards and cards != upstream.cards:
             upstream.cards = cards
-            self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
-            self._changed()
+            if not upstream.leaving:
+                self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
+                self._changed()
         elif not cards and not upstream.model_cards():
             _logger.warning(
                 "instance %s does not tell what it serves; it is sent calls for any model "
@@ -227,10 +311,12 @@ class Upstreams:
         timeout = aiohttp.ClientTimeout(
             total=PROBE_TIMEOUT_S, sock_connect=_PROBE_CONNECT_TIMEOUT_S
         )
-        return self._session.get(upstream.url + path, timeout=timeout)
+        return self._session.get(
+            upstream.url + path, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
+        )
 
     def _mark(self, upstream: Upstream, healthy: bool, reason: str) -> None:
-        if self.is_healthy(upstream) == healthy:
+        if upstream.leaving or self.is_healthy(upstream) == healthy:
             return
         upstream.generation += healthy
         self._dispatcher.mark(upstream.config.id, healthy=healthy)

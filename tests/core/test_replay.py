@@ -14,6 +14,7 @@ from vllm_workflow.core.events import (
     Event,
     Marked,
     Polled,
+    Removed,
     Settled,
     Submitted,
     Swapped,
@@ -27,7 +28,9 @@ from vllm_workflow.core.replay import replay
 Step = tuple[str, int, float]
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["submit", "submit", "submit", "settle", "fail", "mark", "add", "swap"]),
+        st.sampled_from(
+            ["submit", "submit", "submit", "settle", "fail", "mark", "add", "remove", "swap"]
+        ),
         st.integers(0, 30),
         st.floats(0.001, 100.0),
     ),
@@ -81,6 +84,8 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.mark("ab"[pick % 2], healthy=pick % 3 > 0)
         elif what == "add":
             brain.add(instance("c", latency=SLOW, max_num_seqs=1 + pick))
+        elif what == "remove" and "c" in brain.fleet:
+            brain.remove("c")
         elif what == "swap":
             brain.swap(POLICIES[pick % len(POLICIES)], now=now)
         for decision in brain.poll(now):
@@ -120,6 +125,8 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
         match event:
             case Added():
                 brain.add(event.instance)
+            case Removed():
+                brain.remove(event.instance_id)
             case Marked():
                 brain.mark(event.instance_id, healthy=event.healthy)
             case Submitted():

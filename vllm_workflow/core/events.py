@@ -45,6 +45,13 @@ class Added:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """An instance was taken out; the calls in flight on it go on."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Marked:
     """An instance's health became known or changed."""
 
@@ -86,12 +93,12 @@ class Settled:
     outcome: Outcome
 
 
-Event = Started | Swapped | Added | Marked | Submitted | Polled | Withdrawn | Settled
+Event = Started | Swapped | Added | Removed | Marked | Submitted | Polled | Withdrawn | Settled
 Record = Callable[[Event], None]
 
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
-    for cls in (Started, Swapped, Added, Marked, Submitted, Polled, Withdrawn, Settled)
+    for cls in (Started, Swapped, Added, Removed, Marked, Submitted, Polled, Withdrawn, Settled)
 }
 _NESTED: Mapping[str, type[Any]] = {
     "policy": PolicyConfig,
@@ -102,6 +109,7 @@ _NESTED: Mapping[str, type[Any]] = {
     "chosen": Candidate,
     "outcome": Outcome,
 }
+_NAMED_TUPLES = (Candidate, Decision, Outcome, StageRequest)
 _ITEMS: Mapping[str, type[Any]] = {"candidates": Candidate, "decisions": Decision}
 
 
@@ -135,13 +143,14 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _names(value: Any) -> Sequence[str]:
-    if isinstance(value, Candidate):
-        return Candidate._fields
+    if isinstance(value, tuple):
+        names: Sequence[str] = value._fields  # type: ignore[attr-defined]
+        return names
     return [f.name for f in fields(value) if f.init]
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Candidate):
+    if isinstance(value, _NAMED_TUPLES):
         return _fields(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]

@@ -13,6 +13,7 @@ from vllm_workflow.core.events import (
     Event,
     Marked,
     Polled,
+    Removed,
     Settled,
     Started,
     Submitted,
@@ -52,6 +53,8 @@ def replay(
                     dispatcher.swap(event.policy, now=event.now)
             case Added():
                 dispatcher.add(event.instance)
+            case Removed():
+                dispatcher.remove(event.instance_id)
             case Marked():
                 dispatcher.mark(event.instance_id, healthy=event.healthy)
             case Submitted():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -10,7 +10,10 @@ from pydantic import Field, model_validator
 
 from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
 from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.limits import LimitsConfig
+from vllm_workflow.router.recorder import StoreConfig
 from vllm_workflow.router.workflow_config import WorkflowConfig
 from vllm_workflow.yaml_config import Strict, read_yaml, validated
 
@@ -25,12 +28,23 @@ class RouterConfig(Strict):
     policy: str | dict[str, Any] = DEFAULT_POLICY
     """A preset, `DISPATCH+ORDERING`, the path of a `policy.json`, or the fields of a policy."""
     workflows: list[WorkflowConfig] = Field(default_factory=list)
+    auth: AuthConfig | None = None
+    """Keys of clients; without it everybody who can reach the port may call."""
+    admin: AdminConfig | None = None
+    """The port for operators; without it there is none."""
+    tls: TlsConfig | None = None
+    """TLS towards clients; without it calls and keys travel in plain text."""
+    limits: LimitsConfig = LimitsConfig()
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 64.0
     """A larger request is answered with 413."""
     set_priority: bool = False
     """Add `priority` to each body, for servers with `--scheduling-policy priority`."""
+    log_prompts: bool = False
+    """Log the body of every call, at level info. Without it no log has any of them."""
     decision_log: str | None = None
     """File that every decision is appended to, as JSON lines."""
+    store: StoreConfig | None = None
+    """Database that keeps the decision log, what tenants use and what was learned."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""
@@ -82,15 +96,42 @@ class RouterConfig(Strict):
         """
         data = read_yaml(path)
         if isinstance(data, dict):
-            if isinstance(data.get("decision_log"), str):
-                data["decision_log"] = str(path.parent / data["decision_log"])
-            if isinstance(data.get("policy"), str) and _is_path(data["policy"]):
-                data["policy"] = str(path.parent / data["policy"])
-            for instance in data.get("instances") or ():
-                if isinstance(instance, dict) and isinstance(instance.get("profile"), str):
-                    instance["profile"] = str(path.parent / instance["profile"])
+            policy = data.get("policy")
+            is_path = isinstance(policy, str) and _is_path(policy)
+            _locate(data, ["decision_log", *(["policy"] if is_path else [])], path.parent)
+            for section, names in _FILES.items():
+                for part in _parts(data, section.split(".")):
+                    _locate(part, names, path.parent)
             data |= overrides or {}
         return cls.from_mapping(data, source=str(path))
+
+
+_FILES: Mapping[str, Sequence[str]] = {
+    "instances": ("profile", "api_key_file"),
+    "instances.tls": ("ca_file", "cert_file", "key_file"),
+    "tls": ("cert_file", "key_file", "client_ca_file"),
+    "auth.keys": ("key_file",),
+    "admin": ("key_file",),
+    "store": ("path",),
+}
+"""Fields that name files, by the section they stand in."""
+
+
+def _parts(data: object, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield every mapping at a path of names; a list stands for each of its items."""
+    for item in data if isinstance(data, list) else [data]:
+        if isinstance(item, dict):
+            if names:
+                yield from _parts(item.get(names[0]), names[1:])
+            else:
+                yield item
+
+
+def _locate(section: dict[str, Any], names: Sequence[str], folder: Path) -> None:
+    """Make the files that a section names relative to the folder of `router.yaml`."""
+    for name in names:
+        if isinstance(section.get(name), str) and section[name]:
+            section[name] = str(folder / section[name])
 
 
 def _is_path(policy: str) -> bool:

@@ -14,6 +14,8 @@ from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.profiles import catalogue
 from vllm_workflow.profiles.profile import LatencyProfile, latency_values
+from vllm_workflow.router.access_config import UpstreamTlsConfig
+from vllm_workflow.router.credentials import read_key
 from vllm_workflow.yaml_config import Name, Strict
 
 _LATENCY = LatencyModel()
@@ -66,6 +68,11 @@ class InstanceConfig(Strict):
     num_kv_tokens: Annotated[int, Field(ge=1)] | None = None
     """Tokens that its KV cache holds; by default those of the profile, or as datasheets say."""
     latency: LatencyConfig = LatencyConfig()
+    api_key_env: str = ""
+    """Environment variable with the key that the server wants (`vllm serve --api-key`)."""
+    api_key_file: str = ""
+    """File with that key."""
+    tls: UpstreamTlsConfig = UpstreamTlsConfig()
 
     @field_validator("url")
     @classmethod
@@ -73,6 +80,8 @@ class InstanceConfig(Strict):
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
+        if parts.username or parts.password:
+            raise ValueError("expected no name and password; give api_key_env or api_key_file")
         if parts.path.rstrip("/").endswith("/v1"):
             raise ValueError("expected the root of the server, without /v1")
         return url.rstrip("/")
@@ -83,6 +92,22 @@ class InstanceConfig(Strict):
         if isinstance(data, dict) and "id" not in data and isinstance(data.get("url"), str):
             return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2]}
         return data
+
+    def authorization(self) -> str:
+        """Return the header's value for this server; empty if it wants no key.
+
+        Raises:
+            ConfigError: The variable or file has no key.
+        """
+        if not (self.api_key_env or self.api_key_file):
+            return ""
+        return f"Bearer {read_key(self.api_key_env, self.api_key_file, min_length=1)}"
+
+    @property
+    def has_files(self) -> bool:
+        """Whether it may mean something else when read again: keys and certificates change."""
+        tls = self.tls
+        return bool(self.api_key_env or self.api_key_file or tls.ca_file or tls.cert_file)
 
     def build(self, models: Sequence[str] | None = None) -> Instance:
         """Return the core's value, with `models` where the configuration names none.
@@ -113,5 +138,8 @@ class InstanceConfig(Strict):
         for name in ("tp", "weight_bits"):
             if name in self.model_fields_set and not self.model_shape:
                 raise ValueError(f"{name}: expected model_shape beside it, got none")
+        if self.api_key_env and self.api_key_file:
+            raise ValueError("expected api_key_env or api_key_file, got both")
+        self.authorization()
         self.build()
         return self

@@ -23,6 +23,7 @@ from vllm_workflow.router.board import Board
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
+from vllm_workflow.router.forward import Sessions
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.protocol import Listener
@@ -86,8 +87,9 @@ async def serve(
         if log:
             stack.callback(log.flush)
         session = await stack.enter_async_context(_session())
+        fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
-        metrics.count_waiting(lambda: len(dispatcher.waiting))
+        metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
         upstreams = Upstreams(
             config.instances, dispatcher, session, metrics, binder.instances_changed
         )
@@ -97,10 +99,11 @@ async def serve(
             dispatcher,
             binder,
             upstreams,
-            session,
+            Sessions(session, fresh),
             metrics,
             access=access,
             bodies=bodies,
+            max_wait_s=config.max_wait_s,
             set_priority=config.set_priority,
             log_prompts=config.log_prompts,
         )
@@ -182,9 +185,13 @@ async def _beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]
                 raise result
 
 
-def _session() -> aiohttp.ClientSession:
+def _session(*, keep: bool = True) -> aiohttp.ClientSession:
+    """Return what makes connections, and keeps them for the next call or not."""
+    connector = aiohttp.TCPConnector(
+        limit=0, keepalive_timeout=_KEEPALIVE_S if keep else None, force_close=not keep
+    )
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),

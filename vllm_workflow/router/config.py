@@ -37,6 +37,9 @@ class RouterConfig(Strict):
     limits: LimitsConfig = LimitsConfig()
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 64.0
     """A larger request is answered with 413."""
+    max_wait_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    """How long a call without a deadline waits for an instance that can serve it, when none
+    can. One with a deadline waits as long as that allows."""
     set_priority: bool = False
     """Add `priority` to each body, for servers with `--scheduling-policy priority`."""
     log_prompts: bool = False

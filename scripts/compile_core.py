@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_workflow"
 CORE = (
     *("account", "backlog", "deadline", "dispatch", "dispatcher", "fleet", "handover", "latency"),
-    *("lengths", "predictor", "prefix", "remaining", "runs", "types", "waiting_room"),
+    *("lengths", "predictor", "prefix", "remaining", "rooms", "runs", "types", "waiting_room"),
 )
 SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),

@@ -80,12 +80,17 @@ class Proxy:
         self._upstreams = upstreams
         self._session = session
         self._metrics = metrics
-        self._ordering = dispatcher.config.build_ordering() if set_priority else None
+        self._set_priority = set_priority
         self._access = access
         self._bodies = bodies
         self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self.runs = Runs(metrics.run_ended)
+
+    @property
+    def policy(self) -> str:
+        """Fingerprint of the policy that decides now."""
+        return self._dispatcher.config.fingerprint
 
     async def handle(self, request: web.Request, *, takes_xargs: bool) -> web.StreamResponse:
         """Answer one call.
@@ -260,7 +265,7 @@ class Proxy:
         body = forwarded_body(
             call,
             attempt.decision,
-            self._ordering,
+            self._dispatcher.config.build_ordering() if self._set_priority else None,
             now=attempt.start_time,
             unix_time=time.time(),
         )

@@ -23,6 +23,7 @@ from vllm_workflow.core.events import from_json
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.replay import replay
 from vllm_workflow.router import tuning
+from vllm_workflow.router.tries import Tries
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.metrics import Metrics
@@ -123,7 +124,11 @@ async def test_calls_that_wait_are_woken_by_a_policy_under_which_they_can_start(
     for number in range(4):
         of.dispatcher.submit(stage_request(f"running-{number}"), now=0.0)
     waiting = asyncio.create_task(
-        binder.bind(stage_request("waiting"), num_prompt_bytes=1, exclude=[])
+        binder.bind(
+            stage_request("waiting"),
+            num_prompt_bytes=1,
+            tries=Tries(None, 0.0, lambda instance_id: 0),
+        )
     )
     while not len(of.dispatcher.waiting):
         await asyncio.sleep(0)

@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -23,10 +24,10 @@ from vllm_workflow.core.events import from_json
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.replay import replay
 from vllm_workflow.router import tuning
-from vllm_workflow.router.tries import Tries
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.tries import Tries
 from vllm_workflow.router.tuner_config import TunerConfig
 from vllm_workflow.router.tuning import PolicyFile, PolicySwitch, Tuning
 from vllm_workflow.sim.policy_files import write_policy
@@ -125,7 +126,7 @@ async def test_calls_that_wait_are_woken_by_a_policy_under_which_they_can_start(
         of.dispatcher.submit(stage_request(f"running-{number}"), now=0.0)
     waiting = asyncio.create_task(
         binder.bind(
-            stage_request("waiting"),
+            stage_request("waiting", arrival_time=time.monotonic()),
             num_prompt_bytes=1,
             tries=Tries(None, 0.0, lambda instance_id: 0),
         )

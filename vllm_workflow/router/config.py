@@ -37,6 +37,9 @@ class RouterConfig(Strict):
     limits: LimitsConfig = LimitsConfig()
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 64.0
     """A larger request is answered with 413."""
+    max_wait_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    """How long a call without a deadline waits for an instance that can serve it, when none
+    can. One with a deadline waits as long as that allows."""
     set_priority: bool = False
     """Add `priority` to each body, for servers with `--scheduling-policy priority`."""
     log_prompts: bool = False
@@ -45,6 +48,8 @@ class RouterConfig(Strict):
     """File that every decision is appended to, as JSON lines."""
     store: StoreConfig | None = None
     """Database that keeps the decision log, what tenants use and what was learned."""
+    dashboard: bool = True
+    """Serve the live page at /dashboard; with keys its data needs the operators' one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""

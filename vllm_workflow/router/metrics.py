@@ -100,6 +100,13 @@ class Metrics:
             ("instance",),
             registry=registry,
         )
+        self._condemned = Counter(
+            f"{_PREFIX}condemned",
+            "Times that an instance was taken out because it fell silent: hung if the process "
+            "did not answer, stuck if its engine gave nothing.",
+            ("instance", "reason"),
+            registry=registry,
+        )
         self._failovers = Counter(
             f"{_PREFIX}failovers",
             "Attempts that failed before the first byte of an answer, by reason.",
@@ -138,7 +145,7 @@ class Metrics:
         """Show how many calls wait in the router, asked whenever somebody looks."""
         Gauge(
             f"{_PREFIX}requests_waiting",
-            "Calls that wait in the router until an instance has room for them.",
+            "Calls that wait in the router until an instance has room for them or comes back.",
             registry=self.registry,
         ).set_function(num_waiting)
 
@@ -157,6 +164,9 @@ class Metrics:
         if outcome.ok:
             self._predicted.labels(outcome.instance_id).observe(decision.chosen.finish_s)
             self._actual.labels(outcome.instance_id).observe(outcome.e2el_s)
+
+    def condemned(self, instance_id: str, reason: str) -> None:
+        self._condemned.labels(instance_id, reason).inc()
 
     def failed_over(self, instance_id: str, reason: str) -> None:
         self._failovers.labels(instance_id, reason).inc()

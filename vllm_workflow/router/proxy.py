@@ -117,7 +117,8 @@ class Proxy:
         caller = self._access.caller(request.headers)
         headers, request_id = request_headers(request.headers)
         if caller is not None:
-            headers.popall("Authorization")  # for the router; instances have keys of their own
+            # For the router; instances have keys of their own. `Connection` may have named it.
+            headers.popall("Authorization", None)
         body = parse(await reader.read(request))
         reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)

@@ -20,6 +20,7 @@ COMMANDS = {
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
     "store": "show what a router keeps in its database",
+    "simulate": "what if the fleet, the load, the promises or the policy were others",
     "text2sql": "answer questions about a SQLite file by a multi-stage workflow",
     "tune": "find a better policy for the traffic of a decision log",
 }

@@ -52,6 +52,8 @@ class Router:
     proxy: Proxy
     metrics: Metrics
     reload: Reloader
+    app: web.Application
+    """What clients ask."""
 
 
 @asynccontextmanager
@@ -124,17 +126,17 @@ async def serve(
                     config.admin.host, config.admin.port, tls, where="admin.host, admin.port"
                 )
             )
-        routes = Routes(
+        app = Routes(
             proxy,
             upstreams,
             metrics,
             access,
             operator,
             more=_dashboard(board, dispatcher, upstreams, access, operator),
-        )
-        listener = _listener(routes.build(), config, reload)
+        ).build()
+        listener = _listener(app, config, reload)
         url = await stack.enter_async_context(listener.listening(config.host, config.port, tls))
-        yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload)
+        yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload, app)
 
 
 def _dashboard(

@@ -66,6 +66,7 @@ VALUES = st.sampled_from(
         b"zstd",
         b"close",
         b"keep-alive",
+        b"Authorization, Host, X-Request-Id",
         b"Upgrade, HTTP2-Settings",
         b"h2c",
         b"websocket",

@@ -32,6 +32,7 @@ from vllm_workflow.router.recorder import recorder
 from vllm_workflow.router.reload import Reloader
 from vllm_workflow.router.routes import Routes, check_operator
 from vllm_workflow.router.store import Store
+from vllm_workflow.router.tuning import PolicyFile, PolicySwitch, Tuning
 from vllm_workflow.router.upstreams import Upstreams
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -119,6 +120,7 @@ async def serve(
         )
         await upstreams.probe_all()
         watchers = [upstreams.run(), _expire_runs(proxy), *([log.run()] if log else [])]
+        watchers += _tuning(config, PolicySwitch(dispatcher, binder, metrics), store)
         await stack.enter_async_context(_beside(*watchers))
         operator = KeyCheck(config.admin.hashed()) if config.admin else None
         admin_url = ""
@@ -141,6 +143,19 @@ async def serve(
         listener = _listener(app, config, reload)
         url = await stack.enter_async_context(listener.listening(config.host, config.port, tls))
         yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload, app)
+
+
+def _tuning(
+    config: RouterConfig, switch: PolicySwitch, store: Store | None
+) -> list[Coroutine[Any, Any, None]]:
+    """Return what tunes while the router runs; nothing where that is switched off."""
+    if config.tuner is None or config.tuned_log is None:
+        return []
+    file = PolicyFile(Path(config.tuner.policy_file), switch)
+    workflows = [workflow.build() for workflow in config.workflows]
+    log = Path(config.tuned_log)
+    tuning = Tuning(config.tuner, log, switch, file, workflows=workflows, store=store)
+    return [file.run(), tuning.run()]
 
 
 def _dashboard(

@@ -60,7 +60,7 @@ class Tracing:
 
     @contextmanager
     def call(self, call: Call, run: Run) -> Iterator[CallSpan]:
-        """Trace one call while the block runs; its `traceparent` goes into the headers to forward."""
+        """Trace one call while the block runs; the headers to forward get its `traceparent`."""
         parent = _PROPAGATOR.extract(call.headers)
         has_parent = trace.get_current_span(parent).get_span_context().is_valid
         if call.info.workflow_id and run.span is None:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -28,10 +29,13 @@ from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.once import Once, key_of
 from vllm_workflow.router.prefixes import head_of
-from vllm_workflow.router.runs import Runs
+from vllm_workflow.router.runs import Run, Runs
 from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
+
+if TYPE_CHECKING:
+    from vllm_workflow.router.tracing import Tracing
 
 RETRY_AFTER_S = 1
 _CLIENT_LEFT = 499
@@ -59,6 +63,7 @@ class Proxy:
         max_wait_s: float,
         set_priority: bool = False,
         log_prompts: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -71,7 +76,8 @@ class Proxy:
         self._bodies = bodies
         self.log_prompts = log_prompts
         self._ids = itertools.count(1)
-        self.runs = Runs(metrics.run_ended)
+        self._tracing = tracing
+        self.runs = Runs(self._run_ended)
         self.running = Once()
 
     @property
@@ -203,10 +209,25 @@ class Proxy:
                 predicted = predicted._replace(
                     expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
-            response, ok = await self._relay(request, replace(call, request=predicted))
+            response, ok = await self._traced(request, replace(call, request=predicted), run)
             return response
         finally:
             self.runs.end(call.info, run, time.monotonic(), ok=ok)
+
+    async def _traced(
+        self, request: web.Request | None, call: Call, run: Run
+    ) -> tuple[web.StreamResponse, bool]:
+        if self._tracing is None:
+            return await self._relay(request, call)
+        with self._tracing.call(call, run) as span:
+            response, ok = await self._relay(request, call)
+            span.answered(response, ok=ok)
+        return response, ok
+
+    def _run_ended(self, run: Run) -> None:
+        self._metrics.run_ended(run)
+        if self._tracing is not None:
+            self._tracing.run_ended(run)
 
     async def _relay(
         self, request: web.Request | None, call: Call

@@ -11,6 +11,7 @@ ROUTER = [
     "pydantic>=2.7,<3",  # validates router.yaml and cluster.yaml, with the path to the field
     "PyYAML>=6",  # reads them
     "tqdm>=4.66",  # progress while instances load
+    "python-json-logger>=3",  # `log_format: json`
 ]
 TRACING = [
     "opentelemetry-sdk>=1.27",  # spans of runs and calls

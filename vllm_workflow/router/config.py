@@ -57,6 +57,10 @@ class RouterConfig(Strict):
     tracing: TracingConfig | None = None
     """Send OpenTelemetry spans of runs and calls to a collector."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    """`json`: one object per line."""
+    log_calls: bool = False
+    """Log one line per call: run, stage, tenant, instance, status, seconds; nothing of its body."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""
 

@@ -26,6 +26,7 @@ from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_response
 from vllm_workflow.router.forward import Forwarder, Sessions
 from vllm_workflow.router.limits import Bodies, BodyReader
+from vllm_workflow.router.logs import calls
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.once import Once, key_of
 from vllm_workflow.router.prefixes import head_of
@@ -96,9 +97,10 @@ class Proxy:
             takes_xargs: Whether the endpoint knows `vllm_xargs` and `priority`.
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
+        call, begin = None, time.monotonic()
         try:
             with self._bodies.held() as reader:
-                call = await self._read(request, reader, time.monotonic(), takes_xargs=takes_xargs)
+                call = await self._read(request, reader, begin, takes_xargs=takes_xargs)
                 stage = call.info.stage
                 response = await self._once(request, call)
             instance_id = response.headers.get("X-Workflow-Instance", "")
@@ -115,6 +117,8 @@ class Proxy:
             if status == _CLIENT_LEFT:
                 self._metrics.client_left()
             self._metrics.answered(instance_id, stage, status)
+            if calls.isEnabledFor(logging.INFO):
+                _log_call(call, instance_id, status, begin)
         return response
 
     async def _read(
@@ -306,3 +310,24 @@ class Proxy:
         if refusal.status in BUSY:
             headers.setdefault("Retry-After", str(RETRY_AFTER_S))
         return web.Response(status=refusal.status, body=refusal.body, headers=headers)
+
+
+def _log_call(call: Call | None, instance_id: str, status: int, begin: float) -> None:
+    """Log one call by what names it; `call` is None if it could not be read."""
+    fields: dict[str, object] = {
+        "status": status,
+        "seconds": round(time.monotonic() - begin, 4),
+        "instance": instance_id,
+    }
+    if call is not None:
+        info = call.info
+        fields |= {
+            "request": call.request_id,
+            "run": info.workflow_id,
+            "workflow": info.workflow,
+            "stage": info.stage,
+            "tenant": info.tenant_id,
+            "model": call.body.model,
+        }
+    text = " ".join(f"{name}={value!r}" for name, value in fields.items())
+    calls.info("call %s", text, extra=fields)

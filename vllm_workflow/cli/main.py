@@ -14,6 +14,7 @@ COMMANDS = {
     "analyze": "report what the runs of a trace have in common",
     "bench": "replay runs against a server under load",
     "emulated-model": "write a model folder without weights, for an emulated GPU",
+    "key": "make keys for clients and operators of the router",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",

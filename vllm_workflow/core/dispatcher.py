@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 
 from vllm_workflow.core.backlog import Waiting
 from vllm_workflow.core.config import PolicyConfig
@@ -21,9 +20,11 @@ from vllm_workflow.core.events import (
     Marked,
     Polled,
     Record,
+    Removed,
     Settled,
     Started,
     Submitted,
+    Swapped,
     Withdrawn,
 )
 from vllm_workflow.core.fleet import Fleet, Instance
@@ -38,7 +39,7 @@ class Dispatcher:
 
     Args:
         fleet: The ledger. Change it through `add` and `mark`, or a replay will not know.
-        config: The policy, fixed for the life of a dispatcher.
+        config: The policy, until `swap`.
         workflows: Declared ones.
         record: Called with everything that a replay needs, in order.
     """
@@ -72,13 +73,35 @@ class Dispatcher:
         if self._record is not None:
             self._record(Added(instance=instance))
 
+    def remove(self, instance_id: str) -> None:
+        """Send no more calls to an instance, and forget it when those in flight have ended."""
+        self.fleet.remove(instance_id)
+        self.predictor.fleet_changed()
+        if self._record is not None:
+            self._record(Removed(instance_id=instance_id))
+
     def mark(self, instance_id: str, *, healthy: bool) -> None:
-        """Note whether calls may be sent to an instance."""
-        if self.fleet.is_healthy(instance_id) != healthy:
+        """Note whether calls may be sent to an instance; one that was removed gets none."""
+        if instance_id in self.fleet and self.fleet.is_healthy(instance_id) != healthy:
             self.fleet.mark(instance_id, healthy=healthy)
             self.predictor.fleet_changed()
             if self._record is not None:
                 self._record(Marked(instance_id=instance_id, healthy=healthy))
+
+    def swap(self, config: PolicyConfig, *, now: float) -> None:
+        """Let another policy decide from here on; `poll` should follow.
+
+        What was learned and what is in flight stays. Calls that wait go on waiting, in the order
+        of the new policy, even if under it none would have begun to.
+        """
+        if self._record is not None:
+            self._record(Swapped(now=now, policy=config, fingerprint=config.fingerprint))
+        waiting = self.waiting.by_arrival()
+        self.config = config
+        self._policy = build(config)
+        self.waiting = WaitingRoom(self.fleet, self._policy, config)
+        for each in waiting:
+            self.waiting.enter(each.request, each.num_prompt_bytes, each.exclude, now)
 
     def predict(
         self,
@@ -115,8 +138,13 @@ class Dispatcher:
 
         Raises:
             NoInstanceError: No healthy instance outside `exclude` serves the model.
-            ValueError: The request is already in flight or waiting.
+            ValueError: The request is already in flight or waiting, or has no prompt tokens.
         """
+        if request.num_prompt_tokens < 1:
+            raise ValueError(
+                f"request {request.request_id!r}: num_prompt_tokens must be at least 1, "
+                f"got {request.num_prompt_tokens}"
+            )
         if request.request_id in self._sent:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
@@ -126,9 +154,9 @@ class Dispatcher:
         decision: Decision | None
         if self.config.late_binding:
             alone_s = sum(c.alone_s for c in candidates) / len(candidates)
-            request = replace(request, service_s=alone_s)
+            request = request._replace(service_s=alone_s)
             waiting = self.waiting.enter(request, num_prompt_bytes, excluded, now)
-            self._bind_waiting(now, waiting)
+            self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
         else:
             costs = self._policy.costs(request, candidates)
@@ -171,8 +199,14 @@ class Dispatcher:
             self._record(Withdrawn(request_id=request_id))
         return True
 
-    def _bind_waiting(self, now: float, newest: Waiting | None = None) -> None:
-        for waiting, candidates, costs, index in self.waiting.starting(now, newest):
+    def _bind_waiting(
+        self,
+        now: float,
+        newest: Waiting | None = None,
+        newest_candidates: tuple[Candidate, ...] = (),
+    ) -> None:
+        starting = self.waiting.starting(now, newest, newest_candidates)
+        for waiting, candidates, costs, index in starting:
             self._due[waiting.request.request_id] = self._bind(
                 waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
             )
@@ -219,6 +253,7 @@ class Dispatcher:
         ran = outcome.ok or not math.isnan(outcome.ttft_s)
         self.fleet.release(outcome.request_id, instance_id, ran=ran)
         self.predictor.ended(sent, outcome)
+        self.fleet.forget(instance_id)
 
     @property
     def num_in_flight(self) -> int:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from vllm_workflow.core.backlog import Backlog, Waiting
+from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
 from vllm_workflow.core.dispatch import DispatchPolicy
@@ -16,9 +17,6 @@ from vllm_workflow.core.types import Candidate, StageRequest
 _MAX_LOOKED_AT = 16
 """Calls that turn out not to fit, after which no more are looked at when something has changed.
 Those for which every instance is full are passed over at no cost."""
-
-_Kind = tuple[str, tuple[str, ...]]
-"""Model and excluded instances: what decides which instances come into question."""
 
 
 class Choice(NamedTuple):
@@ -80,6 +78,10 @@ class WaitingRoom:
             self._looked_at_version = -1  # others may have been held up by it
         return waiting
 
+    def by_arrival(self) -> list[Waiting]:
+        """All calls, the one that came first first."""
+        return sorted((*self.backlog, *self.relegated), key=lambda w: w.request.arrival_time)
+
     def stranded(self) -> list[StageRequest]:
         """Calls that no healthy instance serves any more."""
         return [
@@ -88,7 +90,12 @@ class WaitingRoom:
             if not self._fleet.serves_now(waiting.request.model, waiting.exclude)
         ]
 
-    def starting(self, now: float, newest: Waiting | None = None) -> Iterator[Choice]:
+    def starting(
+        self,
+        now: float,
+        newest: Waiting | None = None,
+        newest_candidates: tuple[Candidate, ...] = (),
+    ) -> Iterator[Choice]:
         """Yield what can start now, first in order first; each must be reserved before the next.
 
         A call that cannot start holds up those behind it in one way: the instance that it is
@@ -98,27 +105,37 @@ class WaitingRoom:
             now: Instant.
             newest: A call that has just come. If nothing else has changed since all were looked
                 at, no other can start.
+            newest_candidates: What has just been predicted of it.
         """
         fleet = self._fleet
-        only_newest = newest is not None and fleet.version == self._looked_at_version
-        blocked: dict[_Kind, Waiting] = {}
+        if self._config.relegate:
+            self._relegate(now)
+        full: set[Kind] = set()
+        blocked: dict[Kind, Waiting] = {}
+        if newest is None or fleet.version != self._looked_at_version:
+            turn = self._in_turn(full)
+        else:
+            turn = iter((newest,))
+            if fleet.has_room():
+                blocked = self._ahead_of(newest)
         claims: dict[str, float] | None = None
-        num_in_vain = 0
-        for waiting in self._in_turn(now):
+        num_in_vain = num_started = 0
+        for waiting in turn:
             if not fleet.has_room() or num_in_vain == _MAX_LOOKED_AT:
                 break
-            kind = waiting.request.model, waiting.exclude
-            if only_newest and waiting is not newest:
-                blocked.setdefault(kind, waiting)
-                continue
+            kind = waiting.kind
             if not fleet.has_room(*kind):
                 blocked.setdefault(kind, waiting)
+                full.add(kind)
                 continue
             if not fleet.can_start(waiting.request, waiting.exclude):
                 blocked.setdefault(kind, waiting)
                 num_in_vain += 1
                 continue
-            candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+            if waiting is newest and not num_started:
+                candidates = newest_candidates
+            else:
+                candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
             if blocked and claims is None:
                 claims = self._claims(blocked, now)
             costs = self._policy.costs(waiting.request, candidates)
@@ -130,6 +147,7 @@ class WaitingRoom:
             if not able:
                 num_in_vain += 1
                 continue
+            num_started += 1
             self._num_since_relegated += 1
             if self.backlog.remove(waiting.request.request_id) is None:
                 self.relegated.remove(waiting.request.request_id)
@@ -147,17 +165,36 @@ class WaitingRoom:
                     request, request.deadline, waiting.num_prompt_bytes, waiting.exclude
                 )
 
-    def _in_turn(self, now: float) -> list[Waiting]:
-        """All calls in order; now and then a relegated one goes first, so that none starves."""
-        if not self._config.relegate:
-            return list(self.backlog)
-        self._relegate(now)
-        hopeful, hopeless = list(self.backlog), list(self.relegated)
-        if self._num_since_relegated >= 1.0 / self._config.relegated_share - 1.0:
-            return [*hopeless[:1], *hopeful, *hopeless[1:]]
-        return hopeful + hopeless
+    @property
+    def _goes_first(self) -> Waiting | None:
+        """The relegated call whose turn has come, so that none starves."""
+        if self._num_since_relegated < 1.0 / self._config.relegated_share - 1.0:
+            return None
+        return next(iter(self.relegated), None)
 
-    def _claims(self, blocked: Mapping[_Kind, Waiting], now: float) -> dict[str, float]:
+    def _in_turn(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
+        """All calls in order; now and then a relegated one goes first."""
+        if not self._config.relegate:
+            return self.backlog.walk(passed_over)
+        first = self._goes_first
+        hopeless = (w for w in self.relegated.walk(passed_over) if w is not first)
+        return chain([first] if first else [], self.backlog.walk(passed_over), hopeless)
+
+    def _ahead_of(self, newest: Waiting) -> dict[Kind, Waiting]:
+        """The first call of each kind of those that go before `newest`, in order."""
+        hopeful, hopeless, first = self.backlog.heads(), self.relegated.heads(), self._goes_first
+        if newest is first:
+            return {}
+        if newest.request.request_id in self.backlog:
+            hopeful, hopeless = [w for w in hopeful if w < newest], []
+        else:
+            hopeless = [w for w in hopeless if w < newest]
+        ahead: dict[Kind, Waiting] = {}
+        for waiting in ([first] if first else []) + hopeful + hopeless:
+            ahead.setdefault(waiting.kind, waiting)
+        return ahead
+
+    def _claims(self, blocked: Mapping[Kind, Waiting], now: float) -> dict[str, float]:
         """Instances that the first blocked call of each kind waits for, and for how long."""
         claims: dict[str, float] = {}
         for waiting in blocked.values():

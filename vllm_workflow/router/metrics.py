@@ -109,6 +109,10 @@ class Metrics:
     def healthy(self, instance_id: str, healthy: bool) -> None:
         self._healthy.labels(instance_id).set(healthy)
 
+    def forget(self, instance_id: str) -> None:
+        """Show an instance that has left no longer as one that is there."""
+        self._healthy.remove(instance_id)
+
     def count_waiting(self, num_waiting: Callable[[], int]) -> None:
         """Show how many calls wait in the router, asked whenever somebody looks."""
         Gauge(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import itertools
+import logging
 import math
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
@@ -29,15 +30,17 @@ from vllm_workflow.router.attempt import (
     Tries,
     read_refusal,
 )
+from vllm_workflow.router.auth import Access, admitted
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import parse
 from vllm_workflow.router.call import Call, forwarded_body, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_json, error_response
+from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.prefixes import head_of
 from vllm_workflow.router.runs import Runs
-from vllm_workflow.router.upstreams import Upstreams
+from vllm_workflow.router.upstreams import Upstream, Upstreams
 from vllm_workflow.router.usage import Usage
 
 RETRY_AFTER_S = 1
@@ -47,6 +50,7 @@ _LARGE_BODY_BYTES = 1 << 20
 _ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
 """The router's own shortage, which no instance is to blame for."""
+_prompts = logging.getLogger("vllm_workflow.prompts")
 _REFUSED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
@@ -66,7 +70,10 @@ class Proxy:
         session: aiohttp.ClientSession,
         metrics: Metrics,
         *,
+        access: Access,
+        bodies: Bodies,
         set_priority: bool = False,
+        log_prompts: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -74,6 +81,9 @@ class Proxy:
         self._session = session
         self._metrics = metrics
         self._ordering = dispatcher.config.build_ordering() if set_priority else None
+        self._access = access
+        self._bodies = bodies
+        self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self.runs = Runs(metrics.run_ended)
 
@@ -86,16 +96,13 @@ class Proxy:
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
         try:
-            call = await self._read(request, time.monotonic(), takes_xargs=takes_xargs)
-            stage = call.info.stage
-            response = await self._in_run(request, call)
+            with self._bodies.held() as reader:
+                call = await self._read(request, reader, time.monotonic(), takes_xargs=takes_xargs)
+                stage = call.info.stage
+                response = await self._in_run(request, call)
             instance_id = response.headers.get("X-Workflow-Instance", "")
-        except web.HTTPRequestEntityTooLarge:
-            response = error_response(
-                413, f"body: expected at most {request.client_max_size / 1e6:g} MB"
-            )
         except RequestError as e:
-            response = error_response(e.status, str(e), param=e.param, code=e.code)
+            response = e.response()
         except ConnectionResetError:  # it left while the answer was written to it
             return web.Response()
         except Exception:
@@ -109,10 +116,18 @@ class Proxy:
             self._metrics.answered(instance_id, stage, status)
         return response
 
-    async def _read(self, request: web.Request, now: float, *, takes_xargs: bool) -> Call:
+    async def _read(
+        self, request: web.Request, reader: BodyReader, now: float, *, takes_xargs: bool
+    ) -> Call:
+        caller = self._access.caller(request.headers)
         headers, request_id = request_headers(request.headers)
-        body = parse(await request.read())
+        if caller is not None:
+            headers.popall("Authorization")  # for the router; instances have keys of their own
+        body = parse(await reader.read(request))
         info = read_run(request.headers, body.members)
+        info = admitted(caller, info, request.headers, body.members, body.model)
+        if self.log_prompts:
+            _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         fleet = self._dispatcher.fleet
         if not fleet.serves(body.model):
             served = sorted({model for instance in fleet for model in instance.models})
@@ -149,8 +164,7 @@ class Proxy:
         ok = False
         try:
             predicted = self._dispatcher.predict(
-                replace(
-                    call.request,
+                call.request._replace(
                     workflow=call.info.workflow or run.workflow,
                     deadline=run.deadline,
                     run_arrival_time=run.arrival_time,
@@ -161,8 +175,8 @@ class Proxy:
             )
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
-                predicted = replace(
-                    predicted, expected_output_tokens=min(call.info.expected_output_tokens, most)
+                predicted = predicted._replace(
+                    expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
             response, ok = await self._relay(request, replace(call, request=predicted))
             return response
@@ -220,7 +234,7 @@ class Proxy:
         try:
             async with asyncio.timeout(None) as patience:
                 with upstream.waiting(patience):
-                    answer, first = await self._post(upstream.url, call, attempt)
+                    answer, first = await self._post(upstream, call, attempt)
         except _REFUSED as e:
             if isinstance(e, OSError) and e.errno in _OUT_OF_SOCKETS:
                 raise RequestError(
@@ -240,7 +254,7 @@ class Proxy:
             answer.close()
 
     async def _post(
-        self, url: str, call: Call, attempt: Attempt
+        self, upstream: Upstream, call: Call, attempt: Attempt
     ) -> tuple[aiohttp.ClientResponse, bytes]:
         body = forwarded_body(
             call,
@@ -250,9 +264,10 @@ class Proxy:
             unix_time=time.time(),
         )
         answer = await self._session.post(
-            URL(url + call.path, encoded=True),
+            URL(upstream.url + call.path, encoded=True),
             data=body if len(body) < _LARGE_BODY_BYTES else BytesIO(body),
-            headers=call.headers,
+            headers=upstream.headers(call.headers),
+            ssl=upstream.ssl,
             skip_auto_headers=_ADDED_BY_AIOHTTP,
             allow_redirects=False,
         )

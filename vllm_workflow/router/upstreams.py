@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.router.config import InstanceConfig
+from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 
 PROBE_EVERY_S = 1.0
@@ -28,13 +30,15 @@ class Upstream:
     """One instance as an HTTP server."""
 
     def __init__(self, config: InstanceConfig) -> None:
-        self.config = config
-        self.url = config.url
+        self.reconfigure(config)
+        self.leaving = False
+        """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
         """What it last said of its models; empty if it never did."""
         self.num_late_probes = 0
         self.num_probes_to_models = 0
         self.probe_now = asyncio.Event()
+        self.watcher: asyncio.Task[None] | None = None
         self._waiting: set[asyncio.Timeout] = set()
 
     @contextmanager
@@ -45,6 +49,25 @@ class Upstream:
             yield
         finally:
             self._waiting.discard(timeout)
+
+    def reconfigure(self, config: InstanceConfig) -> None:
+        """Take another configuration, key and certificates among it, for what is sent next."""
+        authorization = config.authorization()
+        self.ssl: ssl.SSLContext | bool = (
+            config.tls.context() if config.url.startswith("https:") else True
+        )
+        self.own_headers = {"Authorization": authorization} if authorization else {}
+        """Headers that replace a client's."""
+        self.config = config
+        self.url = config.url
+
+    def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+        """Return the headers to send for a call that came with `headers`."""
+        if not self.own_headers:
+            return headers
+        result = headers.copy()
+        result.update(self.own_headers)
+        return result
 
     def abandon(self, now: float) -> None:
         """End every wait for an answer that this instance, being hung, will not give."""
@@ -82,14 +105,67 @@ class Upstreams:
         self._changed = changed
         self._session = session
         self._metrics = metrics
-        self._upstreams = {config.id: Upstream(config) for config in configs}
-        for instance_id, upstream in self._upstreams.items():
-            dispatcher.add(upstream.config.build())
-            dispatcher.mark(instance_id, healthy=False)
-            metrics.healthy(instance_id, False)
+        self._upstreams: dict[str, Upstream] = {}
+        self._watchers: asyncio.TaskGroup | None = None
+        for config in configs:
+            self.add(config)
+
+    def add(self, config: InstanceConfig) -> None:
+        """Take in an instance, or take one that is there for what `config` says now.
+
+        It is sent calls from its next good probe on; those under way on it go on. One that was
+        leaving stays.
+        """
+        upstream = self._upstreams.get(config.id)
+        moved = upstream is None or upstream.leaving or upstream.url != config.url
+        if upstream is None:
+            upstream = self._upstreams[config.id] = Upstream(config)
+        else:
+            upstream.reconfigure(config)
+        upstream.leaving = False
+        self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
+        if moved:
+            self._dispatcher.mark(config.id, healthy=False)
+            self._metrics.healthy(config.id, False)
+            if self._watchers is not None and upstream.watcher is None:
+                upstream.watcher = self._watchers.create_task(self._watch(upstream))
+        upstream.num_probes_to_models = 0
+        if self._watchers is not None:
+            upstream.probe_now.set()
+            self._changed()
+
+    def drain(self, instance_id: str) -> None:
+        """Send no more calls to an instance, and forget it when those under way have ended.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        upstream = self._upstreams[instance_id]
+        if upstream.leaving:
+            return
+        upstream.leaving = True
+        self._dispatcher.remove(instance_id)
+        _logger.info("instance %s is leaving", instance_id)
+        upstream.probe_now.set()
+        self._changed()
+
+    def _forget(self, upstream: Upstream) -> None:
+        del self._upstreams[upstream.config.id]
+        self._metrics.forget(upstream.config.id)
+        _logger.info("instance %s is gone", upstream.config.id)
+
+    def num_in_flight(self, instance_id: str) -> int:
+        """Calls under way on an instance."""
+        return self._dispatcher.fleet.num_outstanding(instance_id)
 
     def __getitem__(self, instance_id: str) -> Upstream:
         return self._upstreams[instance_id]
+
+    def get(self, instance_id: str) -> Upstream | None:
+        return self._upstreams.get(instance_id)
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self._upstreams
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams.values())
@@ -115,9 +191,10 @@ class Upstreams:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as self._watchers:
             for upstream in self:
-                tasks.create_task(self._watch(upstream))
+                upstream.watcher = self._watchers.create_task(self._watch(upstream))
+            await asyncio.Event().wait()  # instances may come when there is none
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
@@ -127,6 +204,9 @@ class Upstreams:
             except TimeoutError:
                 pass
             upstream.probe_now.clear()
+            if upstream.leaving and not self.num_in_flight(upstream.config.id):
+                self._forget(upstream)
+                return
             await self._probe(upstream)
 
     async def _probe(self, upstream: Upstream) -> None:
@@ -162,8 +242,9 @@ class Upstreams:
             cards = []
         if cards and cards != upstream.cards:
             upstream.cards = cards
-            self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
-            self._changed()
+            if not upstream.leaving:
+                self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
+                self._changed()
         elif not cards and not upstream.model_cards():
             _logger.warning(
                 "instance %s does not tell what it serves; it is sent calls for any model "
@@ -173,10 +254,12 @@ class Upstreams:
 
     def _get(self, upstream: Upstream, path: str) -> Any:
         timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
-        return self._session.get(upstream.url + path, timeout=timeout)
+        return self._session.get(
+            upstream.url + path, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
+        )
 
     def _mark(self, upstream: Upstream, healthy: bool, reason: str) -> None:
-        if self.is_healthy(upstream) == healthy:
+        if upstream.leaving or self.is_healthy(upstream) == healthy:
             return
         self._dispatcher.mark(upstream.config.id, healthy=healthy)
         self._metrics.healthy(upstream.config.id, healthy)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time as clock
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -249,9 +249,9 @@ class _Simulation:
         )
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))
-            request = replace(request, expected_output_tokens=expected)
+            request = request._replace(expected_output_tokens=expected)
         if self._rest is not None:
-            request = replace(request, rest_s=self._rest(call.run.trace, trace))
+            request = request._replace(rest_s=self._rest(call.run.trace, trace))
         call.predicted = request
         self._bound_later[request.request_id] = call
         try:

@@ -47,9 +47,7 @@ class Case:
 
 
 SETTINGS: Mapping[str, Case] = {
-    "chess, 4 GPUs": Case(
-        fleet="A100:2,A6000:1,L40S:1", workflows=(("chess", 4.0, 1),), load=1.0
-    ),
+    "chess, 4 GPUs": Case(fleet="A100:2,A6000:1,L40S:1", workflows=(("chess", 4.0, 1),), load=1.0),
     "chess, little KV": Case(fleet="A6000:2", workflows=(("chess", 4.0, 1),), load=0.9),
     "chess, 16 seats": Case(
         fleet="A100:1", workflows=(("chess", 4.0, 1),), load=0.9, max_num_seqs=16
@@ -206,9 +204,7 @@ def show(done: Mapping[Task, Row]) -> None:
             rows = [row for _, row in pairs]
             base = {t.seed: row.attainment for t, row in here.items() if t.policy == first}
             gains = [row.attainment - base[seed] for seed, row in pairs]
-            wasted = sum(r.num_wasted_tokens for r in rows) / sum(
-                r.num_prompt_tokens for r in rows
-            )
+            wasted = sum(r.num_wasted_tokens for r in rows) / sum(r.num_prompt_tokens for r in rows)
             print(
                 f"{policy:28} {_cell([100 * r.attainment for r in rows])} %"
                 f" {_cell([r.p95_over_slo for r in rows])}"

@@ -62,15 +62,23 @@ class Bodies:
             self._num_bytes -= reader.num_bytes
 
     def take(self, reader: BodyReader, num_bytes: int) -> None:
-        """Count bytes for a reader.
+        """Count bytes of a body for a reader.
 
         Raises:
             RequestError: 413: more than one body may have; 429: more than there is for all.
         """
-        reader.num_bytes += num_bytes
-        self._num_bytes += num_bytes
+        self.hold(reader, num_bytes)
         if reader.num_bytes > 1e6 * self._max_body_mb:
             raise too_large(self._max_body_mb)
+
+    def hold(self, reader: BodyReader, num_bytes: int) -> None:
+        """Count memory for a reader.
+
+        Raises:
+            RequestError: 429: more than there is for all.
+        """
+        reader.num_bytes += num_bytes
+        self._num_bytes += num_bytes
         if self._num_bytes > 1e6 * self._limits.max_bodies_mb:
             raise RequestError(
                 "body: the router holds as many bytes of calls under way as it may",
@@ -99,6 +107,14 @@ class BodyReader:
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
         self.num_bytes = 0
+
+    def hold(self, num_bytes: int) -> None:
+        """Count what was made of the body, too.
+
+        Raises:
+            RequestError: 429.
+        """
+        self._bodies.hold(self, num_bytes)
 
     async def read(self, request: web.Request) -> bytes:
         """Return the body, decompressed.

@@ -20,6 +20,8 @@ from vllm_workflow.router.errors import error_json, error_response
 from vllm_workflow.router.limits import LimitsConfig
 
 _logger = logging.getLogger(__name__)
+_LINGERING_S = 2.0
+"""A refused body is read and thrown away for this long, so that its sender sees the answer."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -40,6 +42,7 @@ class Protocol(web.RequestHandler):
             max_line_size=limits.max_header_bytes,
             max_field_size=limits.max_header_bytes,
             max_headers=limits.max_headers,
+            lingering_time=_LINGERING_S,
             access_log=None,  # type: ignore[arg-type]
             logger=_logger,
             **kwargs,
@@ -90,6 +93,26 @@ class Protocol(web.RequestHandler):
             )
             self.transport.write(head.encode() + body)
         self.force_close()
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log what went wrong here; what clients do wrong is theirs to know."""
+        if isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            _logger.debug("a body was not framed or compressed as announced")
+        else:
+            super().log_exception(*args, **kw)
+
+    async def finish_response(
+        self,
+        request: web.BaseRequest,
+        resp: web.StreamResponse,
+        start_time: float | None,
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write an answer; one that aiohttp made itself, in OpenAI's form."""
+        if isinstance(resp, web.HTTPException) and not request.writer.output_size:
+            resp = error_response(
+                resp.status, f"request: expected one that is known here, got {resp.reason}"
+            )
+        return await super().finish_response(request, resp, start_time)
 
     def handle_error(
         self,

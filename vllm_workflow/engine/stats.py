@@ -19,6 +19,10 @@ HELP_TEXTS = {
     "deadline_met": "Requests that ended well by the deadline of their run.",
     "deadline_missed": "Requests that ended, in whatever way, after the deadline of their run.",
     "preemptions": "Running requests preempted for an urgent waiting one, by what it lacked.",
+    "recomputed_seconds": (
+        "Predicted seconds of computing again what those preempted requests lost."
+    ),
+    "put_off": "Waiting requests that could no longer be on time and went behind those that can.",
     "capped_prefills": "Prefill chunks made smaller because urgent requests were present.",
     "unreadable_metadata": "wf_* values of requests that made no sense and were ignored.",
     "failures": "Steps in which vLLM's own order was used because of an error in this plug-in.",
@@ -34,6 +38,8 @@ class EngineStats:
         self.deadline_met = 0
         self.deadline_missed = 0
         self.preemptions = {"seat": 0, "kv": 0}
+        self.recomputed_s = 0.0
+        self.put_off = 0
         self.capped_prefills = 0
         self.unreadable_metadata = 0
         self.failures = 0
@@ -71,6 +77,8 @@ def _samples(stats: EngineStats, fingerprint: str) -> Iterator[Sample]:
     yield "gauge", "policy_info", {"fingerprint": fingerprint}, 1
     yield "counter", "deadline_met", {}, stats.deadline_met
     yield "counter", "deadline_missed", {}, stats.deadline_missed
+    yield "counter", "recomputed_seconds", {}, stats.recomputed_s
+    yield "counter", "put_off", {}, stats.put_off
     yield "counter", "capped_prefills", {}, stats.capped_prefills
     yield "counter", "unreadable_metadata", {}, stats.unreadable_metadata
     yield "counter", "failures", {}, stats.failures

@@ -86,6 +86,8 @@ class EventEngine:
         self._end = math.inf
         self._steps = StepSeries()
         self._num_steps = 0
+        self.num_prefill_tokens = 0
+        """Tokens of prompts computed; of answers too, where a preempted call resumed."""
 
     def submit(self, request: EngineRequest, now: float) -> None:
         """Enqueue a call.
@@ -153,6 +155,12 @@ class EventEngine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_preempted_for_urgent(self) -> int:
+        """Calls that lost their seat to an urgent one."""
+        seats = self._batch.seats
+        return seats.num_preempted if seats else 0
+
     # The step that ends.
 
     def _complete(self, now: float, events: list[EngineEvent]) -> None:
@@ -161,7 +169,13 @@ class EventEngine:
         if self._num_steps > 1:  # the blocks of the first step were taken when it began
             self.pool.take(decoding.num_blocks(1, self._num_steps - 1))
         decoding.num_steps += self._num_steps
-        done = self._complete_prefills(now, events) if self._batch.chunks else []
+        seats, chunks = self._batch.seats, self._batch.chunks
+        if seats:
+            seats.learn()  # of the step before this one
+            if chunks:
+                num_tokens = sum(call.chunk for call in chunks) - len(chunks)
+                seats.note_prefill(now - self._steps.start, num_tokens)
+        done = self._complete_prefills(now, events) if chunks else []
         if self._batch.lingering:
             self._release()
         for call in decoding.finished():
@@ -174,6 +188,8 @@ class EventEngine:
         for call in done:
             del self._calls[call.request_id]
             events.append(_event(call, now, EventKind.FINISHED))
+            if seats:
+                seats.note_departure(now)
             if self._is_async:
                 self._decoding.linger(call)
                 self._batch.lingering.append(call)
@@ -185,6 +201,7 @@ class EventEngine:
         """Count the prompt tokens of the step that ends; return the calls of one output token."""
         done: list[LiveCall] = []
         for call in self._batch.chunks:
+            self.num_prefill_tokens += call.chunk
             call.num_computed += call.chunk
             if call.num_computed == call.prefill_end and not call.is_aborted:
                 self._batch.prefilling.remove(call)
@@ -230,8 +247,13 @@ class EventEngine:
         elif self._is_async and self._num_steps:
             planned_at = self._steps.end(self._num_steps - 1)
         is_special = bool(self._unseen or batch.lingering)
-        if seats and queued and self._running:
-            is_special |= seats.make_room(planned_at)
+        if queued:
+            self._put_off_late(planned_at)
+        if seats:
+            if not self._is_async or not self._num_steps:
+                seats.learn()
+            if queued and self._running:
+                is_special |= seats.make_room(planned_at) or seats.has_news
         cap = batch.cap(planned_at)
         num_preempted, tokens_left, num_idle = batch.schedule_running(planned_at, cap)
         if queued and not num_preempted:
@@ -258,6 +280,13 @@ class EventEngine:
             self._end = steps.end(num_steps)
         if self._unseen:
             self._see()
+
+    def _put_off_late(self, now: float) -> None:
+        """Let the head of the queue be a call that can still be on time, if there is any."""
+        waiting, ranking = self._waiting, self._ranking
+        while ranking.put_off_from(head := waiting.head()) < now:
+            ranking.put_off(head)
+            waiting.rekey(head)
 
     def _see_later(self, call: LiveCall, now: float) -> None:
         """Enqueue a call while steps are under way; the next of them is planned already."""
@@ -324,9 +353,10 @@ class EventEngine:
         if num_steps == 1:
             return 1
         num_steps = self._decoding.num_steps_with_blocks(num_steps, self.pool.num_free)
-        seats = self._batch.seats
-        if seats and self._queued:
-            until = seats.quiet_until(now)
+        if self._queued:
+            until, seats = self._ranking.put_off_from(self._waiting.head()), self._batch.seats
+            if seats:
+                until = min(until, seats.quiet_until(now))
             if until < self._steps.end(num_steps):
                 num_steps = min(num_steps, self._steps.num_steps_until(until))
         return num_steps

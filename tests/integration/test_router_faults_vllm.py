@@ -66,7 +66,8 @@ async def routing(pair: list[VllmServer]) -> AsyncIterator[Router]:
         {"id": name, "url": server.base_url, "gpu": GPU, "model_shape": SHAPE}
         for name, server in zip("ab", pair)
     ]
-    data = {"port": 0, "shutdown_grace_s": 0.5, "instances": instances}
+    # Both get calls whatever they have shown of their speed.
+    data = {"port": 0, "policy": "least-outstanding", "instances": instances}
     async with asyncio.timeout(60), serve(RouterConfig.from_mapping(data, source="t")) as router:
         yield router
         await until(lambda: holds_nothing(router))

@@ -53,7 +53,6 @@ class Watched:
         )
         decision = Decision(request_id="r", chosen=chosen, cost=0.0, candidates=(chosen,))
         attempt = Attempt(decision, request, 0.0, Usage(stream=stream), stream)
-        attempt.first_byte_s = first_byte_s(chosen, stream=stream)
         self.silence.begin(attempt)
         return attempt
 
@@ -61,7 +60,6 @@ class Watched:
         for _ in range(num_pieces):
             self.sleep(every_s)
             self.silence.heard(attempt)
-            attempt.first_byte_time = 0.0
 
     @property
     def wants_probe(self) -> bool:
@@ -203,6 +201,18 @@ def test_one_of_bounded_length_is_given_the_time_of_its_longest_answer() -> None
     assert not watched.is_stuck
     watched.sleep(2.0)
     assert watched.is_stuck
+
+
+def test_what_is_ahead_of_a_call_is_the_prefill_of_those_that_have_no_byte_yet() -> None:
+    watched = Watched()
+    first, second = (watched.attempt(prefill_s=2.0) for _ in range(2))
+    assert (first.first_byte_s, second.first_byte_s) == (2.0, 4.0)
+    watched.gives(first, 3, STEP_S)
+    assert watched.attempt(prefill_s=1.0).first_byte_s == 3.0
+    for attempt in (first, second):
+        watched.silence.end(attempt)
+
+    assert watched.attempt(prefill_s=1.0).first_byte_s == 2.0
 
 
 def test_a_long_prefill_ahead_makes_a_later_first_byte() -> None:

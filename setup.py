@@ -11,6 +11,11 @@ ROUTER = [
     "pydantic>=2.7,<3",  # validates router.yaml and cluster.yaml, with the path to the field
     "PyYAML>=6",  # reads them
     "tqdm>=4.66",  # progress while instances load
+    "python-json-logger>=3",  # `log_format: json`
+]
+TRACING = [
+    "opentelemetry-sdk>=1.27",  # spans of runs and calls
+    "opentelemetry-exporter-otlp-proto-http>=1.27",  # to whatever collector there is
 ]
 TEXT2SQL = [
     "openai>=2,<4",  # the client that agents use
@@ -36,6 +41,8 @@ DEV = [
     "pytest>=8.3,<10",
     "anyio>=4.4",  # async tests
     "hypothesis>=6.110",  # laws
+    "schemathesis>=4,<5",  # calls the router as its OpenAPI document allows, and as it does not
+    "trustme>=1.2",  # certificates for tests of TLS
     "pytest-benchmark>=5",  # benchmarks/test_*.py
     "types-PyYAML",
     "types-tqdm",
@@ -53,17 +60,19 @@ setup(
     package_data={
         "vllm_workflow": ["py.typed"],
         "vllm_workflow.bench": ["templates/*.html"],
+        "vllm_workflow.router": ["pages/*.html"],
         "vllm_workflow.profiles": ["*.json", "measured/*.json"],
     },
     install_requires=[],
     extras_require={
         "router": ROUTER,
+        "tracing": TRACING,
         "text2sql": TEXT2SQL,
         "vllm": ["vllm>=0.27.1,<0.34"],
         "cpu": CPU,
         # `vllm-workflow profile` needs aiohttp and tqdm; the fit itself is standard library.
         "bench": BENCH,
-        "dev": [*BENCH, *DEV],
+        "dev": [*BENCH, *TRACING, *DEV],
     },
     entry_points={
         "console_scripts": ["vllm-workflow = vllm_workflow.cli.main:main"],

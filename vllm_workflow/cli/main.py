@@ -20,6 +20,7 @@ COMMANDS = {
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
     "store": "show what a router keeps in its database",
     "text2sql": "answer questions about a SQLite file by a multi-stage workflow",
+    "tune": "find a better policy for the traffic of a decision log",
 }
 """Sub-command to its one-line help. Each lives in the module of its name, which is imported
 only when asked for, so that one half of the package works without the other's libraries."""

@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from vllm_workflow.core.fleet import Fleet
-from vllm_workflow.core.lengths import Lengths
+from vllm_workflow.core.lengths import (
+    CLIENT,
+    DECLARED,
+    LEARNED,
+    PRIOR,
+    Expected,
+    Lengths,
+    StageKey,
+)
 from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.remaining import RemainingTime
 from vllm_workflow.core.runs import Attained, AttainedService
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
-from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
+from vllm_workflow.core.workflow import WorkflowProfile
 
 _REST_KEPT_FOR = 32
 """Outcomes after which the rest of a run is predicted anew: it changes slowly, costs time."""
 
+_FINAL = Expected(0.0, CLIENT)
+_UNKNOWN = Expected(0.0, PRIOR)
 _MAX_TEXT_BYTES = 1 << 20
 """Bodies beyond this say nothing about tokens per byte."""
 
@@ -47,9 +58,11 @@ class Predictor:
         self._fleet = fleet
         self._workflows = {w.name: w for w in workflows}
         self._remaining = RemainingTime()
-        self._rests: dict[tuple[str, str, str], float] = {}
+        self._rests: dict[tuple[str, str, str, str], Expected] = {}
         self._attained = AttainedService()
         self._num_settled = 0
+        self.num_predicted: Counter[tuple[str, str]] = Counter()
+        """Predictions by where length and rest came from, see `Expected.source`."""
         for workflow in self._workflows.values():
             for stage in workflow.stages:
                 self.lengths.declare(workflow.name, stage.name, stage.output_tokens)
@@ -75,13 +88,17 @@ class Predictor:
             head: `(chain hash, bytes)` of the pieces of the prompt that others may share.
         """
         attained = self._attained.of(request)
+        num_prompt_tokens = self.lengths.prompt_tokens(num_prompt_bytes)
+        output = self.lengths.output_tokens(_stage(request), num_prompt_tokens, max_tokens)
+        rest = _FINAL if request.final else self._rest_s(request)
+        self.num_predicted[output.source, rest.source] += 1
         return request._replace(
-            num_prompt_tokens=self.lengths.prompt_tokens(num_prompt_bytes),
-            expected_output_tokens=self.lengths.output_tokens(
-                request.workflow, request.stage, max_tokens
-            ),
+            num_prompt_tokens=num_prompt_tokens,
+            expected_output_tokens=output.value,
+            expected_from=output.source,
             max_output_tokens=max_tokens,
-            rest_s=0.0 if request.final else self._rest_s(request),
+            rest_s=rest.value,
+            rest_from=rest.source,
             attained_s=attained.total_s,
             attained_path_s=attained.path_s,
             prefix=tuple(
@@ -131,16 +148,15 @@ class Predictor:
         )
         if request.workflow_id:
             self._attained.end(request, self._prefill_s(sent, outcome) + decode_s)
-        tokens_per_byte = None
         # Larger bodies are mostly images, whose bytes are not text.
         if outcome.num_prompt_tokens and 0 < sent.num_prompt_bytes <= _MAX_TEXT_BYTES:
-            tokens_per_byte = outcome.num_prompt_tokens / sent.num_prompt_bytes
-        self.lengths.observe(
-            request.workflow,
-            request.stage,
-            output_tokens=outcome.num_output_tokens,
-            tokens_per_byte=tokens_per_byte,
-        )
+            self.lengths.observe_prompt(outcome.num_prompt_tokens / sent.num_prompt_bytes)
+        if outcome.num_output_tokens is not None:
+            self.lengths.observe(
+                _stage(request),
+                num_prompt_tokens=request.num_prompt_tokens,
+                output_tokens=outcome.num_output_tokens,
+            )
         self._num_settled += 1
         if self._num_settled % _REST_KEPT_FOR == 0:
             self._rests.clear()
@@ -160,37 +176,40 @@ class Predictor:
             outcome.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
         )
 
-    def _rest_s(self, request: StageRequest) -> float:
+    def _rest_s(self, request: StageRequest) -> Expected:
         """What was learned from runs, else what was declared, else nothing."""
         learned_s = self._remaining.after(request)
         if learned_s is not None:
-            return learned_s
+            return Expected(learned_s, LEARNED)
         workflow = self._workflows.get(request.workflow)
-        if workflow is None:
-            return 0.0
-        after = workflow.after(request.stage)
-        if not after:
-            return 0.0
-        key = (request.workflow, request.stage, request.model)
-        rest_s = self._rests.get(key)
-        if rest_s is None:
+        if workflow is None or not workflow.has(request.stage):
+            return _UNKNOWN
+        key = (request.tenant_id, request.workflow, request.stage, request.model)
+        rest = self._rests.get(key)
+        if rest is None:
             if len(self._rests) >= _MAX_RESTS:
                 self._rests.clear()
-            rest_s = self._rests[key] = self._predict_rest_s(workflow, after, request.model)
-        return rest_s
+            rest_s = self._declared_rest_s(request, workflow)
+            rest = self._rests[key] = Expected(rest_s, DECLARED)
+        return rest
 
-    def _predict_rest_s(
-        self, workflow: WorkflowProfile, after: Iterable[StageProfile], model: str
-    ) -> float:
+    def _declared_rest_s(self, request: StageRequest, workflow: WorkflowProfile) -> float:
+        """Rounds and prompts as declared; answers as counted, where there were any."""
         return sum(
             stage.rounds
             * self._fleet.mean_service_s(
-                model,
+                request.model,
                 stage.prompt_tokens,
-                self.lengths.output_tokens(workflow.name, stage.name),
+                self.lengths.output_tokens(
+                    (request.tenant_id, workflow.name, stage.name), stage.prompt_tokens
+                ).value,
             )
-            for stage in after
+            for stage in workflow.after(request.stage)
         )
+
+
+def _stage(request: StageRequest) -> StageKey:
+    return request.tenant_id, request.workflow, request.stage
 
 
 def _decode_s(sent: Sent, outcome: Outcome) -> float:

@@ -20,7 +20,7 @@ def key(stage: str = "s", tenant: str = "t") -> tuple[str, str, str]:
 
 
 def expected(lengths: Lengths, stage: str = "s", num_prompt_tokens: int = PROMPT) -> float:
-    return lengths.output_tokens(key(stage), num_prompt_tokens).value
+    return lengths.output_tokens(key(stage), num_prompt_tokens)[0]
 
 
 def observed(
@@ -42,7 +42,7 @@ def test_a_prediction_says_where_it_comes_from() -> None:
     observed(lengths, "s", 100)
 
     assert before == (100.0, DECLARED)
-    assert lengths.output_tokens(key(), PROMPT).source == LEARNED
+    assert lengths.output_tokens(key(), PROMPT)[1] == LEARNED
 
 
 def test_the_first_answer_of_an_undeclared_stage_replaces_the_prior() -> None:
@@ -88,7 +88,7 @@ def test_what_one_tenant_does_tells_nothing_about_another() -> None:
     lengths = Lengths()
     observed(lengths, "s", *[5000] * 100)
 
-    assert lengths.output_tokens(key(tenant="other"), PROMPT).source == PRIOR
+    assert lengths.output_tokens(key(tenant="other"), PROMPT)[1] == PRIOR
 
 
 def test_a_changed_prompt_is_noticed_however_long_the_old_one_ran() -> None:
@@ -102,8 +102,8 @@ def test_the_client_s_own_limit_bounds_the_prediction() -> None:
     lengths = Lengths()
     observed(lengths, "s", 500)
 
-    assert lengths.output_tokens(key(), PROMPT, max_tokens=20).value == 20.0
-    assert lengths.output_tokens(key(), PROMPT, max_tokens=9000).value == 500.0
+    assert lengths.output_tokens(key(), PROMPT, max_tokens=20)[0] == 20.0
+    assert lengths.output_tokens(key(), PROMPT, max_tokens=9000)[0] == 500.0
 
 
 def test_names_that_clients_invent_do_not_fill_the_memory() -> None:

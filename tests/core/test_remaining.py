@@ -121,8 +121,8 @@ def test_what_was_learned_can_be_taken_over() -> None:
     agent, other = Agent(), Agent()
     for _ in range(20):
         agent.run("generate", "judge")
-    for state, values in agent.learned.items():
-        other.learned.restore(state, values.to_mapping())
+    for tenant, workflow, stage, number, row in agent.learned.to_rows():
+        other.learned.restore((tenant, workflow, stage, number), row)
 
     assert other.rest_s("generate") == agent.rest_s("generate") == 1.0
 

@@ -2,7 +2,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.builders import stage_request
 from vllm_workflow.core import run_path
 from vllm_workflow.core.run_path import RunPath
 
@@ -17,8 +16,7 @@ class Client:
     def begin(self, *names: str, gap_s: float = 0.0) -> None:
         self.now += gap_s
         for name in names:
-            request = stage_request(name, stage=name.split("-")[0], arrival_time=self.now)
-            self.path.began(request)
+            self.path.began(name, name.split("-")[0], self.now)
 
     def end(self, name: str, alone_s: float, *, took_s: float | None = None) -> None:
         self.now += alone_s if took_s is None else took_s
@@ -91,9 +89,9 @@ def test_a_round_is_counted_along_the_path_not_over_the_run() -> None:
 
     assert client.path.num_before("generate") == 1
     assert client.path.num_before("revise") == 1
-    assert [call.made.num_before for call in client.path.ended] == [0, 0, 0]
+    assert [call.num_before for call in client.path.ended] == [0, 0, 0]
     client.call("revise", 1.0)
-    assert client.path.ended[-1].made.num_before == 1
+    assert client.path.ended[-1].num_before == 1
 
 
 def test_a_call_that_failed_is_as_if_it_had_not_been_made() -> None:
@@ -124,7 +122,7 @@ def test_stages_that_a_client_invents_do_not_fill_the_memory() -> None:
         client.call(f"s{number}", 1.0)
 
     assert len(client.path.ended) == run_path.MAX_CALLS_OF_RUN
-    assert max(map(len, client.path._rounds)) <= run_path.MAX_STAGES_OF_RUN
+    assert max(len(call.rounds) for call in client.path.ended) <= run_path.MAX_STAGES_OF_RUN
 
 
 @given(

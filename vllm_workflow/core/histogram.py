@@ -20,6 +20,8 @@ MEMORY = 200.0
 """Values that the newest of many count for together."""
 _GROWTH = MEMORY / (MEMORY - 1.0)
 _MAX_INCREMENT = 1e12
+_NUM_NEW = 64
+"""Values that may wait to be sorted in."""
 _ZERO = -(1 << 20)
 """The bucket of what is below `LEAST`."""
 
@@ -31,11 +33,11 @@ class Histogram:
     worth something from the first one on.
     """
 
-    __slots__ = ("_increment", "_sum", "_total", "_weights", "num_values")
+    __slots__ = ("_increment", "_new", "_num_folded", "_sum", "_total", "_weights")
 
     def __init__(self) -> None:
-        self.num_values = 0
-        """Values that were added, faded or not."""
+        self._num_folded = 0
+        self._new: list[float] = []
         self._weights: dict[int, float] = {}
         self._increment = 1.0
         self._total = 0.0
@@ -43,17 +45,32 @@ class Histogram:
 
     def add(self, value: float) -> None:
         """Count one value; below 0 counts as 0."""
-        value = min(value, MOST)
-        increment = self._increment
-        bucket = math.floor(BUCKETS_PER_OCTAVE * math.log2(value)) if value >= LEAST else _ZERO
-        weights = self._weights
-        weights[bucket] = weights.get(bucket, 0.0) + increment
-        self._total += increment
-        if value > 0.0:
-            self._sum += increment * value
-        self.num_values += 1
-        self._increment = increment * _GROWTH
-        if self._increment > _MAX_INCREMENT:
+        self._new.append(value)
+        if len(self._new) >= _NUM_NEW:
+            self._fold()
+
+    @property
+    def num_values(self) -> int:
+        """Values that were added, faded or not."""
+        return self._num_folded + len(self._new)
+
+    def _fold(self) -> None:
+        """Sort new values into their buckets: many at once cost a third of one by one."""
+        weights, increment, total, weighted = self._weights, self._increment, self._total, self._sum
+        for value in self._new:
+            if value >= LEAST:
+                value = min(value, MOST)
+                bucket = math.floor(BUCKETS_PER_OCTAVE * math.log2(value))
+                weighted += increment * value
+            else:
+                bucket = _ZERO
+            weights[bucket] = weights.get(bucket, 0.0) + increment
+            total += increment
+            increment *= _GROWTH
+        self._num_folded += len(self._new)
+        self._new.clear()
+        self._increment, self._total, self._sum = increment, total, weighted
+        if increment > _MAX_INCREMENT:
             self._shrink()
 
     def _shrink(self) -> None:
@@ -67,11 +84,13 @@ class Histogram:
     @property
     def weight(self) -> float:
         """What all values count for, in units of the newest one: at most `MEMORY`."""
+        self._fold()
         return self._total * _GROWTH / self._increment
 
     @property
     def mean(self) -> float | None:
         """None of nothing."""
+        self._fold()
         return self._sum / self._total if self._total else None
 
     def quantile(self, share: float) -> float | None:
@@ -81,6 +100,7 @@ class Histogram:
             share: From 0 to 1. Between the bounds of a bucket values are taken to be evenly
                 spread in the logarithm.
         """
+        self._fold()
         left = share * self._total
         value = None
         for bucket in sorted(self._weights):
@@ -96,6 +116,7 @@ class Histogram:
 
         Of the bucket that `least` falls in, the part above it counts. Within 9 %, as quantiles.
         """
+        self._fold()
         position = BUCKETS_PER_OCTAVE * math.log2(max(least, LEAST))
         weight = total = 0.0
         for bucket, each in self._weights.items():
@@ -107,15 +128,18 @@ class Histogram:
 
     def merge(self, other: Histogram) -> None:
         """Add all of another one, each value with the weight that it has there."""
+        self._fold()
+        other._fold()
         scale = self._increment / other._increment
         for bucket, weight in other._weights.items():
             self._weights[bucket] = self._weights.get(bucket, 0.0) + scale * weight
         self._total += scale * other._total
         self._sum += scale * other._sum
-        self.num_values += other.num_values
+        self._num_folded += other._num_folded
 
     def to_mapping(self) -> dict[str, Any]:
         """Return what `from_mapping` takes: plain values, the newest weighing 1."""
+        self._fold()
         scale = 1.0 / self._increment
         return {
             "num_values": self.num_values,
@@ -131,7 +155,7 @@ class Histogram:
             KeyError, TypeError, ValueError: `data` is not such a mapping.
         """
         made = cls()
-        made.num_values = int(data["num_values"])
+        made._num_folded = int(data["num_values"])
         made._sum = _finite(data["sum"])
         rows: Sequence[Sequence[Any]] = data["weights"]
         made._weights = {int(bucket): _finite(weight) for bucket, weight in rows}

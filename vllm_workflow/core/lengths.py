@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from vllm_workflow.core.histogram import Histogram
 
@@ -30,18 +30,20 @@ _BUCKETS_PER_OCTAVE = 2
 PRIOR, DECLARED, LEARNED, CLIENT = "prior", "declared", "learned", "client"
 """Where a prediction comes from: nowhere, the configuration, runs, the client's own word."""
 
+_NUM_NEW = 32
+"""Calls that may wait to be sorted into distributions."""
+
 StageKey = tuple[str, str, str]
 """Tenant, workflow, stage."""
 
 
-class Expected(NamedTuple):
-    """A prediction and where it comes from."""
-
-    value: float
-    source: str
+Expected = tuple[float, str]
+"""A prediction and where it comes from."""
 
 
-class _Mean:
+class Mean:
+    """A mean of which old values fade."""
+
     __slots__ = ("value", "weight")
 
     def __init__(self, value: float, weight: float = _PRIOR_WEIGHT) -> None:
@@ -57,15 +59,40 @@ class _Mean:
 class StageLengths:
     """What was counted of the calls of one stage."""
 
-    __slots__ = ("by_prompt", "mean", "outputs", "prompts")
+    __slots__ = ("_new", "_outputs", "_prompts", "by_prompt", "mean")
 
-    def __init__(self, mean: _Mean) -> None:
+    def __init__(self, mean: Mean) -> None:
         self.mean = mean
-        self.by_prompt: dict[int, _Mean] = {}
-        self.outputs = Histogram()
-        self.prompts = Histogram()
+        self.by_prompt: dict[int, Mean] = {}
+        self._outputs = Histogram()
+        self._prompts = Histogram()
+        self._new: list[tuple[int, int]] = []
 
-    def near(self, num_prompt_tokens: int) -> _Mean:
+    def counted(self, num_prompt_tokens: int, output_tokens: int) -> None:
+        """Put one call down for the distributions."""
+        self._new.append((num_prompt_tokens, output_tokens))
+        if len(self._new) >= _NUM_NEW:
+            self._sort_in()
+
+    def _sort_in(self) -> None:
+        for num_prompt_tokens, output_tokens in self._new:
+            self._prompts.add(num_prompt_tokens)
+            self._outputs.add(output_tokens)
+        self._new.clear()
+
+    @property
+    def outputs(self) -> Histogram:
+        """Tokens of answers."""
+        self._sort_in()
+        return self._outputs
+
+    @property
+    def prompts(self) -> Histogram:
+        """Tokens of prompts, as predicted from their bytes."""
+        self._sort_in()
+        return self._prompts
+
+    def near(self, num_prompt_tokens: int) -> Mean:
         """Answers to prompts of about that length; where there were none, all."""
         position = _position(num_prompt_tokens)
         bucket = int(position)
@@ -91,10 +118,10 @@ class StageLengths:
             KeyError, TypeError, ValueError: `data` is not that.
         """
         value, weight = data["mean"]
-        made = cls(_Mean(float(value), float(weight)))
-        made.by_prompt = {int(b): _Mean(float(v), float(w)) for b, v, w in data["by_prompt"]}
-        made.outputs = Histogram.from_mapping(data["output_tokens"])
-        made.prompts = Histogram.from_mapping(data["prompt_tokens"])
+        made = cls(Mean(float(value), float(weight)))
+        made.by_prompt = {int(b): Mean(float(v), float(w)) for b, v, w in data["by_prompt"]}
+        made._outputs = Histogram.from_mapping(data["output_tokens"])
+        made._prompts = Histogram.from_mapping(data["prompt_tokens"])
         return made
 
 
@@ -104,7 +131,7 @@ class Lengths:
     def __init__(self) -> None:
         self._stages: OrderedDict[StageKey, StageLengths] = OrderedDict()
         self._declared: dict[tuple[str, str], float] = {}
-        self._tokens_per_byte = _Mean(PRIOR_TOKENS_PER_BYTE)
+        self._tokens_per_byte = Mean(PRIOR_TOKENS_PER_BYTE)
 
     def declare(self, workflow: str, stage: str, output_tokens: float) -> None:
         """Say what its author expects of a stage, whoever the tenant is."""
@@ -124,7 +151,7 @@ class Lengths:
             )
         if max_tokens and expected > max_tokens:
             expected = max_tokens
-        return Expected(max(1.0, expected), source)
+        return (expected if expected > 1.0 else 1.0), source
 
     def prompt_tokens(self, num_bytes: int) -> int:
         """Expected tokens of a prompt of `num_bytes` bytes of text, at least 1."""
@@ -142,7 +169,7 @@ class Lengths:
         stage = stages.get(key)
         if stage is None:
             declared = self._declared.get(key[1:])
-            mean = _Mean(0.0, weight=0.0) if declared is None else _Mean(declared)
+            mean = Mean(0.0, weight=0.0) if declared is None else Mean(declared)
             stage = stages[key] = StageLengths(mean)
             if len(stages) > _MAX_STAGES:
                 stages.popitem(last=False)
@@ -152,14 +179,27 @@ class Lengths:
         stage.mean.add(output_tokens)
         near = stage.by_prompt.get(bucket)
         if near is None:
-            near = stage.by_prompt[bucket] = _Mean(stage.mean.value)
+            near = stage.by_prompt[bucket] = Mean(stage.mean.value)
         near.add(output_tokens)
-        stage.outputs.add(output_tokens)
-        stage.prompts.add(num_prompt_tokens)
+        stage.counted(num_prompt_tokens, output_tokens)
 
     def observe_prompt(self, tokens_per_byte: float) -> None:
         """Learn from a prompt that was counted."""
         self._tokens_per_byte.add(tokens_per_byte)
+
+    def tokens_per_byte(self) -> list[float]:
+        """The mean and its weight."""
+        return [self._tokens_per_byte.value, self._tokens_per_byte.weight]
+
+    def set_tokens_per_byte(self, value: float, weight: float) -> None:
+        """Take in what an earlier process had learned.
+
+        Raises:
+            ValueError: Not two numbers above 0.
+        """
+        if not (0.0 < float(value) < math.inf and 0.0 < float(weight) < math.inf):
+            raise ValueError(f"expected two numbers above 0, got {value!r} and {weight!r}")
+        self._tokens_per_byte = Mean(float(value), float(weight))
 
     def items(self) -> Iterator[tuple[StageKey, StageLengths]]:
         """What was learned, the stage longest without news first."""

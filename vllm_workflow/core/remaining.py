@@ -12,7 +12,8 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from vllm_workflow.core.histogram import Histogram
-from vllm_workflow.core.run_path import EndedCall, RunPath
+from vllm_workflow.core.lengths import Mean
+from vllm_workflow.core.run_path import RunPath
 from vllm_workflow.core.types import StageRequest
 
 MAX_RUNS = 20_000
@@ -42,17 +43,23 @@ Learn = Callable[[str, str, RunPath], None]
 class _Rest:
     """What was left of runs in one state."""
 
-    __slots__ = ("_asked", "_quantile_s", "values")
+    __slots__ = ("_asked", "_quantile_s", "mean", "values")
 
-    def __init__(self, values: Histogram) -> None:
+    def __init__(self, values: Histogram, mean: Mean) -> None:
         self.values = values
+        self.mean = mean
+        """The same number as `values.mean` would be, at hand for every call."""
         self._asked: tuple[float, int] | None = None
         self._quantile_s = 0.0
+
+    def add(self, rest_s: float) -> None:
+        self.values.add(rest_s)
+        self.mean.add(rest_s)
 
     def expected_s(self, quantile: float | None) -> float:
         """Return the mean, or what a share `quantile` of the runs did not exceed."""
         if quantile is None:
-            return self.values.mean or 0.0
+            return self.mean.value
         asked = quantile, self.values.num_values // _RECOMPUTED_EVERY
         if asked != self._asked:
             self._asked = asked
@@ -106,7 +113,7 @@ class RemainingTime:
             run = self._runs[key] = RunPath(request.arrival_time)
             if len(self._runs) > MAX_RUNS or self._num_calls > MAX_CALLS:
                 self._over(next(iter(self._runs)))
-        run.began(request)
+        run.began(request.request_id, request.stage, request.arrival_time)
 
     def ended(self, request: StageRequest, *, end_time: float, alone_s: float, ok: bool) -> None:
         """Note that a call of a run has ended.
@@ -153,30 +160,39 @@ class RemainingTime:
         self._num_calls -= len(run.ended)
         tenant, workflow, _ = key
         for call, rest_s in zip(run.ended, run.rests_s()):
-            self._learn((tenant, workflow, call.made.stage, _round(call)), rest_s)
+            self._learn((tenant, workflow, call.stage, min(call.num_before, MAX_ROUND)), rest_s)
         if self._learn_run is not None:
             self._learn_run(tenant, workflow, run)
 
     def _learn(self, state: State, rest_s: float) -> None:
         rest = self._rests.get(state)
         if rest is None:
-            rest = self._rests[state] = _Rest(Histogram())
+            rest = self._rests[state] = _Rest(Histogram(), Mean(0.0, weight=0.0))
             if len(self._rests) > MAX_STAGES:
                 self._rests.popitem(last=False)
         else:
             self._rests.move_to_end(state)
-        rest.values.add(rest_s)
+        rest.add(rest_s)
 
     def items(self) -> Iterator[tuple[State, Histogram]]:
         """What was learned, the state longest without news first."""
         return ((state, rest.values) for state, rest in self._rests.items())
 
-    def restore(self, state: State, values: Mapping[str, Any]) -> None:
-        """Take in what an earlier process had learned, see `Histogram.from_mapping`."""
-        self._rests[state] = _Rest(Histogram.from_mapping(values))
+    def to_rows(self) -> list[list[Any]]:
+        """Return what `restore` takes, one row per state."""
+        return [
+            [*state, {**rest.values.to_mapping(), "mean": [rest.mean.value, rest.mean.weight]}]
+            for state, rest in self._rests.items()
+        ]
+
+    def restore(self, state: State, row: Mapping[str, Any]) -> None:
+        """Take in what an earlier process had learned.
+
+        Raises:
+            KeyError, TypeError, ValueError: `row` is not from `to_rows`.
+        """
+        value, weight = row["mean"]
+        mean = Mean(float(value), float(weight))
+        self._rests[state] = _Rest(Histogram.from_mapping(row), mean)
         if len(self._rests) > MAX_STAGES:
             self._rests.popitem(last=False)
-
-
-def _round(call: EndedCall) -> int:
-    return min(call.made.num_before, MAX_ROUND)

@@ -23,6 +23,7 @@ from vllm_workflow.router.board import Board
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
+from vllm_workflow.router.discovery import Discovery, sources
 from vllm_workflow.router.forward import Sessions
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
@@ -75,7 +76,8 @@ async def serve(
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
     store = Store(Path(config.store.path), config.store.retention) if config.store else None
     board = Board() if config.dashboard else None
-    watching = [each.record for each in (log, board) if each is not None]
+    tracing = config.tracing.build() if config.tracing else None
+    watching = [each.record for each in (log, board, tracing) if each is not None]
     dispatcher = Dispatcher(
         Fleet(),
         config.policy_config(),
@@ -89,6 +91,8 @@ async def serve(
             metrics.count_store(store)
         if log:
             stack.callback(log.flush)
+        if tracing:
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
         session = await stack.enter_async_context(_session())
         fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
@@ -110,13 +114,21 @@ async def serve(
             max_wait_s=config.max_wait_s,
             set_priority=config.set_priority,
             log_prompts=config.log_prompts,
+            tracing=tracing,
         )
         tls = config.tls.context() if config.tls else None
         reload = Reloader(
             config, read, access=access, bodies=bodies, proxy=proxy, upstreams=upstreams, tls=tls
         )
+        discovery = _discovery(config, session, upstreams)
+        await discovery.look()
         await upstreams.probe_all()
-        watchers = [upstreams.run(), _expire_runs(proxy), *([log.run()] if log else [])]
+        watchers = [
+            upstreams.run(),
+            discovery.run(),
+            _expire_runs(proxy),
+            *([log.run()] if log else []),
+        ]
         watchers += _tuning(config, PolicySwitch(dispatcher, binder, metrics), store)
         await stack.enter_async_context(_beside(*watchers))
         operator = KeyCheck(config.admin.hashed()) if config.admin else None
@@ -153,6 +165,13 @@ def _tuning(
     log = Path(config.tuned_log)
     tuning = Tuning(config.tuner, log, switch, file, workflows=workflows, store=store)
     return [file.run(), tuning.run()]
+
+
+def _discovery(
+    config: RouterConfig, session: aiohttp.ClientSession, upstreams: Upstreams
+) -> Discovery:
+    found = sources(config.discovery, session) if config.discovery else []
+    return Discovery(found, upstreams)
 
 
 def _dashboard(

@@ -11,9 +11,11 @@ from pydantic import Field, model_validator
 from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
+from vllm_workflow.router.discovery_config import DiscoveryConfig
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import LimitsConfig
 from vllm_workflow.router.recorder import StoreConfig
+from vllm_workflow.router.tracing_config import TracingConfig
 from vllm_workflow.router.tuner_config import TunerConfig
 from vllm_workflow.router.workflow_config import WorkflowConfig
 from vllm_workflow.yaml_config import Strict, read_yaml, validated
@@ -22,7 +24,9 @@ from vllm_workflow.yaml_config import Strict, read_yaml, validated
 class RouterConfig(Strict):
     """Everything in `router.yaml`."""
 
-    instances: Annotated[list[InstanceConfig], Field(min_length=1)]
+    instances: list[InstanceConfig] = Field(default_factory=list)
+    """At least one, unless `discovery` finds them."""
+    discovery: DiscoveryConfig | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """0 takes a free one."""
@@ -53,12 +57,20 @@ class RouterConfig(Strict):
     """Online tuning of the policy; without it there is none."""
     dashboard: bool = True
     """Serve the live page at /dashboard; with keys its data needs the operators' one."""
+    tracing: TracingConfig | None = None
+    """Send OpenTelemetry spans of runs and calls to a collector."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    """`json`: one object per line."""
+    log_calls: bool = False
+    """Log one line per call: run, stage, tenant, instance, status, seconds; nothing of its body."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""
 
     @model_validator(mode="after")
     def _unique(self) -> RouterConfig:
+        if not self.instances and self.discovery is None:
+            raise ValueError("instances: expected at least one, or `discovery`, got neither")
         for kind, names in (
             ("instances", [i.id for i in self.instances]),
             ("workflows", [w.name for w in self.workflows]),
@@ -136,6 +148,7 @@ _FILES: Mapping[str, Sequence[str]] = {
     "auth.keys": ("key_file",),
     "admin": ("key_file",),
     "store": ("path",),
+    "discovery.files": ("path",),
     "tuner": ("policy_file", "history_file"),
 }
 """Fields that name files, by the section they stand in."""

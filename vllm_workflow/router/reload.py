@@ -15,9 +15,7 @@ from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.upstreams import Upstreams
 
-RELOADED = frozenset(
-    {"instances", "auth", "limits", "max_body_mb", "log_prompts", "shutdown_grace_s"}
-)
+RELOADED = frozenset({"instances", "auth", "limits", "max_body_mb", "log_prompts"})
 """Fields whose change takes effect; a change of any other one wants a restart."""
 _logger = logging.getLogger(__name__)
 
@@ -96,7 +94,7 @@ class Reloader:
         self._proxy.log_prompts = config.log_prompts
         wanted = {instance.id: instance for instance in config.instances}
         for upstream in list(self._upstreams):
-            if upstream.config.id not in wanted:
+            if not upstream.source and upstream.config.id not in wanted:
                 self._upstreams.drain(upstream.config.id)
         for instance in wanted.values():
             there = self._upstreams.get(instance.id)

@@ -13,7 +13,6 @@ import aiohttp
 from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.expectation import first_byte_s
 from vllm_workflow.router.attempt import Attempt
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
@@ -37,6 +36,10 @@ class Upstream:
 
     def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
         self.reconfigure(config)
+        self.refuses_key = False
+        """Whether it last said so of the key that the router has for it."""
+        self.source = ""
+        """Who found it; empty if it was configured."""
         self.leaving = False
         """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
@@ -106,7 +109,7 @@ class Upstreams:
         for config in configs:
             self.add(config)
 
-    def add(self, config: InstanceConfig) -> None:
+    def add(self, config: InstanceConfig, *, source: str = "") -> None:
         """Take in an instance, or take one that is there for what `config` says now.
 
         It is sent calls from its next good probe on; those under way on it go on. One that was
@@ -119,6 +122,7 @@ class Upstreams:
         else:
             upstream.reconfigure(config)
         upstream.leaving = False
+        upstream.source = source
         self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
         if moved:
             self._dispatcher.mark(config.id, healthy=False)
@@ -178,15 +182,11 @@ class Upstreams:
     def watched(self, attempt: Attempt) -> Iterator[Silence]:
         """Watch the instance of an attempt on its behalf; `heard` is to be told of each byte."""
         silence = self._upstreams[attempt.instance_id].silence
-        ahead_s = sum(a.decision.chosen.prefill_s for a in silence.attempts if not a.has_first_byte)
-        attempt.first_byte_s = first_byte_s(
-            attempt.decision.chosen, stream=attempt.stream, ahead_s=ahead_s
-        )
         silence.begin(attempt)
         try:
             yield silence
         finally:
-            silence.attempts.discard(attempt)
+            silence.end(attempt)
 
     def refused(self, instance_id: str) -> None:
         """Note that a connection for a call could not be made."""
@@ -263,6 +263,8 @@ class Upstreams:
             if not upstream.leaving and not self.is_healthy(upstream):
                 upstream.num_probes_to_models = 0
             await self._refresh_models(upstream)
+            if upstream.refuses_key:
+                healthy, reason = False, "it refuses the router's key (api_key_env, api_key_file)"
         self._mark(upstream, healthy, reason)
         if not answered:
             upstream.silence.abandon()
@@ -291,6 +293,7 @@ class Upstreams:
         upstream.num_probes_to_models = MODELS_EVERY
         try:
             async with self._get(upstream, "/v1/models") as response:
+                upstream.refuses_key = bool(upstream.own_headers) and response.status in {401, 403}
                 cards = (await response.json())["data"] if response.status == 200 else []
             cards = [card for card in cards if isinstance(card["id"], str)]
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
@@ -300,7 +303,7 @@ class Upstreams:
             if not upstream.leaving:
                 self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
                 self._changed()
-        elif not cards and not upstream.model_cards():
+        elif not (cards or upstream.model_cards() or upstream.refuses_key):
             _logger.warning(
                 "instance %s does not tell what it serves; it is sent calls for any model "
                 "(`models` in its configuration says which)",

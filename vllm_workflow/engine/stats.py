@@ -10,7 +10,7 @@ from vllm_workflow.vllm_metrics import Sample, SeriesFiles
 
 SLACK_BUCKETS_S = (-60.0, -30.0, -10.0, -5.0, -2.0, 0.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0)
 
-_HELP = {
+HELP_TEXTS = {
     "queue_depth": "Requests that wait for this engine to run them.",
     "slack_at_admission_seconds": (
         "Seconds to spare when a request with a deadline first got a seat: "
@@ -55,7 +55,7 @@ class StatsPublisher:
 
     def __init__(self, directory: str | os.PathLike[str], labels: Mapping[str, str]) -> None:
         """Create this engine's files; see `SeriesFiles`."""
-        self._files = SeriesFiles(directory, labels, part="workflow", help_texts=_HELP)
+        self._files = SeriesFiles(directory, labels, part="workflow", help_texts=HELP_TEXTS)
 
     def publish_sometimes(self, stats: EngineStats, fingerprint: str) -> None:
         """Publish, unless that was done a moment ago."""

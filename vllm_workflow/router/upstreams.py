@@ -39,6 +39,8 @@ class Upstream:
         self.reconfigure(config)
         self.refuses_key = False
         """Whether it last said so of the key that the router has for it."""
+        self.source = ""
+        """Who found it; empty if it was configured."""
         self.leaving = False
         """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
@@ -108,7 +110,7 @@ class Upstreams:
         for config in configs:
             self.add(config)
 
-    def add(self, config: InstanceConfig) -> None:
+    def add(self, config: InstanceConfig, *, source: str = "") -> None:
         """Take in an instance, or take one that is there for what `config` says now.
 
         It is sent calls from its next good probe on; those under way on it go on. One that was
@@ -121,6 +123,7 @@ class Upstreams:
         else:
             upstream.reconfigure(config)
         upstream.leaving = False
+        upstream.source = source
         self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
         if moved:
             self._dispatcher.mark(config.id, healthy=False)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from bisect import bisect_left, insort
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 from vllm_workflow.core.types import StageRequest
@@ -26,6 +27,9 @@ class Waiting(NamedTuple):
 
 class Backlog:
     """Waiting calls, sorted. A call's place never changes, so adding one is a binary search."""
+
+    held_until: float = math.inf
+    """Instant from which a call may start that could not although there was room."""
 
     def __init__(self) -> None:
         self._sorted: list[Waiting] = []
@@ -66,6 +70,10 @@ class Backlog:
     def first(self, num_calls: int) -> list[Waiting]:
         """Return those that go first, in order."""
         return self._sorted[:num_calls]
+
+    def in_turn(self, now: float) -> Iterable[Waiting]:
+        """Return those that may start now, first in order first; each may be removed meanwhile."""
+        return list(self._sorted)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id

@@ -28,6 +28,8 @@ from vllm_workflow.core.events import (
 )
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.predictor import Predictor, Sent
+from vllm_workflow.core.tenant_ledger import TenantLedger
+from vllm_workflow.core.tenants import TenantsConfig, promised
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.core.waiting_room import WaitingRoom
 from vllm_workflow.core.workflow import WorkflowProfile
@@ -41,6 +43,7 @@ class Dispatcher:
         config: The policy, fixed for the life of a dispatcher.
         workflows: Declared ones.
         record: Called with everything that a replay needs, in order.
+        tenants: Their shares, quotas and SLOs; None: nobody asks whose a call is.
     """
 
     def __init__(
@@ -49,17 +52,19 @@ class Dispatcher:
         config: PolicyConfig,
         workflows: Iterable[WorkflowProfile] = (),
         record: Record | None = None,
+        tenants: TenantsConfig | None = None,
     ) -> None:
         self.fleet = fleet
         self.config = config
         self.predictor = Predictor(fleet, workflows)
         self._policy = build(config)
-        self.waiting = WaitingRoom(fleet, self._policy, config)
+        self.tenants = None if tenants is None else TenantLedger(tenants)
+        self.waiting = WaitingRoom(fleet, self._policy, config, self.tenants)
         self._record = record
         self._due: dict[str, Decision] = {}
         self._sent: dict[str, Sent] = {}
         if record is not None:
-            record(Started(policy=config, fingerprint=config.fingerprint))
+            record(Started(policy=config, fingerprint=config.fingerprint, tenants=tenants))
             for instance in fleet:
                 record(Added(instance=instance))
                 if not fleet.is_healthy(instance.instance_id):
@@ -88,10 +93,14 @@ class Dispatcher:
         max_tokens: int | None,
         head: Iterable[tuple[int, int]] = (),
     ) -> StageRequest:
-        """Fill in what can only be predicted, see `Predictor.predict`."""
-        return self.predictor.predict(
+        """Fill in what can only be predicted, see `Predictor.predict`, and the deadline that
+        its tenant is promised if its run has none."""
+        request = self.predictor.predict(
             request, num_prompt_bytes=num_prompt_bytes, max_tokens=max_tokens, head=head
         )
+        if self.tenants is None or request.has_deadline:
+            return request
+        return promised(request, self.tenants.config.of(request.tenant_id), self.fleet)
 
     def submit(
         self,
@@ -110,11 +119,12 @@ class Dispatcher:
             exclude: Instances that this call has already failed on.
 
         Returns:
-            None with `late_binding` if no instance can start it now: a later `poll` decides,
-            unless `withdraw` comes first.
+            None with `late_binding` if no instance can start it now, and if a quota of its
+            tenant holds it: a later `poll` decides, unless `withdraw` comes first.
 
         Raises:
             NoInstanceError: No healthy instance outside `exclude` serves the model.
+            QuotaExceededError: Its tenant has no tokens for it before its deadline.
             ValueError: The request is already in flight or waiting.
         """
         if request.request_id in self._sent:
@@ -123,11 +133,15 @@ class Dispatcher:
         candidates = self.fleet.candidates(request, now=now, exclude=excluded)
         if not candidates:
             raise NoInstanceError(self._why_none(request, excluded))
+        if self.tenants is not None:
+            self.tenants.require(request, now)
         decision: Decision | None
-        if self.config.late_binding:
+        if self.config.late_binding or self.tenants is not None:
             alone_s = sum(c.alone_s for c in candidates) / len(candidates)
             request = replace(request, service_s=alone_s)
             waiting = self.waiting.enter(request, num_prompt_bytes, excluded, now)
+            if self.tenants is not None:
+                self.tenants.entered(request, self._work_s(candidates))
             self._bind_waiting(now, waiting)
             decision = self._due.pop(request.request_id, None)
         else:
@@ -150,9 +164,10 @@ class Dispatcher:
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions on calls that waited, now that something may have changed.
 
-        To be asked after each `submit`, `settle`, `withdraw`, `add` and `mark`.
+        To be asked after each `submit`, `settle`, `withdraw`, `add` and `mark`, and at
+        `waiting.held_until`.
         """
-        looked = self.waiting.has_news
+        looked = self.waiting.has_news or self.waiting.held_until <= now
         if looked:
             self._bind_waiting(now)
         decisions = tuple(self._due.values())
@@ -167,15 +182,27 @@ class Dispatcher:
         if waiting is None:
             return False
         self.predictor.gave_up(waiting.request)
+        if self.tenants is not None:
+            self.tenants.left(waiting.request)
         if self._record is not None:
             self._record(Withdrawn(request_id=request_id))
         return True
 
     def _bind_waiting(self, now: float, newest: Waiting | None = None) -> None:
-        for waiting, candidates, costs, index in self.waiting.starting(now, newest):
+        late = self.config.late_binding
+        choices = self.waiting.starting(now, newest) if late else self.waiting.released(now)
+        for waiting, candidates, costs, index in choices:
             self._due[waiting.request.request_id] = self._bind(
                 waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
             )
+            if self.tenants is not None:
+                self.tenants.began(waiting.request, self._work_s(candidates), now)
+                self.tenants.left(waiting.request)
+
+    def _work_s(self, candidates: Sequence[Candidate]) -> float:
+        """Service of a call alone, mean over instances, whatever they are busy with now."""
+        drift = self.fleet.drift
+        return sum(c.alone_s / drift(c.instance_id) for c in candidates) / len(candidates)
 
     def _bind(
         self,
@@ -218,7 +245,11 @@ class Dispatcher:
         # Without a first byte the prompt may never have been computed.
         ran = outcome.ok or not math.isnan(outcome.ttft_s)
         self.fleet.release(outcome.request_id, instance_id, ran=ran)
-        self.predictor.ended(sent, outcome)
+        alone_s = self.predictor.ended(sent, outcome)
+        if self.tenants is not None:
+            predicted_s = sent.decision.chosen.alone_s
+            ratio = alone_s / predicted_s if predicted_s > 0.0 else 1.0
+            self.tenants.ended(sent.request, outcome, ratio)
 
     @property
     def num_in_flight(self) -> int:

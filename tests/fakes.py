@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -63,8 +64,13 @@ class FakeEngine:
     location: str = ""
     """Redirects every call there."""
     health: int = 200
+    api_key: str = ""
+    """If given, every request must bring it."""
     silent: bool = False
     """Accepts connections and never answers anything, like a stopped process."""
+
+    forgets: bool = False
+    """Keeps no requests, for those who send many."""
 
     received: list[Received] = field(default_factory=list)
     num_aborted: int = 0
@@ -85,19 +91,29 @@ class FakeEngine:
             )
 
     @asynccontextmanager
-    async def serving(self, port: int = 0) -> AsyncIterator[FakeEngine]:
-        app = web.Application(client_max_size=1 << 30)
+    async def serving(
+        self, port: int = 0, *, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[FakeEngine]:
+        app = web.Application(client_max_size=1 << 30, middlewares=[self._check_key])
         app.router.add_get("/health", self._on_health)
         app.router.add_get("/v1/models", self._on_models)
         app.router.add_post("/v1/{endpoint:.*}", self._on_call)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+        scheme = "https" if tls else "http"
+        self.url = "{}://{}:{}".format(scheme, *runner.addresses[0][:2])
         try:
             yield self
         finally:
             await runner.cleanup()
+
+    @web.middleware
+    async def _check_key(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
+            return web.json_response({"error": "Unauthorized"}, status=401)
+        answer: web.StreamResponse = await handler(request)
+        return answer
 
     async def _on_health(self, request: web.Request) -> web.Response:
         if self.silent:
@@ -124,7 +140,7 @@ class FakeEngine:
 
     async def _note(self, received: Received | None = None) -> None:
         async with self._changed:
-            if received:
+            if received and not self.forgets:
                 self.received.append(received)
             self._changed.notify_all()
 
@@ -165,7 +181,8 @@ class FakeEngine:
                 await response.prepare(request)
             delta = {"index": 0, "delta": {"content": f"t{i}"}, "finish_reason": None}
             await response.write(_event(_chunk(choices=[delta])))
-        if body.get("stream_options", {}).get("include_usage"):
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
             await response.write(_event(_chunk(choices=[], usage=USAGE)))
         await response.write(b"data: [DONE]\n\n")
         return response

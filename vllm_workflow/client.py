@@ -170,11 +170,16 @@ def attach(client: _T) -> _T:
     """Make `client` send the headers of the current run and stage; return it.
 
     Takes an OpenAI client, synchronous or not, or a bare httpx or httpx2 client. Attaching
-    twice changes nothing. Headers that a call sets itself (`extra_headers`) win.
+    twice changes nothing. Headers that a call sets itself (`extra_headers`) win. What an OpenAI
+    client tries again carries the same `Idempotency-Key`, by which the router knows a call that
+    it is still running.
 
     Raises:
         TypeError: There is no HTTP client with event hooks in `client`.
     """
+    if getattr(client, "_idempotency_header", "") is None:
+        # OpenAI's SDKs make a key per call and keep it when they try again, but name no header.
+        client._idempotency_header = "Idempotency-Key"  # type: ignore[attr-defined]
     http_client: Any = getattr(client, "_client", client)
     hooks = getattr(http_client, "event_hooks", None)
     if not isinstance(hooks, dict):

@@ -13,7 +13,6 @@ from vllm_workflow.bench.prompts import Prompts
 from vllm_workflow.bench.system_fleet import (
     EmulatedFleet,
     emulated_instances,
-    scaled_latency,
     scaled_policy,
     server_command,
 )
@@ -21,6 +20,7 @@ from vllm_workflow.bench.system_words import WORDS, word_tokenizer
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.emulation.model_dir import END_TOKEN, END_TOKEN_ID
+from vllm_workflow.sim.scaling import scaled_latency
 
 SETUP = Options().setup
 

@@ -8,12 +8,13 @@ import pytest
 from vllm_workflow.bench.compare import Options
 from vllm_workflow.bench.identity import CallContext
 from vllm_workflow.bench.peers import PEERS, Front, command, peer
-from vllm_workflow.bench.system_fleet import EmulatedFleet, emulated_instances, scaled_latency
+from vllm_workflow.bench.system_fleet import EmulatedFleet, emulated_instances
 from vllm_workflow.bench.system_router import router_config, systems
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.sim.declare import declared
+from vllm_workflow.sim.scaling import scaled_latency
 from vllm_workflow.sim.workloads import load
 
 SETUP = Options().setup

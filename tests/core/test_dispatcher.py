@@ -164,3 +164,8 @@ def test_models_that_clients_invent_do_not_fill_the_memory() -> None:
         brain.predict(call, num_prompt_bytes=1, max_tokens=None)
 
     assert len(brain.predictor._rests) <= 1024
+
+
+def test_a_call_without_prompt_tokens_is_refused() -> None:
+    with pytest.raises(ValueError, match="request 'r': num_prompt_tokens must be at least 1"):
+        dispatcher().submit(stage_request(num_prompt_tokens=0), now=0.0)

@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -73,6 +72,29 @@ def test_the_client_s_priority_goes_before_the_policy_s_order() -> None:
     backlog.add(stage_request("favoured", priority=-1), 2.0, 0, ())
 
     assert [w.request.request_id for w in backlog] == ["favoured", "ordinary"]
+
+
+@given(
+    st.lists(st.tuples(st.sampled_from("ab"), st.floats(0.0, 9.0)), max_size=12),
+    st.sets(st.integers(0, 11)),
+    st.sampled_from(["", "a"]),
+)
+def test_a_walk_is_in_order_whatever_is_taken_out_on_the_way(
+    calls: list[tuple[str, float]], taken: set[int], passed_over: str
+) -> None:
+    backlog = Backlog()
+    for number, (model, key) in enumerate(calls):
+        backlog.add(stage_request(str(number), model=model), key)
+    expected = [w for w in backlog if w.request.model != passed_over]
+
+    walked = []
+    for waiting in backlog.walk({(passed_over, ())}):
+        walked.append(waiting)
+        if int(waiting.request.request_id) in taken:
+            backlog.remove(waiting.request.request_id)
+
+    assert walked == expected == sorted(expected)
+    assert len(backlog) == len(calls) - sum(int(w.request.request_id) in taken for w in walked)
 
 
 def test_a_call_that_is_given_up_takes_nobody_s_place() -> None:
@@ -300,7 +322,7 @@ def test_a_new_run_does_not_join_others_that_its_company_would_make_late() -> No
     each = brain(instance("a"), config=RELEGATING)
     tight = stage_request("tight", expected_output_tokens=100.0, attained_s=1.0)
     (alone,) = each.fleet.candidates(tight)
-    tight = replace(tight, deadline=alone.alone_s * 1.05)
+    tight = tight._replace(deadline=alone.alone_s * 1.05)
     assert each.submit(tight, now=0.0) is not None
 
     assert each.submit(stage_request("new", deadline=1e4), now=0.0) is None

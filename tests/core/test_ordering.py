@@ -1,5 +1,4 @@
 import math
-from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -98,8 +97,7 @@ def test_a_call_without_deadline_waits_for_urgent_ones_but_not_for_ever(name: st
 def test_another_clock_shifts_every_instant_alike_and_no_duration(
     name: str, request: StageRequest, later_s: float
 ) -> None:
-    shifted = replace(
-        request,
+    shifted = request._replace(
         arrival_time=request.arrival_time + later_s,
         deadline=request.deadline + later_s,
         run_arrival_time=request.run_arrival_time + later_s,
@@ -140,7 +138,7 @@ def test_the_order_changes_with_nothing_but_what_the_rule_names(
 ) -> None:
     others = {field: data.draw(FIELDS[field], field) for field in FIELDS.keys() - USED[name]}
 
-    assert policy(name).key(replace(request, **others)) == policy(name).key(request)
+    assert policy(name).key(request._replace(**others)) == policy(name).key(request)
 
 
 def test_program_order_runs_the_latest_call_of_the_earliest_run_first() -> None:
@@ -165,7 +163,7 @@ def test_of_calls_that_come_together_the_run_that_attained_less_goes_first(
 ) -> None:
     less, more = sorted((less, more))
     first, second = (
-        replace(stage_request(arrival_time=arrival), **{field: s}) for s in (less, more)
+        stage_request(arrival_time=arrival)._replace(**{field: s}) for s in (less, more)
     )
 
     assert policy(name).key(first) <= policy(name).key(second)
@@ -177,7 +175,7 @@ def test_a_call_lets_newer_runs_pass_for_so_many_times_what_its_run_attained(
     name: str, field: str, attained: float, ratio: float
 ) -> None:
     key = policy(name, starvation_ratio=ratio).key
-    call = replace(stage_request(arrival_time=100.0), **{field: attained})
+    call = stage_request(arrival_time=100.0)._replace(**{field: attained})
     wait_s = ratio * attained
 
     assert key(call) <= key(stage_request(arrival_time=100.0 + wait_s + 0.001))

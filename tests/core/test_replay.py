@@ -14,8 +14,10 @@ from vllm_workflow.core.events import (
     Event,
     Marked,
     Polled,
+    Removed,
     Settled,
     Submitted,
+    Swapped,
     Withdrawn,
     from_json,
     to_json,
@@ -26,7 +28,9 @@ from vllm_workflow.core.replay import replay
 Step = tuple[str, int, float]
 steps = st.lists(
     st.tuples(
-        st.sampled_from(["submit", "submit", "submit", "settle", "fail", "mark", "add"]),
+        st.sampled_from(
+            ["submit", "submit", "submit", "settle", "fail", "mark", "add", "remove", "swap"]
+        ),
         st.integers(0, 30),
         st.floats(0.001, 100.0),
     ),
@@ -80,6 +84,10 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.mark("ab"[pick % 2], healthy=pick % 3 > 0)
         elif what == "add":
             brain.add(instance("c", latency=SLOW, max_num_seqs=1 + pick))
+        elif what == "remove" and "c" in brain.fleet:
+            brain.remove("c")
+        elif what == "swap":
+            brain.swap(POLICIES[pick % len(POLICIES)], now=now)
         for decision in brain.poll(now):
             in_flight[decision.request_id] = decision.chosen.instance_id
 
@@ -117,6 +125,8 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
         match event:
             case Added():
                 brain.add(event.instance)
+            case Removed():
+                brain.remove(event.instance_id)
             case Marked():
                 brain.mark(event.instance_id, healthy=event.healthy)
             case Submitted():
@@ -128,6 +138,8 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
                 )
             case Polled():
                 brain.poll(event.now)
+            case Swapped():
+                brain.swap(event.policy, now=event.now)
             case Withdrawn():
                 brain.withdraw(event.request_id)
             case Settled():
@@ -162,13 +174,12 @@ def test_every_event_is_read_back_as_it_was(script: list[Step]) -> None:
 @settings(max_examples=40)
 def test_what_runs_have_attained_is_the_same_after_a_replay(script: list[Step]) -> None:
     log: list[Event] = []
-    brain = recorded(
-        PolicyConfig(dispatch="power-of-two", ordering="atlas", late_binding=True), script, log
-    )
+    config = PolicyConfig(dispatch="power-of-two", ordering="atlas", late_binding=True)
+    brain = recorded(config, script, log)
     lines = [to_json(event) for event in log]
 
     again: list[Event] = []
-    replayed = Dispatcher(Fleet(), brain.config, record=again.append)
+    replayed = Dispatcher(Fleet(), config, record=again.append)
     redo(replayed, [from_json(line) for line in lines[1:]])
 
     assert [to_json(event) for event in again] == lines

@@ -5,11 +5,6 @@ import pytest
 from tests.builders import candidate, stage_request
 
 
-def test_a_request_without_prompt_tokens_cannot_be_built() -> None:
-    with pytest.raises(ValueError, match="request 'r': num_prompt_tokens must be at least 1"):
-        stage_request(num_prompt_tokens=0)
-
-
 @pytest.mark.parametrize(("deadline", "has"), [(math.inf, False), (5.0, True), (-5.0, True)])
 def test_any_finite_instant_is_a_deadline(deadline: float, has: bool) -> None:
     assert stage_request(deadline=deadline).has_deadline is has

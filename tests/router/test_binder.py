@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -10,6 +11,7 @@ from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.router.prefixes import head_of
+from vllm_workflow.router.tries import Tries
 
 pytestmark = pytest.mark.anyio
 
@@ -99,8 +101,9 @@ async def test_clients_that_leave_as_they_are_bound_take_nobody_s_turn(routing: 
         binder, dispatcher = client.router.proxy._binder, client.router.dispatcher
 
         def ask(name: str) -> asyncio.Task[Decision]:
-            call = StageRequest(request_id=name, arrival_time=0.0, model="m")
-            return asyncio.create_task(binder.bind(call, num_prompt_bytes=1, exclude=()))
+            call = StageRequest(request_id=name, arrival_time=time.monotonic(), model="m")
+            tries = Tries(None, 0.0, lambda instance_id: 0)
+            return asyncio.create_task(binder.bind(call, num_prompt_bytes=1, tries=tries))
 
         def settle(decision: Decision) -> None:
             binder.settle(Outcome(request_id=decision.request_id, instance_id="a", ok=False))
@@ -120,21 +123,49 @@ async def test_clients_that_leave_as_they_are_bound_take_nobody_s_turn(routing: 
         assert dispatcher.num_in_flight == 0
 
 
-async def test_a_call_whose_last_instance_dies_while_it_waits_is_told_so(routing: Routing) -> None:
+def mark(client: Client, *, healthy: bool) -> None:
+    upstreams = client.router.upstreams
+    upstreams._mark(upstreams["a"], healthy, "scripted")
+
+
+async def test_a_call_whose_last_instance_dies_while_it_waits_is_told_so_in_time(
+    routing: Routing,
+) -> None:
     async with (
-        FakeEngine(held=True).serving() as engine,
-        routing(engine, seats=1, policy=LATE) as client,
+        FakeEngine(held=True, health=503).serving() as engine,
+        routing(engine, seats=1, policy=LATE, max_wait_s=0.2) as client,
         asyncio.TaskGroup() as tasks,
     ):
+        mark(client, healthy=True)
         tasks.create_task(call(client, [], "first"))
         await engine.wait_for(received=1)
         waiting_call = tasks.create_task(client.post().__aenter__())
         await until(client, num_waiting=1)
 
-        client.router.proxy._upstreams._mark(client.router.proxy._upstreams["a"], False, "gone")
+        mark(client, healthy=False)
 
-        assert (await waiting_call).status == 503
+        response = await waiting_call
+        assert (response.status, response.headers["Retry-After"]) == (503, "1")
         engine.release()
+
+
+async def test_calls_that_wait_for_an_instance_to_come_back_go_in_the_order_of_the_policy(
+    routing: Routing,
+) -> None:
+    async with (
+        FakeEngine(held=True).serving() as engine,
+        routing(engine, seats=1, policy=LATE) as client,
+    ):
+        ended: list[str] = []
+        mark(client, healthy=False)
+        async with asyncio.TaskGroup() as tasks:
+            for name, budget_ms in (("late", "90000"), ("early", "30000")):
+                tasks.create_task(call(client, ended, name, **{"X-Workflow-Budget-Ms": budget_ms}))
+                while client.router.proxy._binder.num_stranded < len(tasks._tasks):
+                    await asyncio.sleep(0.005)
+            engine.release(2)
+            mark(client, healthy=True)
+    assert ended == ["early", "late"]
 
 
 def test_the_head_of_a_prompt_is_the_same_whatever_follows() -> None:

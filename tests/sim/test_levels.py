@@ -42,7 +42,7 @@ def workload(seed: int) -> list[tuple[float, EngineRequest]]:
             service_s=rng.choice([0.0, 0.5]),
             rest_s=rng.choice([0.0, 1.0]),
         )
-        arrivals.append((now, each._replace(request=replace(each.request, arrival_time=now))))
+        arrivals.append((now, each._replace(request=each.request._replace(arrival_time=now))))
     return arrivals
 
 

@@ -63,7 +63,7 @@ def as_received(call: EngineRequest) -> EngineRequest:
     deadline = told.deadline
     if told.has_deadline:
         deadline = told.arrival_time + round(1e3 * (deadline - told.arrival_time)) / 1e3
-    return call._replace(request=replace(told, workflow_id="run", deadline=deadline))
+    return call._replace(request=told._replace(workflow_id="run", deadline=deadline))
 
 
 def rows(events: list[EngineEvent]) -> list[tuple[object, ...]]:

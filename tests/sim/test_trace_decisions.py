@@ -48,8 +48,9 @@ def submitted(
     run_arrival: float = math.nan,
     prefix: Chain = (),
 ) -> Submitted:
-    request = replace(
-        stage_request(request_id, arrival_time=arrival, deadline=deadline, stage=stage),
+    request = stage_request(
+        request_id, arrival_time=arrival, deadline=deadline, stage=stage
+    )._replace(
         workflow_id=run,
         tenant_id=tenant,
         run_arrival_time=run_arrival,

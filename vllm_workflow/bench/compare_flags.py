@@ -11,6 +11,7 @@ from typing import NoReturn, TypeVar
 
 from vllm_workflow.bench.compare import DEFAULT_AGAINST, Options
 from vllm_workflow.bench.compare_jobs import Setup
+from vllm_workflow.bench.disturbance import parse as parse_disturbance
 from vllm_workflow.bench.peers import GROUP, PEERS
 from vllm_workflow.bench.system import SystemOptions
 from vllm_workflow.core import policy_names
@@ -54,7 +55,10 @@ def options(args: argparse.Namespace) -> Options:
         gpu_memory_utilization=args.gpu_memory_utilization,
         num_runs=args.runs,
         burstiness=args.burstiness,
+        disturbance=parse_disturbance(args.disturb),
     )
+    if args.level == 3 and args.disturb != "none":
+        raise ConfigError(f"--disturb: expected none at level 3, got {args.disturb!r}")
     return Options(
         traces=_several(args.trace, _DEFAULTS.traces),
         setup=setup,
@@ -191,6 +195,16 @@ def _add_load(made: argparse.ArgumentParser) -> None:
         default=_DEFAULTS.setup.burstiness,
         help="as in `vllm bench serve`: 1 is a Poisson process, less comes in bursts, more is more "
         "regular, inf is even (default: %(default)s)",
+    )
+
+    made.add_argument(
+        "--disturb",
+        default="none",
+        metavar="WHAT",
+        help="what the router is wrong about: `cold` (no workflow is declared), `lengths:0.6` "
+        "(clients announce each call's tokens 60%% too high or too low), `profiles:0.6` (so is all "
+        "that is declared of a stage), `slow:a100-0:2` (that instance takes twice as long as it is "
+        "believed to); levels 1 and 2 (default: %(default)s)",
     )
 
 

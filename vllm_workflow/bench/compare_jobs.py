@@ -11,6 +11,7 @@ from functools import lru_cache
 from types import MappingProxyType
 from typing import Protocol, TypeVar
 
+from vllm_workflow.bench.disturbance import UNDISTURBED, Disturbance
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.workflow import WorkflowProfile
@@ -44,16 +45,19 @@ class Setup:
     gpu_memory_utilization: float
     num_runs: int
     burstiness: float
+    disturbance: Disturbance = UNDISTURBED
+    """What the router is wrong about."""
 
     def build_fleet(self) -> tuple[SimInstance, ...]:
-        """Raises: ConfigError: See `fleet_of`."""
-        return fleet_of(
+        """Raises: ConfigError: See `fleet_of`; a disturbance of an unknown instance."""
+        fleet = fleet_of(
             self.fleet,
             model_shape=self.model_shape,
             tp=self.tp,
             weight_bits=self.weight_bits,
             gpu_memory_utilization=self.gpu_memory_utilization,
         )
+        return self.disturbance.fleet(fleet)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,7 +226,7 @@ def inputs_of(setup: Setup, setting: Setting, seed: int) -> Inputs:
         runs=tuple(replace(run, slo_s=slo_s) for run, slo_s in promised),
         arrivals=tuple(arrivals),
         references_s=references_s,
-        workflows=_workflows(setting.trace),
+        workflows=setup.disturbance.workflows(_workflows(setting.trace)),
     )
 
 
@@ -241,7 +245,7 @@ def run_job(job: Job) -> Sample:
         inputs.arrivals,
         fleet,
         workflows=inputs.workflows,
-        hint=true_lengths if variant.is_clairvoyant else None,
+        hint=true_lengths if variant.is_clairvoyant else job.setup.disturbance.hint(job.seed),
         rest=_true_rest(inputs.runs, fleet) if variant.is_clairvoyant else None,
     )
     timed = measured.decision_us
@@ -274,7 +278,11 @@ def slos_s(setting: Setting, references_s: Sequence[float]) -> list[float]:
 
 
 def find_capacity(setup: Setup, trace: str) -> Capacity:
-    """Return what the fleet serves of a trace, found at level 1 whatever level is compared at."""
+    """Return what the fleet serves of a trace, found at level 1 whatever level is compared at.
+
+    Nothing disturbs it, so that a load is the same rate whatever the router is wrong about.
+    """
+    setup = replace(setup, disturbance=UNDISTURBED)
     runs = seed_trace(trace, NUM_CAPACITY_RUNS, 0).runs
     return capacity(runs, _fleet(setup), workflows=_workflows(trace))
 

@@ -75,6 +75,7 @@ def meta(comparison: Comparison, command: Sequence[str]) -> dict[str, Any]:
         "runs": setup.num_runs,
         "seeds": options.num_seeds,
         "burstiness": setup.burstiness,
+        "disturbance": setup.disturbance.name,
         "slo_scales": None if options.slo_s is not None else list(options.slo_scales),
         "slo_s": options.slo_s,
         "traces": {name: _trace(comparison, name) for name in options.traces},

@@ -18,7 +18,6 @@ from vllm_workflow.bench.system_words import write_word_model
 from vllm_workflow.cluster.process import ManagedProcess, as_json, http_get
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import UpstreamError
-from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.emulation.model_dir import MAX_MODEL_LEN
 from vllm_workflow.profiles import catalogue
 from vllm_workflow.sim.fleet import InstanceSpec, SimInstance, build_fleet, specs_of
@@ -29,10 +28,6 @@ STREAM_INTERVAL = 1000
 servers of one machine, and whole runs are measured, not gaps between tokens."""
 NUM_LOADING = 2
 """Servers that load at a time."""
-_TIMES = (
-    *("overhead_s", "weights_s", "per_token_s", "per_token_below_knee_s", "per_seq_s"),
-    *("per_kv_token_s", "per_prefill_kv_token_s"),
-)
 _POLICY_TIMES = ("patience_s", "urgent_slack_s", "preempt_margin_s", "preempt_cooldown_s")
 _START_TIMEOUT_S = 600.0
 _RESET_TIMEOUT = aiohttp.ClientTimeout(total=60)
@@ -74,11 +69,6 @@ def emulated_instances(setup: Setup) -> tuple[EmulatedInstance, ...]:
         EmulatedInstance(spec=spec, sim=sim)
         for spec, sim in zip(single, build_fleet(specs), strict=True)
     )
-
-
-def scaled_latency(latency: LatencyModel, time_scale: float) -> LatencyModel:
-    """Return the step time of a GPU that runs `time_scale` times as fast as life."""
-    return replace(latency, **{name: getattr(latency, name) / time_scale for name in _TIMES})
 
 
 def scaled_policy(policy: PolicyConfig, time_scale: float) -> PolicyConfig:

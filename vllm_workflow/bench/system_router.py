@@ -18,7 +18,6 @@ from vllm_workflow.bench.system_fleet import (
     HOST,
     EmulatedFleet,
     free_ports,
-    scaled_latency,
     scaled_policy,
 )
 from vllm_workflow.cluster.process import ManagedProcess
@@ -26,6 +25,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.workflow import WorkflowProfile
+from vllm_workflow.sim.scaling import scaled_latency
 
 OWN_IDENTITY = Identity(headers=True)
 PEER_IDENTITY = Identity(headers=False, session=True)

@@ -14,10 +14,13 @@ COMMANDS = {
     "analyze": "report what the runs of a trace have in common",
     "bench": "replay runs against a server under load",
     "emulated-model": "write a model folder without weights, for an emulated GPU",
+    "key": "make keys for clients and operators of the router",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
+    "store": "show what a router keeps in its database",
     "text2sql": "answer questions about a SQLite file by a multi-stage workflow",
+    "tune": "find a better policy for the traffic of a decision log",
 }
 """Sub-command to its one-line help. Each lives in the module of its name, which is imported
 only when asked for, so that one half of the package works without the other's libraries."""

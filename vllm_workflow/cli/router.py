@@ -6,11 +6,14 @@ import argparse
 import asyncio
 import logging
 import signal
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from vllm_workflow.core.config import PRESETS
-from vllm_workflow.router.app import serve
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.router.app import Router, serve
 from vllm_workflow.router.config import RouterConfig
 
 
@@ -65,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
     )
     _allow_many_sockets()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(config))
+        runner.run(_serve(config, partial(read_config, args) if args.config else None))
     return 0
 
 
@@ -84,19 +87,30 @@ def read_config(args: argparse.Namespace) -> RouterConfig:
     return RouterConfig.from_mapping(overrides, source="command line")
 
 
-async def _serve(config: RouterConfig) -> None:
+async def _serve(config: RouterConfig, read: Callable[[], RouterConfig] | None) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopping.set)
-    async with serve(config) as router:
+    async with serve(config, read) as router, asyncio.TaskGroup() as tasks:
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(_reload(router)))
         policy = router.dispatcher.config
         print(
             f"router ready on {router.url}: {len(config.instances)} instances, "
-            f"dispatch {policy.dispatch}, policy {policy.fingerprint}",
+            f"dispatch {policy.dispatch}, policy {policy.fingerprint}"
+            + (f", operators on {router.admin_url}" if router.admin_url else ""),
             flush=True,
         )
         await stopping.wait()
+
+
+async def _reload(router: Router) -> None:
+    """Read the file again; one that cannot be used changes nothing."""
+    try:
+        await router.reload()
+    except ConfigError as e:
+        logging.getLogger(__name__).error("reload: %s", e)
 
 
 def _allow_many_sockets() -> None:

@@ -9,10 +9,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import yaml
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.yaml_config import Strict, read_yaml, validated
 
 DEFAULT_COMMAND = "vllm serve {model} --port {port} --scheduler workflow"
 
@@ -38,11 +38,7 @@ _Words = Annotated[list[str], BeforeValidator(_words)]
 _Env = Annotated[dict[str, str], BeforeValidator(_texts)]
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class InstanceConfig(_Strict):
+class InstanceConfig(Strict):
     """One vLLM server to start."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,127}$")]
@@ -53,9 +49,9 @@ class InstanceConfig(_Strict):
     """Directory or name; that of the cluster by default."""
     command: _Words | None = None
     """With `{model}`, `{port}` and `{id}`; that of the cluster by default."""
-    args: _Words = []
+    args: _Words = Field(default_factory=list)
     """Further words of the command line, after those of the cluster."""
-    env: _Env = {}
+    env: _Env = Field(default_factory=dict)
     """Environment variables, over those of the cluster."""
     cpus: Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1)] | None = None
     """CPUs that its processes and their threads are bound to (Linux)."""
@@ -65,23 +61,23 @@ class InstanceConfig(_Strict):
     """GPUs that it sees, as `CUDA_VISIBLE_DEVICES`."""
     gpu: str = ""
     """Name of the GPU model, for people only."""
-    latency: dict[str, float | int] = {}
+    latency: dict[str, float | int] = Field(default_factory=dict)
     """Step times as in `router.yaml`."""
     max_num_seqs: Annotated[int, Field(ge=1)] | None = None
     """Calls side by side: told to the router and, by `--max-num-seqs`, to vLLM."""
 
 
-class ClusterConfig(_Strict):
+class ClusterConfig(Strict):
     """Everything in `cluster.yaml`."""
 
     instances: Annotated[list[InstanceConfig], Field(min_length=1)]
-    router: dict[str, Any] = {}
+    router: dict[str, Any] = Field(default_factory=dict)
     """Fields of `router.yaml` except `instances`; the router itself checks them."""
     model: str | None = None
     command: _Words = shlex.split(DEFAULT_COMMAND)
-    args: _Words = []
+    args: _Words = Field(default_factory=list)
     """Further words of every instance's command line."""
-    env: _Env = {}
+    env: _Env = Field(default_factory=dict)
     """Environment variables of every instance."""
     log_dir: Path = Field(default=Path("logs"), strict=False)
     """One log per process, and the `router.yaml` that was made."""
@@ -136,13 +132,9 @@ class ClusterConfig(_Strict):
         Raises:
             ConfigError: With the path to each field that does not fit.
         """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{source}: expected a mapping of fields, got {data!r:.80}")
+        config = validated(cls, data, source=source)
         try:
-            config = cls.model_validate(dict(data))
             return _located(config, folder or Path.cwd())
-        except ValidationError as e:
-            raise ConfigError("\n".join(f"{source}: {_describe(x)}" for x in e.errors())) from None
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from None
 
@@ -153,12 +145,7 @@ class ClusterConfig(_Strict):
         Raises:
             ConfigError: The file cannot be read, is not YAML, or does not fit.
         """
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: cannot read: {e}") from None
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{path}: not YAML: {e}") from None
+        data = read_yaml(path)
         if isinstance(data, dict):
             data |= overrides or {}
         return cls.from_mapping(data, source=str(path), folder=path.resolve().parent)
@@ -210,14 +197,3 @@ def _model(model: str | None, folder: Path, where: str) -> str | None:
     if model.startswith((".", "/", "~")) or model.count("/") > 1:
         raise ConfigError(f"{where}: there is no directory {path}")
     return model
-
-
-def _describe(error: Any) -> str:
-    """Say where, what was wanted and what was there."""
-    where = ".".join(str(part) for part in error["loc"])
-    text = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        text = "unknown field"
-    elif error["type"] != "missing" and not isinstance(error["input"], Mapping | BaseModel):
-        text = f"{text}, got {error['input']!r:.80}"
-    return f"{where}: {text}" if where else text

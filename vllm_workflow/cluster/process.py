@@ -81,6 +81,11 @@ class ManagedProcess:
         return None if self._guard is None else self._guard.returncode
 
     @property
+    def pid(self) -> int:
+        """Of the guard, whose child the command is; 0 before the start."""
+        return 0 if self._guard is None else self._guard.pid
+
+    @property
     def is_loading(self) -> bool:
         return self._guard is not None and self.status is None and not self.is_ready
 

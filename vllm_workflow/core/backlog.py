@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-import math
 from bisect import bisect_left, insort
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterator
+from heapq import merge
+from itertools import islice
 from typing import NamedTuple
 
 from vllm_workflow.core.types import StageRequest
+
+Kind = tuple[str, tuple[str, ...]]
+"""Model and excluded instances: what decides which instances come into question."""
 
 
 class Waiting(NamedTuple):
@@ -23,16 +27,17 @@ class Waiting(NamedTuple):
     request: StageRequest
     num_prompt_bytes: int
     exclude: tuple[str, ...]
+    kind: Kind
 
 
 class Backlog:
-    """Waiting calls, sorted. A call's place never changes, so adding one is a binary search."""
+    """Waiting calls, sorted. A call's place never changes, so adding one is a binary search.
 
-    held_until: float = math.inf
-    """Instant from which a call may start that could not although there was room."""
+    They are kept by kind, so that all for which there is no room are passed over at once.
+    """
 
     def __init__(self) -> None:
-        self._sorted: list[Waiting] = []
+        self._by_kind: dict[Kind, list[Waiting]] = {}
         self._by_id: dict[str, Waiting] = {}
         self._num_added = 0
 
@@ -53,33 +58,58 @@ class Backlog:
         if request.request_id in self._by_id:
             raise ValueError(f"request {request.request_id!r} is already waiting")
         self._num_added += 1
+        kind = (request.model, exclude)
         waiting = Waiting(
-            request.priority, level, key, self._num_added, request, num_prompt_bytes, exclude
+            request.priority, level, key, self._num_added, request, num_prompt_bytes, exclude, kind
         )
-        insort(self._sorted, waiting)
-        self._by_id[request.request_id] = waiting
+        self._insert(waiting)
         return waiting
+
+    def _insert(self, waiting: Waiting) -> None:
+        insort(self._by_kind.setdefault(waiting.kind, []), waiting)
+        self._by_id[waiting.request.request_id] = waiting
 
     def remove(self, request_id: str) -> Waiting | None:
         """Take a call out; None if it does not wait."""
         waiting = self._by_id.pop(request_id, None)
         if waiting is not None:
-            del self._sorted[bisect_left(self._sorted, waiting)]
+            calls = self._by_kind[waiting.kind]
+            del calls[bisect_left(calls, waiting)]
+            if not calls:
+                del self._by_kind[waiting.kind]
         return waiting
 
     def first(self, num_calls: int) -> list[Waiting]:
         """Return those that go first, in order."""
-        return self._sorted[:num_calls]
+        return list(islice(self, num_calls))
 
-    def in_turn(self, now: float) -> Iterable[Waiting]:
-        """Return those that may start now, first in order first; each may be removed meanwhile."""
-        return list(self._sorted)
+    def heads(self) -> list[Waiting]:
+        """Return the first call of each kind, in order."""
+        return sorted([calls[0] for calls in self._by_kind.values()])
+
+    def walk(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
+        """Yield the calls in order; each may be removed before the next is asked for.
+
+        Args:
+            passed_over: Kinds of which no further call is yielded; may grow on the way.
+        """
+        each = [_walk(kind, calls, passed_over) for kind, calls in self._by_kind.items()]
+        return each[0] if len(each) == 1 else merge(*each)
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
     def __iter__(self) -> Iterator[Waiting]:
-        return iter(self._sorted)
+        return merge(*self._by_kind.values())
 
     def __len__(self) -> int:
-        return len(self._sorted)
+        return len(self._by_id)
+
+
+def _walk(kind: Kind, calls: list[Waiting], passed_over: Container[Kind]) -> Iterator[Waiting]:
+    at = 0
+    while at < len(calls) and kind not in passed_over:
+        waiting = calls[at]
+        yield waiting
+        if at < len(calls) and calls[at] is waiting:
+            at += 1

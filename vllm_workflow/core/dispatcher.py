@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import replace
 
 from vllm_workflow.core.backlog import Waiting
 from vllm_workflow.core.config import PolicyConfig
@@ -21,14 +20,17 @@ from vllm_workflow.core.events import (
     Marked,
     Polled,
     Record,
+    Removed,
     Settled,
     Started,
     Submitted,
+    Swapped,
     Withdrawn,
 )
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.predictor import Predictor, Sent
 from vllm_workflow.core.tenant_ledger import TenantLedger
+from vllm_workflow.core.tenant_room import TenantWaitingRoom
 from vllm_workflow.core.tenants import TenantsConfig, promised
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.core.waiting_room import WaitingRoom
@@ -40,7 +42,7 @@ class Dispatcher:
 
     Args:
         fleet: The ledger. Change it through `add` and `mark`, or a replay will not know.
-        config: The policy, fixed for the life of a dispatcher.
+        config: The policy, until `swap`.
         workflows: Declared ones.
         record: Called with everything that a replay needs, in order.
         tenants: Their shares, quotas and SLOs; None: nobody asks whose a call is.
@@ -59,7 +61,7 @@ class Dispatcher:
         self.predictor = Predictor(fleet, workflows)
         self._policy = build(config)
         self.tenants = None if tenants is None else TenantLedger(tenants)
-        self.waiting = WaitingRoom(fleet, self._policy, config, self.tenants)
+        self.waiting = self._waiting_room()
         self._record = record
         self._due: dict[str, Decision] = {}
         self._sent: dict[str, Sent] = {}
@@ -70,6 +72,11 @@ class Dispatcher:
                 if not fleet.is_healthy(instance.instance_id):
                     record(Marked(instance_id=instance.instance_id, healthy=False))
 
+    def _waiting_room(self) -> WaitingRoom:
+        if self.tenants is None:
+            return WaitingRoom(self.fleet, self._policy, self.config)
+        return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants)
+
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; a new one counts as healthy."""
         self.fleet.add(instance)
@@ -77,13 +84,35 @@ class Dispatcher:
         if self._record is not None:
             self._record(Added(instance=instance))
 
+    def remove(self, instance_id: str) -> None:
+        """Send no more calls to an instance, and forget it when those in flight have ended."""
+        self.fleet.remove(instance_id)
+        self.predictor.fleet_changed()
+        if self._record is not None:
+            self._record(Removed(instance_id=instance_id))
+
     def mark(self, instance_id: str, *, healthy: bool) -> None:
-        """Note whether calls may be sent to an instance."""
-        if self.fleet.is_healthy(instance_id) != healthy:
+        """Note whether calls may be sent to an instance; one that was removed gets none."""
+        if instance_id in self.fleet and self.fleet.is_healthy(instance_id) != healthy:
             self.fleet.mark(instance_id, healthy=healthy)
             self.predictor.fleet_changed()
             if self._record is not None:
                 self._record(Marked(instance_id=instance_id, healthy=healthy))
+
+    def swap(self, config: PolicyConfig, *, now: float) -> None:
+        """Let another policy decide from here on; `poll` should follow.
+
+        What was learned and what is in flight stays. Calls that wait go on waiting, in the order
+        of the new policy, even if under it none would have begun to.
+        """
+        if self._record is not None:
+            self._record(Swapped(now=now, policy=config, fingerprint=config.fingerprint))
+        waiting = self.waiting.by_arrival()
+        self.config = config
+        self._policy = build(config)
+        self.waiting = self._waiting_room()
+        for each in waiting:
+            self.waiting.enter(each.request, each.num_prompt_bytes, each.exclude, now)
 
     def predict(
         self,
@@ -125,8 +154,13 @@ class Dispatcher:
         Raises:
             NoInstanceError: No healthy instance outside `exclude` serves the model.
             QuotaExceededError: Its tenant has no tokens for it before its deadline.
-            ValueError: The request is already in flight or waiting.
+            ValueError: The request is already in flight or waiting, or has no prompt tokens.
         """
+        if request.num_prompt_tokens < 1:
+            raise ValueError(
+                f"request {request.request_id!r}: num_prompt_tokens must be at least 1, "
+                f"got {request.num_prompt_tokens}"
+            )
         if request.request_id in self._sent:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
@@ -138,11 +172,11 @@ class Dispatcher:
         decision: Decision | None
         if self.config.late_binding or self.tenants is not None:
             alone_s = sum(c.alone_s for c in candidates) / len(candidates)
-            request = replace(request, service_s=alone_s)
+            request = request._replace(service_s=alone_s)
             waiting = self.waiting.enter(request, num_prompt_bytes, excluded, now)
             if self.tenants is not None:
                 self.tenants.entered(request, self._work_s(candidates))
-            self._bind_waiting(now, waiting)
+            self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
         else:
             costs = self._policy.costs(request, candidates)
@@ -188,10 +222,14 @@ class Dispatcher:
             self._record(Withdrawn(request_id=request_id))
         return True
 
-    def _bind_waiting(self, now: float, newest: Waiting | None = None) -> None:
-        late = self.config.late_binding
-        choices = self.waiting.starting(now, newest) if late else self.waiting.released(now)
-        for waiting, candidates, costs, index in choices:
+    def _bind_waiting(
+        self,
+        now: float,
+        newest: Waiting | None = None,
+        newest_candidates: tuple[Candidate, ...] = (),
+    ) -> None:
+        starting = self.waiting.starting(now, newest, newest_candidates)
+        for waiting, candidates, costs, index in starting:
             self._due[waiting.request.request_id] = self._bind(
                 waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
             )
@@ -250,6 +288,7 @@ class Dispatcher:
             predicted_s = sent.decision.chosen.alone_s
             ratio = alone_s / predicted_s if predicted_s > 0.0 else 1.0
             self.tenants.ended(sent.request, outcome, ratio)
+        self.fleet.forget(instance_id)
 
     @property
     def num_in_flight(self) -> int:

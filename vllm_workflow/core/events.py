@@ -32,10 +32,26 @@ class Started:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Swapped:
+    """From here on another policy decides; calls that wait got their place in its order."""
+
+    now: float
+    policy: PolicyConfig
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
     """An instance joined, or came back with other properties."""
 
     instance: Instance
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Removed:
+    """An instance was taken out; the calls in flight on it go on."""
+
+    instance_id: str
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -80,12 +96,12 @@ class Settled:
     outcome: Outcome
 
 
-Event = Started | Added | Marked | Submitted | Polled | Withdrawn | Settled
+Event = Started | Swapped | Added | Removed | Marked | Submitted | Polled | Withdrawn | Settled
 Record = Callable[[Event], None]
 
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
-    for cls in (Started, Added, Marked, Submitted, Polled, Withdrawn, Settled)
+    for cls in (Started, Swapped, Added, Removed, Marked, Submitted, Polled, Withdrawn, Settled)
 }
 _NESTED: Mapping[str, type[Any]] = {
     "policy": PolicyConfig,
@@ -103,6 +119,7 @@ _ITEMS: Mapping[str, type[Any]] = {
     "decisions": Decision,
     "named": TenantConfig,
 }
+_NAMED_TUPLES = (Candidate, Decision, Outcome, StageRequest)
 
 
 def to_json(event: Event) -> str:
@@ -135,13 +152,14 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _names(value: Any) -> Sequence[str]:
-    if isinstance(value, Candidate):
-        return Candidate._fields
+    if isinstance(value, tuple):
+        names: Sequence[str] = value._fields  # type: ignore[attr-defined]
+        return names
     return [f.name for f in fields(value) if f.init]
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, Candidate):
+    if isinstance(value, _NAMED_TUPLES):
         return _fields(value)
     if isinstance(value, tuple):
         return [_plain(item) for item in value]

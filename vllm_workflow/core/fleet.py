@@ -8,77 +8,39 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, field, replace
-from typing import NamedTuple
+from dataclasses import replace
 
+from vllm_workflow.core.account import (
+    Account,
+    Instance,
+    Need,
+    Reserved,
+    max_stretch,
+    num_own_tokens,
+)
 from vllm_workflow.core.latency import LatencyModel
-from vllm_workflow.core.prefix import KvLedger
 from vllm_workflow.core.types import Candidate, StageRequest
+
+__all__ = ["Fleet", "Instance", "max_stretch"]
 
 _MIN_DRIFT_WEIGHT = 0.05
 """Share of one call in the drift factor: about the last twenty calls decide."""
 _PRIOR_DRIFT_WEIGHT = 4.0
 """Calls that the configured latency counts for until then."""
 _MAX_DRIFT = 8.0
-_OVERDUE_SHARE = 0.25
-"""A call that has outlived its prediction is taken to need this share of its age still."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Instance:
-    """One vLLM server as configured."""
-
-    instance_id: str
-    models: tuple[str, ...]
-    """Model names it serves; empty means that it serves any."""
-    latency: LatencyModel = field(default_factory=LatencyModel)
-    max_num_seqs: int = 256
-    """Calls that run side by side; further ones wait, in the router with late binding."""
-    num_kv_tokens: int | None = None
-    """Tokens that its KV cache holds; None where that is not known."""
-
-    def serves(self, model: str) -> bool:
-        return not self.models or not model or model in self.models
-
-
-class _Reserved(NamedTuple):
-    service_s: float
-    start_time: float
-    end_time: float
-    """As predicted when it was sent."""
-    num_tokens: float
-    """Of the KV cache, that nobody else needed then."""
-    max_stretch: float
-    """By which its instance may be slower than for one call alone without making it late."""
-
-
-@dataclass(slots=True)
-class _Account:
-    instance: Instance
-    kv: KvLedger
-    healthy: bool = True
-    reserved: dict[str, _Reserved] = field(default_factory=dict)
-    outstanding_s: float = 0.0
-    drift: float = 1.0
-    """Actual over predicted service, smoothed."""
-    num_observed: int = 0
-    hit_share: float = 1.0
-    """Of the prompt tokens that should be in its prefix cache, those that were."""
-
-    @property
-    def has_room(self) -> bool:
-        """Whether it can start a further call, if it is a small one; an idle one takes any."""
-        return self.healthy and (
-            not self.reserved
-            or (len(self.reserved) < self.instance.max_num_seqs and self.kv.num_free_tokens > 0.0)
-        )
 
 
 class Fleet:
     """Predicts candidates and keeps account of the calls in flight."""
 
     def __init__(self) -> None:
-        self._accounts: dict[str, _Account] = {}
+        self._accounts: dict[str, Account] = {}
+        self._leaving: set[str] = set()
+        """Those of them that were removed, but for the calls in flight there."""
+        self._with_room: dict[str, Account] = {}
+        """Those of them that can start a further call, if it is a small one."""
+        self._capacities: list[tuple[tuple[str, ...], float]] = []
+        """(models, KV tokens), each once."""
         self.version = 0
         """Grows with whatever may have made room for a further call."""
 
@@ -88,10 +50,45 @@ class Fleet:
         instance = self._sharing_latency(instance)
         account = self._accounts.get(instance.instance_id)
         if account is None:
-            self._accounts[instance.instance_id] = _Account(instance, KvLedger(_capacity(instance)))
+            account = self._accounts[instance.instance_id] = Account(instance)
         else:
-            account.instance = instance
-            account.kv.resize(_capacity(instance))
+            account.replace(instance)
+        self._leaving.discard(instance.instance_id)
+        self._note_room(account)
+        self._note_capacities()
+
+    def remove(self, instance_id: str) -> None:
+        """Take an instance out: it gets no more calls, those in flight on it stay counted.
+
+        It comes back with `add`, and is forgotten by `forget` when its last call has ended.
+        """
+        account = self._accounts[instance_id]
+        account.healthy = False
+        self._leaving.add(instance_id)
+        self.version += 1
+        self._note_room(account)
+        self._note_capacities()
+        self.forget(instance_id)
+
+    def forget(self, instance_id: str) -> None:
+        """Drop an instance that was removed and has no call in flight; else do nothing."""
+        if instance_id in self._leaving and not self._accounts[instance_id].reserved:
+            self._leaving.discard(instance_id)
+            del self._accounts[instance_id]
+
+    def __contains__(self, instance_id: object) -> bool:
+        """Whether an instance is there and was not removed."""
+        return instance_id in self._accounts and instance_id not in self._leaving
+
+    def _note_capacities(self) -> None:
+        each = (a for i, a in self._accounts.items() if i not in self._leaving)
+        self._capacities = list(dict.fromkeys((a.instance.models, a.kv.num_tokens) for a in each))
+
+    def _note_room(self, account: Account) -> None:
+        if account.has_room:
+            self._with_room[account.instance.instance_id] = account
+        else:
+            self._with_room.pop(account.instance.instance_id, None)
 
     def _sharing_latency(self, instance: Instance) -> Instance:
         """Equal latency models become one object, so that each is asked once per call."""
@@ -101,65 +98,52 @@ class Fleet:
         return instance
 
     def mark(self, instance_id: str, *, healthy: bool) -> None:
+        """Note whether calls may be sent to an instance that was not removed."""
         account = self._accounts[instance_id]
         if healthy and not account.healthy:
             account.kv.clear()  # it may have been restarted
         account.healthy = healthy
         self.version += 1
+        self._note_room(account)
 
     def is_healthy(self, instance_id: str) -> bool:
-        return self._accounts[instance_id].healthy
+        account = self._accounts.get(instance_id)
+        return account is not None and account.healthy
 
     def instance(self, instance_id: str) -> Instance:
         """Return an instance as configured."""
         return self._accounts[instance_id].instance
 
     def __iter__(self) -> Iterator[Instance]:
-        return (a.instance for a in self._accounts.values())
+        return (a.instance for i, a in self._accounts.items() if i not in self._leaving)
 
     def serves(self, model: str) -> bool:
         """Whether any instance, healthy or not, serves `model`."""
-        return any(a.instance.serves(model) for a in self._accounts.values())
+        return any(instance.serves(model) for instance in self)
 
     def candidates(
         self, request: StageRequest, *, now: float = 0.0, exclude: Collection[str] = ()
     ) -> tuple[Candidate, ...]:
         """Predict `request` on every healthy instance that serves its model and can hold it."""
-        num_own_tokens = _num_own_tokens(request)
-        num_at_most = self._num_at_most(request)
-        prefills: dict[tuple[int, int], float] = {}  # instances of one kind share a latency model
-        found: list[Candidate] = []
-        for account in self._accounts.values():
-            instance = account.instance
-            if (
-                not account.healthy
-                or instance.instance_id in exclude
-                or not instance.serves(request.model)
-                or num_at_most > account.kv.num_tokens
-            ):
-                continue
-            num_cached = 0
-            if request.prefix:
-                num_held = account.kv.num_cached_tokens(request.prefix)
-                num_cached = int(account.hit_share * min(num_held, request.num_prompt_tokens - 1))
-            key = (id(instance.latency), num_cached)
-            prefill_s = prefills.get(key)
-            if prefill_s is None:
-                prefill_s = prefills[key] = instance.latency.prefill_s(
-                    request.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
-                )
-            num_new_tokens = account.kv.num_new_tokens(request.prefix, num_own_tokens)
-            found.append(_predict(account, request, prefill_s, num_cached, num_new_tokens, now))
-        return tuple(found)
+        need = Need(request, self._num_at_most(request))
+        model, num_at_most = request.model, need.num_at_most
+        return tuple(
+            [
+                account.predict(need, now)
+                for account in self._accounts.values()
+                if account.healthy
+                and num_at_most <= account.kv.num_tokens
+                and account.instance.serves(model)
+                and account.instance.instance_id not in exclude
+            ]
+        )
 
     def has_room(self, model: str = "", exclude: Collection[str] = ()) -> bool:
         """Whether a healthy instance of a model can start a further call, if it is a small one."""
-        return any(
-            account.has_room
-            and account.instance.instance_id not in exclude
-            and account.instance.serves(model)
-            for account in self._accounts.values()
-        )
+        for account in self._with_room.values():
+            if account.instance.serves(model) and account.instance.instance_id not in exclude:
+                return True
+        return False
 
     def serves_now(self, model: str, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance outside `exclude` serves `model`."""
@@ -172,20 +156,16 @@ class Fleet:
 
     def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
-        num_own_tokens = _num_own_tokens(request)
-        num_at_most = self._num_at_most(request)
-        return any(
-            account.has_room
-            and (
-                not account.reserved
-                or account.kv.num_new_tokens(request.prefix, num_own_tokens)
-                <= account.kv.num_free_tokens
-            )
-            and account.instance.instance_id not in exclude
-            and account.instance.serves(request.model)
-            and num_at_most <= account.kv.num_tokens
-            for account in self._accounts.values()
-        )
+        need = Need(request, self._num_at_most(request))
+        for account in self._with_room.values():
+            if (
+                account.can_start(need)
+                and need.num_at_most <= account.kv.num_tokens
+                and account.instance.serves(request.model)
+                and account.instance.instance_id not in exclude
+            ):
+                return True
+        return False
 
     def _num_at_most(self, request: StageRequest) -> int:
         """Tokens that an instance must be able to hold; 0 if none can hold what is guessed.
@@ -193,12 +173,11 @@ class Fleet:
         A prompt's tokens are guessed from its bytes, which may be an image: then it is for an
         engine to refuse the call.
         """
-        num_tokens = request.num_tokens_at_most
-        largest = max(
-            (a.kv.num_tokens for a in self._accounts.values() if a.instance.serves(request.model)),
-            default=0.0,
-        )
-        return num_tokens if num_tokens <= largest else 0
+        num_tokens, model = request.num_tokens_at_most, request.model
+        for models, num_kv_tokens in self._capacities:
+            if num_tokens <= num_kv_tokens and (not models or not model or model in models):
+                return num_tokens
+        return 0
 
     def bears(self, candidate: Candidate, *, margin: float) -> bool:
         """Whether the calls on an instance can bear one more without being made late by it.
@@ -264,10 +243,10 @@ class Fleet:
             )
         num_tokens = 0.0
         if request is not None:
-            num_own_tokens = _num_own_tokens(request)
-            num_tokens = account.kv.num_new_tokens(request.prefix, num_own_tokens)
-            account.kv.admit(request_id, request.prefix, num_own_tokens)
-        account.reserved[request_id] = _Reserved(
+            num_own = num_own_tokens(request)
+            num_tokens = account.kv.num_new_tokens(request.prefix, num_own)
+            account.kv.admit(request_id, request.prefix, num_own)
+        account.reserved[request_id] = Reserved(
             candidate.service_s,
             now,
             now + candidate.finish_s,
@@ -275,6 +254,7 @@ class Fleet:
             math.inf if request is None else max_stretch(request, candidate, now),
         )
         account.outstanding_s += candidate.service_s
+        self._note_room(account)
 
     def release(self, request_id: str, instance_id: str, *, ran: bool = True) -> None:
         """Stop counting a call, however it ended. Safe to call twice.
@@ -291,6 +271,7 @@ class Fleet:
             account.kv.release(request_id, keep=ran)
             left_s = account.outstanding_s - reserved.service_s
             account.outstanding_s = max(0.0, left_s) if account.reserved else 0.0
+            self._note_room(account)
 
     def observe(self, instance_id: str, *, predicted_s: float, actual_s: float) -> None:
         """Correct an instance's speed by one finished call.
@@ -317,8 +298,14 @@ class Fleet:
     def num_outstanding(self, instance_id: str | None = None) -> int:
         """Calls in flight on one instance, or on all."""
         if instance_id is not None:
-            return len(self._accounts[instance_id].reserved)
+            account = self._accounts.get(instance_id)
+            return 0 if account is None else len(account.reserved)
         return sum(len(a.reserved) for a in self._accounts.values())
+
+    def kv_used(self, instance_id: str) -> float | None:
+        """Share of an instance's KV cache that its calls hold; None where its size is unknown."""
+        kv = self._accounts[instance_id].kv
+        return kv.num_used_tokens / kv.num_tokens if math.isfinite(kv.num_tokens) else None
 
     def outstanding_s(self, instance_id: str) -> float:
         """Predicted service of the calls in flight on an instance, summed."""
@@ -329,88 +316,3 @@ def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens
     return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
         max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
     )
-
-
-def _num_own_tokens(request: StageRequest) -> float:
-    """KV tokens that no other call shares: the rest of its prompt, and its answer."""
-    num_head_tokens = sum(segment.num_tokens for segment in request.prefix)
-    return max(0, request.num_prompt_tokens - num_head_tokens) + request.expected_output_tokens
-
-
-def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> float:
-    """How much slower than alone a call's run may go from `now` on, and still be on time.
-
-    `inf` without a deadline, and for a run that cannot be on time anyway: nobody has to make
-    room for it.
-    """
-    needed_s = candidate.alone_s + request.rest_s
-    left_s = request.deadline - now
-    return left_s / needed_s if 0.0 < needed_s <= left_s else math.inf
-
-
-def _capacity(instance: Instance) -> float:
-    return math.inf if instance.num_kv_tokens is None else instance.num_kv_tokens
-
-
-def _predict(
-    account: _Account,
-    request: StageRequest,
-    prefill_s: float,
-    num_cached_tokens: int,
-    num_new_tokens: float,
-    now: float,
-) -> Candidate:
-    instance, num_ahead = account.instance, len(account.reserved)
-    latency, seats, drift = instance.latency, instance.max_num_seqs, account.drift
-    queue_s = 0.0
-    num_beside = num_ahead
-    # An idle instance takes any call: no other will end and make more room.
-    if num_ahead and (num_ahead >= seats or num_new_tokens > account.kv.num_free_tokens):
-        queue_s, num_beside = _room_s(account, num_new_tokens, now)
-    num_decoded = request.expected_output_tokens - 1.0
-    if num_decoded < 0.0:
-        num_decoded = 0.0
-    context = request.num_prompt_tokens + 0.5 * request.expected_output_tokens
-    step_s = latency.decode_step_s(num_beside + 1, context)
-    together_s = num_decoded * step_s
-    slowdown_s, stretch = 0.0, 1.0
-    if num_beside:
-        slowdown_s = together_s - num_decoded * latency.decode_step_s(num_beside, context)
-        stretch = step_s / latency.decode_step_s(1, context)
-    return Candidate(
-        instance.instance_id,
-        queue_s,
-        drift * prefill_s,
-        drift * together_s,
-        drift * num_beside * (prefill_s + slowdown_s),
-        num_ahead,
-        account.outstanding_s,
-        num_cached_tokens,
-        stretch,
-    )
-
-
-def _room_s(account: _Account, num_new_tokens: float, now: float) -> tuple[float, int]:
-    """Seconds until a call finds a seat and KV room, and how many calls then run beside it.
-
-    Calls are taken to end when it was predicted that they would, those that are overdue after
-    a while that grows with their delay, and those sent last to wait for the first ones too.
-    """
-    seats = account.instance.max_num_seqs
-    free = account.kv.num_free_tokens
-    left = len(account.reserved)
-    until = now
-    ends = sorted((_end_time(r, now), r.num_tokens) for r in account.reserved.values())
-    for end_time, num_tokens in ends:
-        if left < seats and num_new_tokens <= free:
-            break
-        until = end_time
-        free += num_tokens
-        left -= 1
-    return until - now, left
-
-
-def _end_time(reserved: _Reserved, now: float) -> float:
-    if reserved.end_time > now:
-        return reserved.end_time
-    return now + _OVERDUE_SHARE * (now - reserved.start_time)

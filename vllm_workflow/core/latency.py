@@ -49,6 +49,9 @@ class LatencyModel:
     """Tokens of one step at most; a longer prompt is prefilled in chunks."""
 
     _knee: float = field(init=False, repr=False, compare=False, default=0.0)
+    _fixed_s: float = field(init=False, repr=False, compare=False, default=0.0)
+    _above_s: float = field(init=False, repr=False, compare=False, default=0.0)
+    """What a token above the knee costs beyond one below it."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -72,6 +75,8 @@ class LatencyModel:
         if knee is None:
             knee = self.weights_s / self.per_token_s if self.per_token_s > 0.0 else math.inf
         object.__setattr__(self, "_knee", knee)
+        object.__setattr__(self, "_fixed_s", self.overhead_s + self.weights_s)
+        object.__setattr__(self, "_above_s", self.per_token_s - self.per_token_below_knee_s)
 
     @property
     def knee_tokens(self) -> float:
@@ -94,19 +99,18 @@ class LatencyModel:
             num_kv_tokens: Context of the decoding sequences, summed.
             prefill_attention: Context of the prompt tokens, summed; see `prefill_attention`.
         """
-        num_tokens = num_prefill_tokens + num_decode_seqs
-        num_above = num_tokens - self._knee
-        tokens_s = num_tokens * self.per_token_below_knee_s
-        if num_above > 0.0:
-            tokens_s += num_above * (self.per_token_s - self.per_token_below_knee_s)
         return (
-            self.overhead_s
-            + self.weights_s
-            + tokens_s
+            self._fixed_s
+            + self._tokens_s(num_prefill_tokens + num_decode_seqs)
             + num_decode_seqs * self.per_seq_s
             + num_kv_tokens * self.per_kv_token_s
             + prefill_attention * self.per_prefill_kv_token_s
         )
+
+    def _tokens_s(self, num_tokens: float) -> float:
+        num_above = num_tokens - self._knee
+        tokens_s = num_tokens * self.per_token_below_knee_s
+        return tokens_s + num_above * self._above_s if num_above > 0.0 else tokens_s
 
     def prefill_s(self, num_tokens: int, *, num_cached_tokens: int = 0) -> float:
         """Seconds to prefill in an otherwise idle engine.
@@ -117,8 +121,11 @@ class LatencyModel:
         """
         num_tokens = max(1, num_tokens)
         num_full, num_last = divmod(num_tokens, self.max_num_batched_tokens)
-        full_s = num_full * self.step_s(num_prefill_tokens=self.max_num_batched_tokens)
-        last_s = self.step_s(num_prefill_tokens=num_last) if num_last else 0.0
+        full_s = last_s = 0.0
+        if num_full:
+            full_s = num_full * (self._fixed_s + self._tokens_s(self.max_num_batched_tokens))
+        if num_last:
+            last_s = self._fixed_s + self._tokens_s(num_last)
         attention = prefill_attention(num_tokens, num_cached_tokens)
         return full_s + last_s + attention * self.per_prefill_kv_token_s
 
@@ -134,7 +141,16 @@ class LatencyModel:
 
     def decode_step_s(self, num_seqs: int, num_context_tokens: float) -> float:
         """Seconds of a step of nothing but `num_seqs` decodes of that mean context."""
-        return self.step_s(num_decode_seqs=num_seqs, num_kv_tokens=num_seqs * num_context_tokens)
+        num_above = num_seqs - self._knee  # `step_s` without the terms that are 0
+        tokens_s = num_seqs * self.per_token_below_knee_s
+        if num_above > 0.0:
+            tokens_s += num_above * self._above_s
+        return (
+            self._fixed_s
+            + tokens_s
+            + num_seqs * self.per_seq_s
+            + num_seqs * num_context_tokens * self.per_kv_token_s
+        )
 
 
 def prefill_attention(num_tokens: float, num_context_tokens: float = 0.0) -> float:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.lengths import Lengths
@@ -24,8 +24,7 @@ _MAX_RESTS = 1024
 """Predictions kept at most: the model in their key comes from clients."""
 
 
-@dataclass(frozen=True, slots=True)
-class Sent:
+class Sent(NamedTuple):
     """A call on its way."""
 
     request: StageRequest
@@ -76,8 +75,7 @@ class Predictor:
             head: `(chain hash, bytes)` of the pieces of the prompt that others may share.
         """
         attained = self._attained.of(request)
-        return replace(
-            request,
+        return request._replace(
             num_prompt_tokens=self.lengths.prompt_tokens(num_prompt_bytes),
             expected_output_tokens=self.lengths.output_tokens(
                 request.workflow, request.stage, max_tokens

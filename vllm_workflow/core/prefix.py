@@ -8,7 +8,6 @@ caller's affair (fixed pieces of text in a router, the parts of a trace in a sim
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,15 +66,31 @@ class KvLedger:
 
     def num_cached_tokens(self, chain: Chain) -> int:
         """Tokens of a prompt's head that need no prefill."""
-        return sum(held.num_tokens for held in self._found(chain))
+        return self.probe(chain, 0.0)[0]
+
+    def probe(self, chain: Chain, num_own_tokens: float) -> tuple[int, float]:
+        """Return `num_cached_tokens` and `num_new_tokens`."""
+        held = self._held
+        num_cached, is_cached = 0, True
+        for chain_hash, num_tokens in chain:
+            known = held.get(chain_hash)
+            if known is None:
+                is_cached = False
+                num_own_tokens += num_tokens
+                continue
+            if is_cached:
+                num_cached += known.num_tokens
+            if not known.num_users:
+                num_own_tokens += num_tokens
+        return num_cached, num_own_tokens
 
     def num_new_tokens(self, chain: Chain, num_own_tokens: float) -> float:
         """Room that a call would take from others: what calls in flight do not hold for it."""
         held = self._held
-        for segment in chain:
-            known = held.get(segment.chain_hash)
+        for chain_hash, num_tokens in chain:
+            known = held.get(chain_hash)
             if known is None or not known.num_users:
-                num_own_tokens += segment.num_tokens
+                num_own_tokens += num_tokens
         return num_own_tokens
 
     def admit(self, request_id: str, chain: Chain, num_own_tokens: float) -> None:
@@ -138,13 +153,6 @@ class KvLedger:
 
     def __len__(self) -> int:
         return len(self._held)
-
-    def _found(self, chain: Chain) -> Iterator[_Held]:
-        for segment in chain:
-            known = self._held.get(segment.chain_hash)
-            if known is None:
-                return
-            yield known
 
     def _evict(self) -> None:
         room = self.num_tokens - self.num_used_tokens

@@ -13,9 +13,11 @@ from vllm_workflow.core.events import (
     Event,
     Marked,
     Polled,
+    Removed,
     Settled,
     Started,
     Submitted,
+    Swapped,
     Withdrawn,
 )
 from vllm_workflow.core.fleet import Fleet
@@ -33,7 +35,7 @@ def replay(
 
     Args:
         events: From the log, in its order.
-        policy: Decides in place of the recorded one.
+        policy: Decides in place of the recorded ones, from beginning to end.
 
     Raises:
         ConfigError: The log does not begin with `started`.
@@ -46,8 +48,13 @@ def replay(
         if dispatcher is None:
             raise ConfigError("decision log: the first event is not 'started'")
         match event:
+            case Swapped():
+                if policy is None:
+                    dispatcher.swap(event.policy, now=event.now)
             case Added():
                 dispatcher.add(event.instance)
+            case Removed():
+                dispatcher.remove(event.instance_id)
             case Marked():
                 dispatcher.mark(event.instance_id, healthy=event.healthy)
             case Submitted():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, fields
 from typing import Any
 
 from vllm_workflow.core.errors import ConfigError
@@ -139,7 +139,7 @@ def promised(request: StageRequest, tenant: TenantConfig, fleet: Fleet) -> Stage
     if slo_s is None:
         return request
     began = request.run_arrival_time
-    return replace(request, deadline=(request.arrival_time if math.isnan(began) else began) + slo_s)
+    return request._replace(deadline=(request.arrival_time if math.isnan(began) else began) + slo_s)
 
 
 def _tenant(data: object, name: str, where: str) -> TenantConfig:

@@ -1,5 +1,8 @@
 """The values that schedulers exchange. All frozen; all times in seconds.
 
+Several of each are made per call, so they are named tuples, which are the cheapest to make. They
+are built with keywords all the same.
+
 An *instant* (`arrival_time`, `deadline`, `now`) is a float on the monotonic clock of the
 process that holds it and never crosses a process border. A *duration* carries its unit in
 its name (`queue_s`). On the wire only durations travel.
@@ -8,14 +11,12 @@ its name (`queue_s`). On the wire only durations travel.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_workflow.core.prefix import Chain
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class StageRequest:
+class StageRequest(NamedTuple):
     """One LLM call of a run, as every policy sees it."""
 
     request_id: str
@@ -44,6 +45,7 @@ class StageRequest:
     service_s: float = 0.0
     """Predicted duration of this call on the instance at hand; 0 if unknown."""
     num_prompt_tokens: int = 1
+    """At least 1."""
     expected_output_tokens: float = 1.0
     max_output_tokens: int | None = None
     """The client's own bound; None if it set none."""
@@ -51,13 +53,6 @@ class StageRequest:
     """Head of the prompt, as far as other prompts may share it."""
     final: bool = False
     """The client said that this is the run's last call."""
-
-    def __post_init__(self) -> None:
-        if self.num_prompt_tokens < 1:
-            raise ValueError(
-                f"request {self.request_id!r}: num_prompt_tokens must be at least 1, "
-                f"got {self.num_prompt_tokens}"
-            )
 
     @property
     def has_deadline(self) -> bool:
@@ -70,10 +65,7 @@ class StageRequest:
 
 
 class Candidate(NamedTuple):
-    """What running one request on one instance is predicted to cost, in seconds.
-
-    One is made per instance and call, so it is the one value here that is cheap to make.
-    """
+    """What running one request on one instance is predicted to cost, in seconds."""
 
     instance_id: str
     queue_s: float
@@ -106,8 +98,7 @@ class Candidate(NamedTuple):
         return self.queue_s + self.prefill_s + self.decode_s
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Decision:
+class Decision(NamedTuple):
     """Where a request goes, with the numbers that sent it there."""
 
     request_id: str
@@ -120,8 +111,7 @@ class Decision:
     policy: str = ""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Outcome:
+class Outcome(NamedTuple):
     """How one call ended. What is learned is learned from these."""
 
     request_id: str

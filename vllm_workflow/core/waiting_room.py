@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import chain, islice
+from collections.abc import Container, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
-from vllm_workflow.core.backlog import Backlog, Waiting
+from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
 from vllm_workflow.core.dispatch import DispatchPolicy
 from vllm_workflow.core.fleet import Fleet, max_stretch
-from vllm_workflow.core.tenant_backlog import TenantBacklog
-from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, TenantLedger
 from vllm_workflow.core.types import Candidate, StageRequest
 
 _MAX_LOOKED_AT = 16
 """Calls that turn out not to fit, after which no more are looked at when something has changed.
 Those for which every instance is full are passed over at no cost."""
-
-_Kind = tuple[str, tuple[str, ...]]
-"""Model and excluded instances: what decides which instances come into question."""
 
 
 class Choice(NamedTuple):
@@ -41,34 +36,25 @@ class WaitingRoom:
         fleet: What they wait for.
         policy: Chooses among the instances that can start a call.
         config: Order of the calls, and whether runs are relegated.
-        tenants: Their shares and quotas; None: nobody asks whose a call is.
     """
 
-    def __init__(
-        self,
-        fleet: Fleet,
-        policy: DispatchPolicy,
-        config: PolicyConfig,
-        tenants: TenantLedger | None = None,
-    ) -> None:
-        self.backlog = Backlog() if tenants is None else TenantBacklog(tenants)
-        self.relegated = Backlog() if tenants is None else TenantBacklog(tenants)
+    held_until: float = math.inf
+    """Instant from which a call may start that could not although there was room."""
+
+    def __init__(self, fleet: Fleet, policy: DispatchPolicy, config: PolicyConfig) -> None:
+        self.backlog = Backlog()
+        self.relegated = Backlog()
         """Calls of runs that can no longer be on time: they wait for all others."""
         self._fleet = fleet
         self._policy = policy
         self._config = config
-        self._tenants = tenants
+        self._has_guests = config.relegate
         self._ordering = config.build_ordering()
         self._num_since_relegated = 0
         self._looked_at_version = -1
 
     def __len__(self) -> int:
         return len(self.backlog) + len(self.relegated)
-
-    @property
-    def held_until(self) -> float:
-        """Instant from which a quota has room for a call that it holds; `inf` if none does."""
-        return min(self.backlog.held_until, self.relegated.held_until)
 
     @property
     def has_news(self) -> bool:
@@ -96,6 +82,10 @@ class WaitingRoom:
             self._looked_at_version = -1  # others may have been held up by it
         return waiting
 
+    def by_arrival(self) -> list[Waiting]:
+        """All calls, the one that came first first."""
+        return sorted((*self.backlog, *self.relegated), key=lambda w: w.request.arrival_time)
+
     def stranded(self) -> list[StageRequest]:
         """Calls that no healthy instance serves any more."""
         return [
@@ -104,7 +94,12 @@ class WaitingRoom:
             if not self._fleet.serves_now(waiting.request.model, waiting.exclude)
         ]
 
-    def starting(self, now: float, newest: Waiting | None = None) -> Iterator[Choice]:
+    def starting(
+        self,
+        now: float,
+        newest: Waiting | None = None,
+        newest_candidates: tuple[Candidate, ...] = (),
+    ) -> Iterator[Choice]:
         """Yield what can start now, first in order first; each must be reserved before the next.
 
         A call that cannot start holds up those behind it in one way: the instance that it is
@@ -114,62 +109,55 @@ class WaitingRoom:
             now: Instant.
             newest: A call that has just come. If nothing else has changed since all were looked
                 at, no other can start.
+            newest_candidates: What has just been predicted of it.
         """
         fleet = self._fleet
-        only_newest = (
-            newest is not None
-            and fleet.version == self._looked_at_version
-            and now < self.held_until
-        )
-        blocked: dict[_Kind, Waiting] = {}
+        if self._config.relegate:
+            self._relegate(now)
+        full: set[Kind] = set()
+        blocked: dict[Kind, Waiting] = {}
+        if newest is None or fleet.version != self._looked_at_version:
+            turn = self._in_turn(full)
+        else:
+            turn = iter((newest,))
+            if fleet.has_room():
+                blocked = self._ahead_of(newest)
         claims: dict[str, float] | None = None
-        num_in_vain = 0
-        for waiting in self._in_turn(now):
+        num_in_vain = num_started = 0
+        for waiting in turn:
             if not fleet.has_room() or num_in_vain == _MAX_LOOKED_AT:
                 break
-            kind = waiting.request.model, waiting.exclude
-            if only_newest and waiting is not newest:
-                blocked.setdefault(kind, waiting)
-                continue
+            kind = waiting.kind
             if not fleet.has_room(*kind):
                 blocked.setdefault(kind, waiting)
+                full.add(kind)
                 continue
             if not fleet.can_start(waiting.request, waiting.exclude):
                 blocked.setdefault(kind, waiting)
                 num_in_vain += 1
                 continue
-            candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+            if waiting is newest and not num_started:
+                candidates = newest_candidates
+            else:
+                candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
             if blocked and claims is None:
                 claims = self._claims(blocked, now)
             costs = self._policy.costs(waiting.request, candidates)
             able = _able(candidates, claims or {})
             if not able:
                 blocked.setdefault(kind, waiting)
-            elif self._config.relegate and self._is_guest(waiting):
+            elif self._has_guests and self._is_guest(waiting):
                 able = [i for i in able if self._bears(waiting, candidates[i], now)]
-            elif self._tenants is not None and self._tenants.is_guest(waiting.request.tenant_id):
-                able = [i for i in able if self._is_spare(candidates[i])]
             if not able:
                 num_in_vain += 1
                 continue
+            num_started += 1
             self._num_since_relegated += 1
             if self.backlog.remove(waiting.request.request_id) is None:
                 self.relegated.remove(waiting.request.request_id)
                 self._num_since_relegated = 0
             yield Choice(waiting, candidates, costs, min(able, key=costs.__getitem__))
         self._looked_at_version = fleet.version
-
-    def released(self, now: float) -> Iterator[Choice]:
-        """As `starting` where instances queue calls themselves: only quotas hold calls here."""
-        for waiting in self._in_turn(now):
-            candidates = self._fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
-            if not candidates:
-                continue
-            costs = self._policy.costs(waiting.request, candidates)
-            if self.backlog.remove(waiting.request.request_id) is None:
-                self.relegated.remove(waiting.request.request_id)
-            yield Choice(waiting, candidates, costs, min(range(len(costs)), key=costs.__getitem__))
-        self._looked_at_version = self._fleet.version
 
     def _relegate(self, now: float) -> None:
         """Move what can no longer be on time behind all that can."""
@@ -181,18 +169,36 @@ class WaitingRoom:
                     request, request.deadline, waiting.num_prompt_bytes, waiting.exclude
                 )
 
-    def _in_turn(self, now: float) -> Iterable[Waiting]:
-        """All calls in order; now and then a relegated one goes first, so that none starves."""
-        if not self._config.relegate:
-            return self.backlog.in_turn(now)
-        self._relegate(now)
-        hopeful, hopeless = self.backlog.in_turn(now), self.relegated.in_turn(now)
-        if self._num_since_relegated >= 1.0 / self._config.relegated_share - 1.0:
-            rest = iter(hopeless)
-            return chain(islice(rest, 1), hopeful, rest)
-        return chain(hopeful, hopeless)
+    @property
+    def _goes_first(self) -> Waiting | None:
+        """The relegated call whose turn has come, so that none starves."""
+        if self._num_since_relegated < 1.0 / self._config.relegated_share - 1.0:
+            return None
+        return next(iter(self.relegated), None)
 
-    def _claims(self, blocked: Mapping[_Kind, Waiting], now: float) -> dict[str, float]:
+    def _in_turn(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
+        """All calls in order; now and then a relegated one goes first."""
+        if not self._config.relegate:
+            return self.backlog.walk(passed_over)
+        first = self._goes_first
+        hopeless = (w for w in self.relegated.walk(passed_over) if w is not first)
+        return chain([first] if first else [], self.backlog.walk(passed_over), hopeless)
+
+    def _ahead_of(self, newest: Waiting) -> dict[Kind, Waiting]:
+        """The first call of each kind of those that go before `newest`, in order."""
+        hopeful, hopeless, first = self.backlog.heads(), self.relegated.heads(), self._goes_first
+        if newest is first:
+            return {}
+        if newest.request.request_id in self.backlog:
+            hopeful, hopeless = [w for w in hopeful if w < newest], []
+        else:
+            hopeless = [w for w in hopeless if w < newest]
+        ahead: dict[Kind, Waiting] = {}
+        for waiting in ([first] if first else []) + hopeful + hopeless:
+            ahead.setdefault(waiting.kind, waiting)
+        return ahead
+
+    def _claims(self, blocked: Mapping[Kind, Waiting], now: float) -> dict[str, float]:
         """Instances that the first blocked call of each kind waits for, and for how long."""
         claims: dict[str, float] = {}
         for waiting in blocked.values():
@@ -205,10 +211,6 @@ class WaitingRoom:
     def _is_guest(self, waiting: Waiting) -> bool:
         """Whether a call's run has not begun, or is late anyway."""
         return waiting.request.attained_s <= 0.0 or waiting.request.request_id in self.relegated
-
-    def _is_spare(self, candidate: Candidate) -> bool:
-        """Whether an instance has room that those who are on it do not need to be on time."""
-        return not candidate.num_outstanding or self._fleet.bears(candidate, margin=GUEST_MARGIN)
 
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
         """Whether such a call may join others on an instance without making them late."""

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 import time
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,18 +15,25 @@ import aiohttp
 from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.router.admin import Admin
+from vllm_workflow.router.auth import Access, KeyCheck
 from vllm_workflow.router.binder import Binder
+from vllm_workflow.router.board import Board
 from vllm_workflow.router.config import RouterConfig
+from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
-from vllm_workflow.router.errors import error_response
+from vllm_workflow.router.forward import Sessions
+from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
+from vllm_workflow.router.recorder import recorder
+from vllm_workflow.router.reload import Reloader
+from vllm_workflow.router.routes import Routes, check_operator
+from vllm_workflow.router.store import Store
 from vllm_workflow.router.upstreams import Upstreams
 
-GENERATION_PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/responses")
-EMBEDDING_PATHS = ("/v1/embeddings",)
 _CONNECT_TIMEOUT_S = 5.0
 _KEEPALIVE_S = 3.0
 """Below the 5 s after which vLLM closes a kept connection, so that no call meets the closing."""
@@ -39,92 +45,124 @@ class Router:
     """A running router."""
 
     url: str
+    admin_url: str
+    """Empty if there is no port for operators."""
     dispatcher: Dispatcher
     upstreams: Upstreams
     proxy: Proxy
     metrics: Metrics
-
-    async def _models(self, request: web.Request) -> web.Response:
-        cards = {
-            card["id"]: card
-            for upstream in self.upstreams
-            if self.upstreams.is_healthy(upstream)
-            for card in upstream.model_cards()
-        }
-        return web.json_response({"object": "list", "data": list(cards.values())})
-
-    async def _health(self, request: web.Request) -> web.Response:
-        """Tell whether any instance is healthy; how busy they are does not matter."""
-        healthy = {u.config.id: self.upstreams.is_healthy(u) for u in self.upstreams}
-        return web.json_response(
-            {"instances": healthy}, status=200 if any(healthy.values()) else 503
-        )
-
-    async def _metrics(self, request: web.Request) -> web.Response:
-        return web.Response(
-            body=self.metrics.exposition(),
-            headers={"Content-Type": "text/plain; version=0.0.4; charset=utf-8"},
-        )
-
-    def build_app(self, max_body_bytes: int) -> web.Application:
-        """Make the application; one router has one."""
-        app = web.Application(client_max_size=max_body_bytes, logger=logging.getLogger(__name__))
-        for path in GENERATION_PATHS:
-            app.router.add_post(path, partial(self.proxy.handle, takes_xargs=True))
-        for path in EMBEDDING_PATHS:
-            app.router.add_post(path, partial(self.proxy.handle, takes_xargs=False))
-        app.router.add_get("/v1/models", self._models)
-        app.router.add_get("/health", self._health)
-        app.router.add_get("/metrics", self._metrics)
-        app.router.add_route("*", "/{path:.*}", _not_found)
-        return app
-
-    async def expire_runs(self) -> None:
-        """End idle runs now and then until cancelled."""
-        while True:
-            await asyncio.sleep(_EXPIRE_EVERY_S)
-            self.proxy.runs.expire(time.monotonic())
-
-
-async def _not_found(request: web.Request) -> web.Response:
-    return error_response(404, f"{request.method} {request.path!a:.256} is not known here")
+    reload: Reloader
+    app: web.Application
+    """What clients ask."""
 
 
 @asynccontextmanager
-async def serve(config: RouterConfig) -> AsyncIterator[Router]:
+async def serve(
+    config: RouterConfig, read: Callable[[], RouterConfig] | None = None
+) -> AsyncIterator[Router]:
     """Run a router while the block runs; then let calls under way end, and stop.
 
     Instances that do not answer at the start are taken in when they do.
+
+    Args:
+        config: As the router starts.
+        read: Reads it again for a reload; None if it does not come from a file.
 
     Raises:
         ConfigError: The address is taken, or a file named in `config` cannot be used.
     """
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
+    store = Store(Path(config.store.path), config.store.retention) if config.store else None
+    board = Board() if config.dashboard else None
+    watching = [each.record for each in (log, board) if each is not None]
     dispatcher = Dispatcher(
         Fleet(),
         config.policy_config(),
         [workflow.build() for workflow in config.workflows],
-        record=log.record if log else None,
+        record=recorder(watching, store, config.store),
     )
     metrics = Metrics()
     async with AsyncExitStack() as stack:
+        if store:
+            stack.push_async_callback(asyncio.to_thread, store.close)
+            metrics.count_store(store)
         if log:
             stack.callback(log.flush)
         session = await stack.enter_async_context(_session())
+        fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
-        metrics.count_waiting(lambda: len(dispatcher.waiting))
+        metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
         upstreams = Upstreams(
             config.instances, dispatcher, session, metrics, binder.instances_changed
         )
+        access = Access(config.auth)
+        bodies = Bodies(config.max_body_mb, config.limits)
         proxy = Proxy(
-            dispatcher, binder, upstreams, session, metrics, set_priority=config.set_priority
+            dispatcher,
+            binder,
+            upstreams,
+            Sessions(session, fresh),
+            metrics,
+            access=access,
+            bodies=bodies,
+            max_wait_s=config.max_wait_s,
+            set_priority=config.set_priority,
+            log_prompts=config.log_prompts,
+        )
+        tls = config.tls.context() if config.tls else None
+        reload = Reloader(
+            config, read, access=access, bodies=bodies, proxy=proxy, upstreams=upstreams, tls=tls
         )
         await upstreams.probe_all()
-        router = Router("", dispatcher, upstreams, proxy, metrics)
-        watchers = [upstreams.run(), router.expire_runs(), *([log.run()] if log else [])]
+        watchers = [upstreams.run(), _expire_runs(proxy), *([log.run()] if log else [])]
         await stack.enter_async_context(_beside(*watchers))
-        url = await stack.enter_async_context(_listening(router, config))
-        yield Router(url, dispatcher, upstreams, proxy, metrics)
+        operator = KeyCheck(config.admin.hashed()) if config.admin else None
+        admin_url = ""
+        if config.admin and operator:
+            admin = Admin(operator, dispatcher, upstreams, bodies, metrics, reload)
+            listener = _listener(admin.build(), config, reload)
+            admin_url = await stack.enter_async_context(
+                listener.listening(
+                    config.admin.host, config.admin.port, tls, where="admin.host, admin.port"
+                )
+            )
+        app = Routes(
+            proxy,
+            upstreams,
+            metrics,
+            access,
+            operator,
+            more=_dashboard(board, dispatcher, upstreams, access, operator),
+        ).build()
+        listener = _listener(app, config, reload)
+        url = await stack.enter_async_context(listener.listening(config.host, config.port, tls))
+        yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload, app)
+
+
+def _dashboard(
+    board: Board | None,
+    dispatcher: Dispatcher,
+    upstreams: Upstreams,
+    access: Access,
+    operator: KeyCheck | None,
+) -> Callable[[web.Application], None]:
+    if board is None:
+        return lambda app: None
+    check = partial(check_operator, access=access, operator=operator)
+    return Dashboard(board, dispatcher, upstreams, check).add_to
+
+
+def _listener(app: web.Application, config: RouterConfig, reload: Reloader) -> Listener:
+    listener = Listener(app, config.limits, grace_s=config.shutdown_grace_s)
+    reload.listeners.append(listener)
+    return listener
+
+
+async def _expire_runs(proxy: Proxy) -> None:
+    """End idle runs now and then until cancelled."""
+    while True:
+        await asyncio.sleep(_EXPIRE_EVERY_S)
+        proxy.runs.expire(time.monotonic())
 
 
 @asynccontextmanager
@@ -149,31 +187,13 @@ async def _beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]
                 raise result
 
 
-@asynccontextmanager
-async def _listening(router: Router, config: RouterConfig) -> AsyncIterator[str]:
-    runner = web.AppRunner(
-        router.build_app(int(config.max_body_mb * 1e6)),
-        handler_cancellation=True,
-        access_log=None,
-        shutdown_timeout=config.shutdown_grace_s,
+def _session(*, keep: bool = True) -> aiohttp.ClientSession:
+    """Return what makes connections, and keeps them for the next call or not."""
+    connector = aiohttp.TCPConnector(
+        limit=0, keepalive_timeout=_KEEPALIVE_S if keep else None, force_close=not keep
     )
-    await runner.setup()
-    try:
-        try:
-            await web.TCPSite(runner, config.host, config.port, backlog=1024).start()
-        except OSError as e:
-            raise ConfigError(
-                f"host, port: cannot listen on {config.host}:{config.port}: {e.strerror}"
-            ) from None
-        host, port = runner.addresses[0][:2]
-        yield f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
-    finally:
-        await runner.cleanup()
-
-
-def _session() -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S),
+        connector=connector,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),

@@ -1,4 +1,4 @@
-"""One forwarding of a call, and what to do when it fails."""
+"""One forwarding of a call, and what is known of it when it ends."""
 
 from __future__ import annotations
 
@@ -10,24 +10,25 @@ import aiohttp
 from multidict import CIMultiDict
 
 from vllm_workflow.core.errors import UpstreamError
-from vllm_workflow.core.types import Decision, Outcome
+from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.router.usage import Usage
 
 BUSY = frozenset({429, 503})
 """The instance refused the call unseen; another one may have room."""
 BROKEN = frozenset({500, 502, 504})
 """The instance failed at the call; another one may not."""
-MAX_RISKY_ATTEMPTS = 3
-"""Attempts that may have reached an engine: a call that kills engines must not kill them all."""
+MISSING = 404
+"""The instance does not serve the model (any more); another one may."""
 BROKEN_OFF = (aiohttp.ClientError, OSError)
 _MAX_REFUSAL_BYTES = 65_536
 _REFUSAL_TIMEOUT_S = 5.0
 
 
 class LostError(UpstreamError):
-    """An attempt ended before the first byte of an answer.
+    """An attempt ended before the client got anything of an answer.
 
-    `reason` is `refused` (no connection, so nothing was sent), `disconnected` or `hung`.
+    `reason` is `refused` (no connection, so nothing was sent), `closed` (a kept connection was
+    closed without an answer, as servers do with idle ones), `disconnected` or `hung`.
     """
 
     def __init__(self, reason: str) -> None:
@@ -45,21 +46,41 @@ class Refusal:
     body: bytes
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False)
 class Attempt:
     """One forwarding; what is known of it when it ends becomes its `Outcome`."""
 
     decision: Decision
+    request: StageRequest
     start_time: float
     usage: Usage
+    stream: bool
+    first_byte_s: float = 0.0
+    """Predicted, from forwarding on."""
     ok: bool = False
     first_byte_time: float = math.nan
     write_s: float = 0.0
     """Spent on waiting for a client that reads slowly; the instance is not to blame for it."""
+    patience: asyncio.Timeout | None = None
+    """Ends the attempt when its instance is found hung; None when it waits for nothing."""
+    heard_at: float = 0.0
+    """When bytes last came or, after a slow client, were last asked for; on the watch's clock."""
+    is_reading: bool = True
+    """Waits for the instance, not for the client."""
 
     @property
     def instance_id(self) -> str:
         return self.decision.chosen.instance_id
+
+    @property
+    def has_first_byte(self) -> bool:
+        return not math.isnan(self.first_byte_time)
+
+    def abandon(self) -> None:
+        """End the wait for an answer that will not come, by `TimeoutError`."""
+        if self.patience is not None:
+            self.patience.reschedule(asyncio.get_running_loop().time())
+            self.patience = None
 
     def outcome(self, now: float) -> Outcome:
         num_prompt, num_cached, num_output = self.usage.counts() if self.ok else (None,) * 3
@@ -73,35 +94,6 @@ class Attempt:
             num_cached_tokens=num_cached,
             num_output_tokens=num_output,
         )
-
-
-class Tries:
-    """Where one call has been, and whether it may go on to another instance."""
-
-    def __init__(self) -> None:
-        self.excluded: list[str] = []
-        self.refusal: Refusal | None = None
-        self.reasons: list[str] = []
-        self._num_risky = 0
-        self._disconnected: set[str] = set()
-
-    @property
-    def may_go_on(self) -> bool:
-        return self._num_risky < MAX_RISKY_ATTEMPTS
-
-    def lost(self, instance_id: str, reason: str) -> None:
-        self.reasons.append(f"{instance_id}: {reason}")
-        self._num_risky += reason != "refused"
-        if reason == "disconnected" and instance_id not in self._disconnected:
-            # A kept connection that the server closed just now looks like this: once more.
-            self._disconnected.add(instance_id)
-        else:
-            self.excluded.append(instance_id)
-
-    def refused(self, refusal: Refusal) -> None:
-        self.refusal = refusal
-        self.excluded.append(refusal.instance_id)
-        self._num_risky += refusal.status in BROKEN
 
 
 async def read_refusal(instance_id: str, upstream: aiohttp.ClientResponse, first: bytes) -> Refusal:

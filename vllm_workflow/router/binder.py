@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.router.tries import Tries
 
 MAX_WAIT_S = 3600.0
-"""Nothing waits longer than this, whatever its deadline."""
+"""Nothing waits longer than this for room, whatever its deadline."""
 
 
 class Binder:
@@ -22,27 +22,37 @@ class Binder:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._waiting: dict[str, asyncio.Future[Decision]] = {}
+        self._ordering = dispatcher.config.build_ordering()
+        self._waiting: dict[str, asyncio.Future[Decision | None]] = {}
+        self._stranded: dict[str, tuple[StageRequest, asyncio.Future[None]]] = {}
+
+    @property
+    def num_stranded(self) -> int:
+        """Calls that wait for an instance to come back."""
+        return len(self._stranded)
 
     def poll(self) -> None:
         """Wake the calls that can start now."""
         while decisions := self._dispatcher.poll(time.monotonic()):
             for decision in decisions:
                 future = self._waiting.pop(decision.request_id, None)
-                if future is None or future.cancelled():  # its client left a moment ago
+                if future is None or future.done():  # its client left a moment ago
                     self._release(decision)
                 else:
                     future.set_result(decision)
 
     def instances_changed(self) -> None:
-        """Wake the calls that can start now, and those that no instance can serve any more."""
+        """Wake the calls for which this may change something, in the order of the policy."""
         for request in self._dispatcher.waiting.stranded():
             future = self._waiting.pop(request.request_id, None)
             self._dispatcher.withdraw(request.request_id)
             if future is not None and not future.done():
-                future.set_exception(
-                    NoInstanceError(f"no healthy instance serves model {request.model!r} any more")
-                )
+                future.set_result(None)
+        for _, wait in sorted(
+            self._stranded.values(), key=lambda s: (s[0].priority, self._ordering.key(s[0]))
+        ):
+            if not wait.done():
+                wait.set_result(None)
         self.poll()
 
     def settle(self, outcome: Outcome) -> None:
@@ -50,37 +60,82 @@ class Binder:
         self._dispatcher.settle(outcome)
         self.poll()
 
-    async def bind(
-        self, request: StageRequest, *, num_prompt_bytes: int, exclude: Collection[str]
-    ) -> Decision:
+    async def bind(self, request: StageRequest, *, num_prompt_bytes: int, tries: Tries) -> Decision:
         """Return where a call goes, as soon as it can start there; `settle` must follow.
 
-        Raises:
-            NoInstanceError: No healthy instance serves the model, or none had room in time.
-        """
-        decision = self._dispatcher.submit(
-            request, now=time.monotonic(), num_prompt_bytes=num_prompt_bytes, exclude=exclude
-        )
-        if decision is None:
-            return await self._wait(request)
-        self.poll()
-        return decision
+        Args:
+            request: The call.
+            num_prompt_bytes: Size of its prompt.
+            tries: Where it is not to go, and how long it waits if it can go nowhere.
 
-    async def _wait(self, request: StageRequest) -> Decision:
-        future: asyncio.Future[Decision] = asyncio.get_running_loop().create_future()
+        Raises:
+            NoInstanceError: It could go nowhere for so long, or none had room in time.
+        """
+        while True:
+            try:
+                decision = self._dispatcher.submit(
+                    request,
+                    now=time.monotonic(),
+                    num_prompt_bytes=num_prompt_bytes,
+                    exclude=tries.excluded(time.monotonic()),
+                )
+            except NoInstanceError:
+                await self._wait_for_instance(request, tries)
+                continue
+            if decision is not None:
+                self.poll()
+                return decision
+            decision = await self._wait_for_room(request, tries)
+            if decision is not None:
+                return decision
+
+    async def _wait_for_instance(self, request: StageRequest, tries: Tries) -> None:
+        """Wait until the call may be tried again.
+
+        Raises:
+            NoInstanceError: That will not help, or helps too late.
+        """
+        now = time.monotonic()
+        serving = [i for i in self._dispatcher.fleet if i.serves(request.model)]
+        if all(tries.is_hopeless_on(instance.instance_id) for instance in serving):
+            raise NoInstanceError(f"no instance can serve model {request.model!r}")
+        until = tries.give_up_time(now)
+        if now >= until:
+            raise NoInstanceError(f"no healthy instance serves model {request.model!r}")
+        future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._stranded[request.request_id] = request, future
+        try:
+            async with asyncio.timeout(min(until, tries.next_time) - now):
+                await future
+        except TimeoutError:
+            pass
+        finally:
+            del self._stranded[request.request_id]
+
+    async def _wait_for_room(self, request: StageRequest, tries: Tries) -> Decision | None:
+        """Wait for a seat; None if the call must be submitted again.
+
+        Raises:
+            NoInstanceError: There was none for very long.
+        """
+        future: asyncio.Future[Decision | None] = asyncio.get_running_loop().create_future()
         self._waiting[request.request_id] = future
         self.poll()
+        now = time.monotonic()
+        until = request.arrival_time + MAX_WAIT_S
         try:
-            async with asyncio.timeout(MAX_WAIT_S):
+            async with asyncio.timeout(min(until, tries.next_time) - now):
                 try:
                     return await future
                 except asyncio.CancelledError:
                     # It may have been bound in the same moment.
-                    if not future.cancelled() and future.exception() is None:
-                        self._release(future.result())
+                    if future.done() and not future.cancelled() and (late := future.result()):
+                        self._release(late)
                     raise
         except TimeoutError:
-            raise NoInstanceError(f"no instance had room within {MAX_WAIT_S:.0f} s") from None
+            if time.monotonic() >= until:
+                raise NoInstanceError(f"no instance had room within {MAX_WAIT_S:.0f} s") from None
+            return None
         finally:
             if self._waiting.pop(request.request_id, None) is not None:
                 self._dispatcher.withdraw(request.request_id)

@@ -7,6 +7,7 @@ decoding and encoding again would change `1.0`, `1e400`, big integers and repeat
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -14,7 +15,23 @@ from typing import Any
 from vllm_workflow.router.dialects import agentic_context
 from vllm_workflow.router.errors import RequestError
 
-_DECODER = json.JSONDecoder()
+MAX_DEPTH = 100
+"""Objects and lists within each other; the engine's own reader gives up near 1,000."""
+MAX_CONTAINERS = 100_000
+"""Objects and lists: two bytes each in a body, some 200 in memory."""
+MAX_COMMAS = 1_000_000
+"""Outside of strings; a prompt of token ids has one for each."""
+VALUE_BYTES = 64
+"""What a value takes in memory beside its bytes, about."""
+_STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
+# Possessive, and an open string goes to the end: a hostile body takes linear time too.
+
+
+def _no_number(text: str) -> None:
+    raise ValueError(f"{text} is no JSON")
+
+
+_DECODER = json.JSONDecoder(parse_constant=_no_number)
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 _BLANKS = " \t\r\n"
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
@@ -27,6 +44,8 @@ class Body:
     raw: bytes
     members: Mapping[str, Any]
     """The last of repeated keys counts, as in every JSON reader of Python."""
+    num_values: int = 0
+    """Values in it, or a few more: commas and brackets within strings count where they are few."""
 
     @property
     def model(self) -> str:
@@ -51,10 +70,12 @@ def parse(raw: bytes) -> Body:
     """Read a request body.
 
     Raises:
-        RequestError: Not a JSON object in UTF-8, or with a model that is not a string.
+        RequestError: Not a JSON object in UTF-8, too deep or with too many values, or with a
+            model that is not a string.
     """
+    num_values = _num_values(raw)
     try:
-        members = json.loads(raw.decode())
+        members = _DECODER.decode(raw.decode())
     except UnicodeDecodeError as e:
         raise RequestError(f"body: expected JSON in UTF-8, got {e.reason}") from None
     except RecursionError:
@@ -66,7 +87,44 @@ def parse(raw: bytes) -> Body:
     model = members.get("model")
     if not (model is None or isinstance(model, str)):
         raise RequestError(f"model: expected a string, got {model!a:.80}", param="model")
-    return Body(raw, members)
+    if _is_deep(members):
+        raise RequestError(f"body: expected JSON at most {MAX_DEPTH} deep, got a deeper one")
+    return Body(raw, members, num_values)
+
+
+def _num_values(raw: bytes) -> int:
+    """Bound the values in a body before any is made.
+
+    Raises:
+        RequestError: There are too many.
+    """
+    num_containers, num_commas = raw.count(b"{") + raw.count(b"["), raw.count(b",")
+    if num_containers > MAX_CONTAINERS or num_commas > MAX_COMMAS:
+        num_strings = (raw.count(b'"') - raw.count(b'\\"')) // 2
+        if num_strings <= MAX_CONTAINERS:  # else it takes long, and they are too many anyway
+            bare = _STRING.sub(b"", raw)
+            num_containers, num_commas = bare.count(b"{") + bare.count(b"["), bare.count(b",")
+        for what, number, most in (
+            ("objects and lists", num_containers, MAX_CONTAINERS),
+            ("commas outside of strings", num_commas, MAX_COMMAS),
+        ):
+            if number > most:
+                raise RequestError(f"body: expected at most {most} {what}, got {number}")
+    return num_containers + num_commas
+
+
+def _is_deep(members: dict[str, Any]) -> bool:
+    level: list[Any] = [members]
+    for _ in range(MAX_DEPTH):
+        level = [
+            value
+            for container in level
+            for value in (container.values() if type(container) is dict else container)
+            if type(value) is dict or type(value) is list
+        ]
+        if not level:
+            return False
+    return True
 
 
 def with_additions(

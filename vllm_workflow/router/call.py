@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -101,7 +101,7 @@ def forwarded_body(
     if "X-Vllm-Priority" in call.headers:
         priority = None
     elif ordering is not None:
-        placed = replace(request, service_s=decision.chosen.service_s)
+        placed = request._replace(service_s=decision.chosen.service_s)
         key = ordering.key(placed)
         if ordering.key_is_instant:
             key += unix_time - now

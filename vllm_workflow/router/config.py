@@ -2,156 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
-from urllib.parse import urlsplit
 
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import Field, model_validator
 
 from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.fleet import Instance
-from vllm_workflow.core.latency import LatencyModel
-from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
-from vllm_workflow.profiles import catalogue
-from vllm_workflow.profiles.profile import LatencyProfile, latency_values
-
-_LATENCY = LatencyModel()
-_Name = Annotated[str, Field(pattern=r"^[!-~]([ -~]{0,254}[!-~])?$")]
-"""Printable ASCII: it travels in headers and labels."""
+from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
+from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.limits import LimitsConfig
+from vllm_workflow.router.recorder import StoreConfig
+from vllm_workflow.router.workflow_config import WorkflowConfig
+from vllm_workflow.yaml_config import Strict, read_yaml, validated
 
 
-class _Strict(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-
-
-class LatencyConfig(_Strict):
-    """Step time of the model on this instance, see `core.latency.LatencyModel`.
-
-    What is left out has the value of the profile, or of the prior from datasheets, if the
-    instance names one; else the default here.
-    """
-
-    overhead_ms: Annotated[float, Field(ge=0)] = _LATENCY.overhead_s * 1e3
-    weights_ms: Annotated[float, Field(ge=0)] = _LATENCY.weights_s * 1e3
-    per_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_token_s * 1e6
-    per_token_below_knee_us: Annotated[float, Field(ge=0)] = _LATENCY.per_token_below_knee_s * 1e6
-    num_knee_tokens: Annotated[float, Field(ge=0)] | None = _LATENCY.num_knee_tokens
-    per_seq_us: Annotated[float, Field(ge=0)] = _LATENCY.per_seq_s * 1e6
-    per_kv_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_kv_token_s * 1e6
-    per_prefill_kv_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_prefill_kv_token_s * 1e6
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = _LATENCY.max_num_batched_tokens
-
-    def build(self, base: LatencyModel = _LATENCY) -> LatencyModel:
-        """Return `base` with what is set here."""
-        values = self.model_dump(include=self.model_fields_set)
-        return replace(base, **latency_values(values))
-
-
-class InstanceConfig(_Strict):
-    """One vLLM server."""
-
-    url: str
-    """Root of the server, e.g. `http://10.0.0.7:8000`."""
-    id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] = ""
-    """Its name in headers, labels and logs; host and port of the url by default."""
-    gpu: str = ""
-    """For people only, unless `model_shape` is given; what counts then is `latency`."""
-    model_shape: str = ""
-    """With `gpu`: predict `latency` for this shape, e.g. `llama-3.1-8b`, on that GPU."""
-    tp: Annotated[int, Field(ge=1)] = 1
-    """Tensor-parallel size, for `model_shape`."""
-    weight_bits: int = 16
-    """Bits of a weight, for `model_shape`: 4, 8 or 16."""
-    profile: str = ""
-    """File that `vllm-workflow profile` wrote; replaces `model_shape`."""
-    models: list[_Name] = []
-    """Models it serves; asked of the server if empty."""
-    max_num_seqs: Annotated[int, Field(ge=1)] = 256
-    """As the server was started with; vLLM's own default is this, or more on large GPUs."""
-    num_kv_tokens: Annotated[int, Field(ge=1)] | None = None
-    """Tokens that its KV cache holds; by default those of the profile, or as datasheets say."""
-    latency: LatencyConfig = LatencyConfig()
-
-    @field_validator("url")
-    @classmethod
-    def _root(cls, url: str) -> str:
-        parts = urlsplit(url)
-        if parts.scheme not in {"http", "https"} or not parts.hostname:
-            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
-        if parts.path.rstrip("/").endswith("/v1"):
-            raise ValueError("expected the root of the server, without /v1")
-        return url.rstrip("/")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_id(cls, data: Any) -> Any:
-        if isinstance(data, dict) and "id" not in data and isinstance(data.get("url"), str):
-            return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2]}
-        return data
-
-    def build(self, models: Sequence[str] | None = None) -> Instance:
-        """Return the core's value, with `models` where the configuration names none.
-
-        Raises:
-            ConfigError: Unknown GPU or shape, or a profile that cannot be used.
-        """
-        profile = self._latency_profile()
-        return Instance(
-            instance_id=self.id,
-            models=tuple(self.models or models or ()),
-            latency=self.latency.build(profile.latency) if profile else self.latency.build(),
-            max_num_seqs=self.max_num_seqs,
-            num_kv_tokens=self.num_kv_tokens or (profile.num_kv_tokens if profile else None),
-        )
-
-    def _latency_profile(self) -> LatencyProfile | None:
-        if self.profile:
-            return LatencyProfile.from_file(Path(self.profile))
-        if not self.model_shape:
-            return None
-        return catalogue.profile(
-            self.gpu, self.model_shape, tp=self.tp, weight_bits=self.weight_bits
-        )
-
-    @model_validator(mode="after")
-    def _check(self) -> InstanceConfig:
-        for name in ("tp", "weight_bits"):
-            if name in self.model_fields_set and not self.model_shape:
-                raise ValueError(f"{name}: expected model_shape beside it, got none")
-        self.build()
-        return self
-
-
-class StageConfig(_Strict):
-    """One stage, means over runs, see `core.workflow.StageProfile`."""
-
-    name: _Name
-    rounds: Annotated[float, Field(ge=0, le=1e9)] = 1.0
-    prompt_tokens: Annotated[int, Field(ge=0, le=10**9)] = 256
-    output_tokens: Annotated[float, Field(ge=0, le=1e9)] = 64.0
-
-
-class WorkflowConfig(_Strict):
-    """A workflow as its author declares it; stages in the order in which they start."""
-
-    name: _Name
-    stages: list[StageConfig]
-
-    def build(self) -> WorkflowProfile:
-        stages = tuple(StageProfile(**s.model_dump()) for s in self.stages)
-        return WorkflowProfile(name=self.name, stages=stages)
-
-    @model_validator(mode="after")
-    def _check(self) -> WorkflowConfig:
-        self.build()
-        return self
-
-
-class RouterConfig(_Strict):
+class RouterConfig(Strict):
     """Everything in `router.yaml`."""
 
     instances: Annotated[list[InstanceConfig], Field(min_length=1)]
@@ -160,13 +27,29 @@ class RouterConfig(_Strict):
     """0 takes a free one."""
     policy: str | dict[str, Any] = DEFAULT_POLICY
     """A preset, `DISPATCH+ORDERING`, the path of a `policy.json`, or the fields of a policy."""
-    workflows: list[WorkflowConfig] = []
+    workflows: list[WorkflowConfig] = Field(default_factory=list)
+    auth: AuthConfig | None = None
+    """Keys of clients; without it everybody who can reach the port may call."""
+    admin: AdminConfig | None = None
+    """The port for operators; without it there is none."""
+    tls: TlsConfig | None = None
+    """TLS towards clients; without it calls and keys travel in plain text."""
+    limits: LimitsConfig = LimitsConfig()
     max_body_mb: Annotated[float, Field(gt=0, le=4096)] = 64.0
     """A larger request is answered with 413."""
+    max_wait_s: Annotated[float, Field(ge=0, le=3600)] = 60.0
+    """How long a call without a deadline waits for an instance that can serve it, when none
+    can. One with a deadline waits as long as that allows."""
     set_priority: bool = False
     """Add `priority` to each body, for servers with `--scheduling-policy priority`."""
+    log_prompts: bool = False
+    """Log the body of every call, at level info. Without it no log has any of them."""
     decision_log: str | None = None
     """File that every decision is appended to, as JSON lines."""
+    store: StoreConfig | None = None
+    """Database that keeps the decision log, what tenants use and what was learned."""
+    dashboard: bool = True
+    """Serve the live page at /dashboard; with keys its data needs the operators' one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""
@@ -198,13 +81,9 @@ class RouterConfig(_Strict):
         Raises:
             ConfigError: With the path to each field that does not fit.
         """
-        if not isinstance(data, Mapping):
-            raise ConfigError(f"{source}: expected a mapping of fields, got {data!r:.80}")
+        config = validated(cls, data, source=source)
         try:
-            config = cls.model_validate(dict(data))
             config.policy_config()
-        except ValidationError as e:
-            raise ConfigError("\n".join(f"{source}: {_describe(x)}" for x in e.errors())) from None
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from None
         return config
@@ -220,34 +99,45 @@ class RouterConfig(_Strict):
         Raises:
             ConfigError: The file cannot be read, is not YAML, or does not fit.
         """
-        try:
-            data = yaml.safe_load(path.read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: cannot read: {e}") from None
-        except yaml.YAMLError as e:
-            raise ConfigError(f"{path}: not YAML: {e}") from None
+        data = read_yaml(path)
         if isinstance(data, dict):
-            if isinstance(data.get("decision_log"), str):
-                data["decision_log"] = str(path.parent / data["decision_log"])
-            if isinstance(data.get("policy"), str) and _is_path(data["policy"]):
-                data["policy"] = str(path.parent / data["policy"])
-            for instance in data.get("instances") or ():
-                if isinstance(instance, dict) and isinstance(instance.get("profile"), str):
-                    instance["profile"] = str(path.parent / instance["profile"])
+            policy = data.get("policy")
+            is_path = isinstance(policy, str) and _is_path(policy)
+            _locate(data, ["decision_log", *(["policy"] if is_path else [])], path.parent)
+            for section, names in _FILES.items():
+                for part in _parts(data, section.split(".")):
+                    _locate(part, names, path.parent)
             data |= overrides or {}
         return cls.from_mapping(data, source=str(path))
 
 
+_FILES: Mapping[str, Sequence[str]] = {
+    "instances": ("profile", "api_key_file"),
+    "instances.tls": ("ca_file", "cert_file", "key_file"),
+    "tls": ("cert_file", "key_file", "client_ca_file"),
+    "auth.keys": ("key_file",),
+    "admin": ("key_file",),
+    "store": ("path",),
+}
+"""Fields that name files, by the section they stand in."""
+
+
+def _parts(data: object, names: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield every mapping at a path of names; a list stands for each of its items."""
+    for item in data if isinstance(data, list) else [data]:
+        if isinstance(item, dict):
+            if names:
+                yield from _parts(item.get(names[0]), names[1:])
+            else:
+                yield item
+
+
+def _locate(section: dict[str, Any], names: Sequence[str], folder: Path) -> None:
+    """Make the files that a section names relative to the folder of `router.yaml`."""
+    for name in names:
+        if isinstance(section.get(name), str) and section[name]:
+            section[name] = str(folder / section[name])
+
+
 def _is_path(policy: str) -> bool:
     return policy.endswith(".json") or "/" in policy
-
-
-def _describe(error: Any) -> str:
-    """Say where, what was wanted and what was there."""
-    where = ".".join(str(part) for part in error["loc"])
-    text = error["msg"].removeprefix("Value error, ")
-    if error["type"] == "extra_forbidden":
-        text = "unknown field"
-    elif error["type"] != "missing" and not isinstance(error["input"], Mapping | BaseModel):
-        text = f"{text}, got {error['input']!r:.80}"
-    return f"{where}: {text}" if where else text

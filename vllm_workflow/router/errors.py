@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 
 from aiohttp import web
 
@@ -13,12 +14,25 @@ class RequestError(WorkflowError, ValueError):
     """A request that the router answers itself, with a 4xx status."""
 
     def __init__(
-        self, message: str, *, status: int = 400, param: str | None = None, code: str | None = None
+        self,
+        message: str,
+        *,
+        status: int = 400,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> None:
         super().__init__(message)
         self.status = status
         self.param = param
         self.code = code
+        self.headers = headers
+
+    def response(self) -> web.Response:
+        """Return what the client gets."""
+        return error_response(
+            self.status, str(self), param=self.param, code=self.code, headers=self.headers
+        )
 
 
 def malformed(where: str, wanted: str, got: object) -> RequestError:
@@ -41,7 +55,7 @@ def error_response(
     *,
     param: str | None = None,
     code: str | None = None,
-    headers: dict[str, str] | None = None,
+    headers: Mapping[str, str] | None = None,
 ) -> web.Response:
     body = error_json(status, message, param=param, code=code)
     return web.Response(

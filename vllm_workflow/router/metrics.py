@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client.core import CounterMetricFamily
+from prometheus_client.registry import Collector
 
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router.runs import Run
+from vllm_workflow.router.store import Store
 
 _PREFIX = "vllm_workflow:router_"
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
@@ -30,6 +33,24 @@ class Capped:
             return OTHER
         self._names.add(name)
         return name
+
+
+class _StoreCollector(Collector):
+    """Counters that the store keeps itself."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+
+    def collect(self) -> Iterator[Metric]:
+        for name, text, value in (
+            ("written", "Items written to the store.", self._store.num_written),
+            (
+                "dropped",
+                "Items lost to the store: its queue was full, or its disk failed.",
+                self._store.num_dropped,
+            ),
+        ):
+            yield CounterMetricFamily(f"{_PREFIX}store_{name}", text, value)
 
 
 class Metrics:
@@ -79,6 +100,13 @@ class Metrics:
             ("instance",),
             registry=registry,
         )
+        self._condemned = Counter(
+            f"{_PREFIX}condemned",
+            "Times that an instance was taken out because it fell silent: hung if the process "
+            "did not answer, stuck if its engine gave nothing.",
+            ("instance", "reason"),
+            registry=registry,
+        )
         self._failovers = Counter(
             f"{_PREFIX}failovers",
             "Attempts that failed before the first byte of an answer, by reason.",
@@ -109,13 +137,21 @@ class Metrics:
     def healthy(self, instance_id: str, healthy: bool) -> None:
         self._healthy.labels(instance_id).set(healthy)
 
+    def forget(self, instance_id: str) -> None:
+        """Show an instance that has left no longer as one that is there."""
+        self._healthy.remove(instance_id)
+
     def count_waiting(self, num_waiting: Callable[[], int]) -> None:
         """Show how many calls wait in the router, asked whenever somebody looks."""
         Gauge(
             f"{_PREFIX}requests_waiting",
-            "Calls that wait in the router until an instance has room for them.",
+            "Calls that wait in the router until an instance has room for them or comes back.",
             registry=self.registry,
         ).set_function(num_waiting)
+
+    def count_store(self, store: Store) -> None:
+        """Show how the store keeps up, asked whenever somebody looks."""
+        self.registry.register(_StoreCollector(store))
 
     def dispatched(self, decision: Decision, queue_s: float) -> None:
         self._in_flight.labels(decision.chosen.instance_id).inc()
@@ -128,6 +164,9 @@ class Metrics:
         if outcome.ok:
             self._predicted.labels(outcome.instance_id).observe(decision.chosen.finish_s)
             self._actual.labels(outcome.instance_id).observe(outcome.e2el_s)
+
+    def condemned(self, instance_id: str, reason: str) -> None:
+        self._condemned.labels(instance_id, reason).inc()
 
     def failed_over(self, instance_id: str, reason: str) -> None:
         self._failovers.labels(instance_id, reason).inc()

@@ -2,52 +2,39 @@
 
 from __future__ import annotations
 
-import asyncio
-import errno
 import itertools
+import logging
 import math
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
-from io import BytesIO
 
-import aiohttp
 from aiohttp import web
-from multidict import CIMultiDict
-from yarl import URL
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.types import Decision, StageRequest
-from vllm_workflow.router.attempt import (
-    BROKEN,
-    BROKEN_OFF,
-    BUSY,
-    Attempt,
-    LostError,
-    Tries,
-    read_refusal,
-)
+from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
+from vllm_workflow.router.auth import Access, admitted
 from vllm_workflow.router.binder import Binder
-from vllm_workflow.router.body import parse
-from vllm_workflow.router.call import Call, forwarded_body, request_headers, response_headers
+from vllm_workflow.router.body import VALUE_BYTES, parse
+from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
-from vllm_workflow.router.errors import RequestError, error_json, error_response
+from vllm_workflow.router.errors import RequestError, error_response
+from vllm_workflow.router.forward import Forwarder, Sessions
+from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.once import Once, key_of
 from vllm_workflow.router.prefixes import head_of
 from vllm_workflow.router.runs import Runs
+from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
 
 RETRY_AFTER_S = 1
 _CLIENT_LEFT = 499
-_LARGE_BODY_BYTES = 1 << 20
-"""From here on the client library wants a file, to write it in pieces."""
-_ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
-_OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
-"""The router's own shortage, which no instance is to blame for."""
-_REFUSED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
+_prompts = logging.getLogger("vllm_workflow.prompts")
 
 
 class Proxy:
@@ -63,19 +50,28 @@ class Proxy:
         dispatcher: Dispatcher,
         binder: Binder,
         upstreams: Upstreams,
-        session: aiohttp.ClientSession,
+        sessions: Sessions,
         metrics: Metrics,
         *,
+        access: Access,
+        bodies: Bodies,
+        max_wait_s: float,
         set_priority: bool = False,
+        log_prompts: bool = False,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
         self._upstreams = upstreams
-        self._session = session
+        ordering = dispatcher.config.build_ordering() if set_priority else None
+        self._forwarder = Forwarder(upstreams, sessions, metrics, ordering)
+        self._max_wait_s = max_wait_s
         self._metrics = metrics
-        self._ordering = dispatcher.config.build_ordering() if set_priority else None
+        self._access = access
+        self._bodies = bodies
+        self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self.runs = Runs(metrics.run_ended)
+        self.running = Once()
 
     async def handle(self, request: web.Request, *, takes_xargs: bool) -> web.StreamResponse:
         """Answer one call.
@@ -86,16 +82,13 @@ class Proxy:
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
         try:
-            call = await self._read(request, time.monotonic(), takes_xargs=takes_xargs)
-            stage = call.info.stage
-            response = await self._in_run(request, call)
+            with self._bodies.held() as reader:
+                call = await self._read(request, reader, time.monotonic(), takes_xargs=takes_xargs)
+                stage = call.info.stage
+                response = await self._once(request, call)
             instance_id = response.headers.get("X-Workflow-Instance", "")
-        except web.HTTPRequestEntityTooLarge:
-            response = error_response(
-                413, f"body: expected at most {request.client_max_size / 1e6:g} MB"
-            )
         except RequestError as e:
-            response = error_response(e.status, str(e), param=e.param, code=e.code)
+            response = e.response()
         except ConnectionResetError:  # it left while the answer was written to it
             return web.Response()
         except Exception:
@@ -109,10 +102,19 @@ class Proxy:
             self._metrics.answered(instance_id, stage, status)
         return response
 
-    async def _read(self, request: web.Request, now: float, *, takes_xargs: bool) -> Call:
+    async def _read(
+        self, request: web.Request, reader: BodyReader, now: float, *, takes_xargs: bool
+    ) -> Call:
+        caller = self._access.caller(request.headers)
         headers, request_id = request_headers(request.headers)
-        body = parse(await request.read())
+        if caller is not None:
+            headers.popall("Authorization")  # for the router; instances have keys of their own
+        body = parse(await reader.read(request))
+        reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
+        info = admitted(caller, info, request.headers, body.members, body.model)
+        if self.log_prompts:
+            _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         fleet = self._dispatcher.fleet
         if not fleet.serves(body.model):
             served = sorted({model for instance in fleet for model in instance.models})
@@ -143,14 +145,41 @@ class Proxy:
             takes_xargs=takes_xargs,
         )
 
-    async def _in_run(self, request: web.Request, call: Call) -> web.StreamResponse:
-        """Relay the call as part of its run."""
+    async def _once(self, request: web.Request, call: Call) -> web.StreamResponse:
+        """Relay the call unless it runs already."""
+        info = call.info
+        known = key_of(request.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id)
+        if known is None:
+            return await self._in_run(request, call)
+        key, again = known
+        body = call.path.encode() + b"\n" + call.body.raw
+        if not call.body.stream:
+
+            async def whole() -> web.Response:
+                response = await self._in_run(None, call)
+                assert isinstance(response, web.Response)
+                return response
+
+            return await self.running.answer(key, body, whole, again=again)
+        if not self.running.begin_stream(key, body, again=again):
+            return await self._in_run(request, call)
+        try:
+            return await self._in_run(request, call)
+        finally:
+            self.running.end_stream(key)
+
+    async def _in_run(self, request: web.Request | None, call: Call) -> web.StreamResponse:
+        """Relay the call as part of its run.
+
+        Args:
+            request: To answer as bytes come; None: the answer is returned whole.
+            call: What was read of it.
+        """
         run = self.runs.begin(call.info, call.request.arrival_time)
         ok = False
         try:
             predicted = self._dispatcher.predict(
-                replace(
-                    call.request,
+                call.request._replace(
                     workflow=call.info.workflow or run.workflow,
                     deadline=run.deadline,
                     run_arrival_time=run.arrival_time,
@@ -161,44 +190,57 @@ class Proxy:
             )
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
-                predicted = replace(
-                    predicted, expected_output_tokens=min(call.info.expected_output_tokens, most)
+                predicted = predicted._replace(
+                    expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
             response, ok = await self._relay(request, replace(call, request=predicted))
             return response
         finally:
             self.runs.end(call.info, run, time.monotonic(), ok=ok)
 
-    async def _relay(self, request: web.Request, call: Call) -> tuple[web.StreamResponse, bool]:
+    async def _relay(
+        self, request: web.Request | None, call: Call
+    ) -> tuple[web.StreamResponse, bool]:
         """Ask instances until one answers; then stay with it. Returns whether it ended well."""
-        tries = Tries()
+        tries = Tries(self._give_up_time(call), self._max_wait_s, self._upstreams.generation)
         while tries.may_go_on:
             try:
                 decision = await self._binder.bind(
-                    call.request,
-                    num_prompt_bytes=len(call.body.raw),
-                    exclude=tries.excluded,
+                    call.request, num_prompt_bytes=len(call.body.raw), tries=tries
                 )
             except NoInstanceError:
                 break
             with self._reserved(call, decision) as attempt:
                 try:
-                    async with self._sent(call, attempt) as (upstream, first):
-                        if upstream.status not in BUSY and upstream.status not in BROKEN:
-                            response = await self._answer(request, call, attempt, upstream, first)
-                            return response, attempt.ok
-                        tries.refused(await read_refusal(attempt.instance_id, upstream, first))
-                        self._metrics.failed_over(attempt.instance_id, str(upstream.status))
+                    answer = await self._forwarder.forward(
+                        request, call, attempt, fresh=tries.fresh_connection
+                    )
                 except LostError as e:
-                    tries.lost(attempt.instance_id, e.reason)
+                    tries.lost(attempt.instance_id, e.reason, time.monotonic())
                     self._metrics.failed_over(attempt.instance_id, e.reason)
+                    continue
+                if not isinstance(answer, Refusal):
+                    return answer, attempt.ok
+                tries.refused(answer, time.monotonic())
+                self._metrics.failed_over(attempt.instance_id, str(answer.status))
         return self._give_up(call, tries), False
+
+    def _give_up_time(self, call: Call) -> float | None:
+        """Instant at which the deadline allows no more waiting; None without a deadline."""
+        request = call.request
+        if not request.has_deadline:
+            return None
+        service_s = self._dispatcher.fleet.mean_service_s(
+            request.model, request.num_prompt_tokens, request.expected_output_tokens
+        )
+        return max(request.deadline - service_s, request.arrival_time + MIN_WAIT_S)
 
     @contextmanager
     def _reserved(self, call: Call, decision: Decision) -> Iterator[Attempt]:
         """Hold the reservation for exactly as long as the block runs, however it ends."""
         now = time.monotonic()
-        attempt = Attempt(decision, now, Usage(stream=call.body.stream))
+        stream = call.body.stream
+        attempt = Attempt(decision, call.request, now, Usage(stream=stream), stream)
         self._metrics.dispatched(decision, now - call.request.arrival_time)
         try:
             yield attempt
@@ -207,128 +249,22 @@ class Proxy:
             self._binder.settle(outcome)
             self._metrics.settled(decision, outcome)
 
-    @asynccontextmanager
-    async def _sent(
-        self, call: Call, attempt: Attempt
-    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, bytes]]:
-        """Forward the call; give the answer with its first bytes, close it at the end.
-
-        Raises:
-            LostError: Before the first byte of the body, so another instance can be asked.
-        """
-        upstream = self._upstreams[attempt.instance_id]
-        try:
-            async with asyncio.timeout(None) as patience:
-                with upstream.waiting(patience):
-                    answer, first = await self._post(upstream.url, call, attempt)
-        except _REFUSED as e:
-            if isinstance(e, OSError) and e.errno in _OUT_OF_SOCKETS:
-                raise RequestError(
-                    "the router has no file descriptors left", status=503, code="overloaded"
-                ) from None
-            self._upstreams.refused(attempt.instance_id)
-            raise LostError("refused") from None
-        except TimeoutError:
-            raise LostError("hung") from None
-        except BROKEN_OFF:
-            self._upstreams.suspect(attempt.instance_id)
-            raise LostError("disconnected") from None
-        attempt.first_byte_time = time.monotonic()
-        try:
-            yield answer, first
-        finally:
-            answer.close()
-
-    async def _post(
-        self, url: str, call: Call, attempt: Attempt
-    ) -> tuple[aiohttp.ClientResponse, bytes]:
-        body = forwarded_body(
-            call,
-            attempt.decision,
-            self._ordering,
-            now=attempt.start_time,
-            unix_time=time.time(),
-        )
-        answer = await self._session.post(
-            URL(url + call.path, encoded=True),
-            data=body if len(body) < _LARGE_BODY_BYTES else BytesIO(body),
-            headers=call.headers,
-            skip_auto_headers=_ADDED_BY_AIOHTTP,
-            allow_redirects=False,
-        )
-        try:
-            return answer, await answer.content.readany()
-        except BaseException:
-            answer.close()
-            raise
-
-    async def _answer(
-        self,
-        request: web.Request,
-        call: Call,
-        attempt: Attempt,
-        upstream: aiohttp.ClientResponse,
-        chunk: bytes,
-    ) -> web.StreamResponse:
-        """Pass the answer on as it comes; its end is written when all is let go."""
-        response = web.StreamResponse(
-            status=upstream.status,
-            reason=upstream.reason,
-            headers=self._headers(upstream.headers, call, attempt),
-        )
-        await response.prepare(request)
-        while chunk:
-            attempt.usage.add(chunk)
-            begin = time.monotonic()
-            await response.write(chunk)
-            attempt.write_s += time.monotonic() - begin
-            try:
-                chunk = await upstream.content.readany()
-            except BROKEN_OFF:
-                await self._break_off(request, response, attempt)
-                return response
-        attempt.ok = 200 <= upstream.status < 300
-        return response
-
-    async def _break_off(
-        self, request: web.Request, response: web.StreamResponse, attempt: Attempt
-    ) -> None:
-        """Let the client know that what it has is not the whole answer.
-
-        A stream gets an error event. Then the connection is closed without the end that its
-        framing asks for, so that no client can take the answer for a complete one.
-        """
-        self._upstreams.suspect(attempt.instance_id)
-        self._metrics.broken(attempt.instance_id)
-        if response.headers.get("Content-Type", "").startswith("text/event-stream"):
-            error = error_json(
-                502, f"instance {attempt.instance_id} broke off its answer", code="upstream_lost"
-            )
-            begin = b"data: " if attempt.usage.ends_event else b"\n\ndata: "
-            await response.write(begin + error + b"\n\n")
-        if request.transport is not None:
-            request.transport.close()
-
-    def _headers(
-        self, headers: Mapping[str, str], call: Call, attempt: Attempt
-    ) -> CIMultiDict[str]:
-        result = response_headers(headers)
-        decision = attempt.decision
-        result["X-Request-Id"] = call.request_id
-        result["X-Workflow-Instance"] = decision.chosen.instance_id
-        queue_s = attempt.start_time - call.request.arrival_time
-        result["X-Workflow-Queue-Ms"] = f"{1000.0 * queue_s:.1f}"
-        if math.isfinite(decision.slack_s):
-            result["X-Workflow-Slack-Ms"] = f"{1000.0 * decision.slack_s:.0f}"
-        return result
-
     def _give_up(self, call: Call, tries: Tries) -> web.Response:
         """Answer for a fleet of which no instance could: with its own last word, if any."""
+        model = call.body.model
+        if tries.refusal is None and not self._dispatcher.fleet.serves(model):
+            return error_response(
+                404,
+                f"model: {model!a:.256} is not served here any more",
+                param="model",
+                code="model_not_found",
+                headers={"X-Request-Id": call.request_id},
+            )
         if tries.refusal is None:
             reason = "; ".join(tries.reasons) or "none is healthy"
             return error_response(
                 503,
-                f"no instance can serve model {call.body.model!a:.256} now ({reason})",
+                f"no instance can serve model {model!a:.256} now ({reason})",
                 code="no_instance",
                 headers={"X-Request-Id": call.request_id, "Retry-After": str(RETRY_AFTER_S)},
             )

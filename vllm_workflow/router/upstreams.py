@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import aiohttp
+from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.router.config import InstanceConfig
+from vllm_workflow.core.expectation import first_byte_s
+from vllm_workflow.router.attempt import Attempt
+from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.watch import Silence, WatchClock, watch
 
 PROBE_EVERY_S = 1.0
+PROBE_SICK_EVERY_S = 0.5
+"""An instance that is out; it is to be back soon after it is ready."""
 PROBE_TIMEOUT_S = 5.0
-"""Generous: a loaded server answers late, and taking it out would load the others more."""
-MAX_LATE_PROBES = 3
-"""Probes in a row without an answer until an instance counts as hung."""
+"""One that is stopped answers the same probe when it goes on; new ones would only pile up."""
+_PROBE_CONNECT_TIMEOUT_S = 1.0
+"""A host that is away does not answer at all; when it is back it answers at once."""
+_CANARY_TIMEOUT_S = 2.0
 MODELS_EVERY = 15
 """Probes between two looks at `/v1/models`, which adapters may change."""
 _logger = logging.getLogger(__name__)
@@ -27,29 +35,39 @@ _logger = logging.getLogger(__name__)
 class Upstream:
     """One instance as an HTTP server."""
 
-    def __init__(self, config: InstanceConfig) -> None:
-        self.config = config
-        self.url = config.url
+    def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
+        self.reconfigure(config)
+        self.leaving = False
+        """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
         """What it last said of its models; empty if it never did."""
-        self.num_late_probes = 0
         self.num_probes_to_models = 0
         self.probe_now = asyncio.Event()
-        self._waiting: set[asyncio.Timeout] = set()
+        self.watcher: asyncio.Task[None] | None = None
+        self.silence = Silence(clock)
+        self.generation = 0
+        """How often it has come back."""
+        self.is_stuck = False
+        """Its engine gave nothing while its server was well, so that its word does not count."""
 
-    @contextmanager
-    def waiting(self, timeout: asyncio.Timeout) -> Iterator[None]:
-        """Let `abandon` end the enclosed wait by `TimeoutError`."""
-        self._waiting.add(timeout)
-        try:
-            yield
-        finally:
-            self._waiting.discard(timeout)
+    def reconfigure(self, config: InstanceConfig) -> None:
+        """Take another configuration, key and certificates among it, for what is sent next."""
+        authorization = config.authorization()
+        self.ssl: ssl.SSLContext | bool = (
+            config.tls.context() if config.url.startswith("https:") else True
+        )
+        self.own_headers = {"Authorization": authorization} if authorization else {}
+        """Headers that replace a client's."""
+        self.config = config
+        self.url = config.url
 
-    def abandon(self, now: float) -> None:
-        """End every wait for an answer that this instance, being hung, will not give."""
-        for timeout in self._waiting:
-            timeout.reschedule(now)
+    def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+        """Return the headers to send for a call that came with `headers`."""
+        if not self.own_headers:
+            return headers
+        result = headers.copy()
+        result.update(self.own_headers)
+        return result
 
     def model_cards(self) -> list[dict[str, Any]]:
         """Entries of `/v1/models`, made up for configured models it does not tell about."""
@@ -64,8 +82,8 @@ class Upstream:
 class Upstreams:
     """Watches every instance and tells the dispatcher which may be sent calls.
 
-    An instance counts as dead at once when it refuses a connection or says that it is ill,
-    as hung when it is silent for several probes, and as alive with the first good probe.
+    An instance counts as dead at once when it refuses a connection or says that it is ill, as
+    hung when it and its calls are silent, see `watch`, and as alive with the first good probe.
     How it answers calls does not matter: a client with bad requests, or a full queue, must
     not take an instance away from everybody else.
     """
@@ -82,14 +100,68 @@ class Upstreams:
         self._changed = changed
         self._session = session
         self._metrics = metrics
-        self._upstreams = {config.id: Upstream(config) for config in configs}
-        for instance_id, upstream in self._upstreams.items():
-            dispatcher.add(upstream.config.build())
-            dispatcher.mark(instance_id, healthy=False)
-            metrics.healthy(instance_id, False)
+        self._clock = WatchClock()
+        self._upstreams: dict[str, Upstream] = {}
+        self._watchers: asyncio.TaskGroup | None = None
+        for config in configs:
+            self.add(config)
+
+    def add(self, config: InstanceConfig) -> None:
+        """Take in an instance, or take one that is there for what `config` says now.
+
+        It is sent calls from its next good probe on; those under way on it go on. One that was
+        leaving stays.
+        """
+        upstream = self._upstreams.get(config.id)
+        moved = upstream is None or upstream.leaving or upstream.url != config.url
+        if upstream is None:
+            upstream = self._upstreams[config.id] = Upstream(config, self._clock)
+        else:
+            upstream.reconfigure(config)
+        upstream.leaving = False
+        self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
+        if moved:
+            self._dispatcher.mark(config.id, healthy=False)
+            self._metrics.healthy(config.id, False)
+            if self._watchers is not None and upstream.watcher is None:
+                upstream.watcher = self._watchers.create_task(self._watch(upstream))
+        upstream.num_probes_to_models = 0
+        if self._watchers is not None:
+            upstream.probe_now.set()
+            self._changed()
+
+    def drain(self, instance_id: str) -> None:
+        """Send no more calls to an instance, and forget it when those under way have ended.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        upstream = self._upstreams[instance_id]
+        if upstream.leaving:
+            return
+        upstream.leaving = True
+        self._dispatcher.remove(instance_id)
+        _logger.info("instance %s is leaving", instance_id)
+        upstream.probe_now.set()
+        self._changed()
+
+    def _forget(self, upstream: Upstream) -> None:
+        del self._upstreams[upstream.config.id]
+        self._metrics.forget(upstream.config.id)
+        _logger.info("instance %s is gone", upstream.config.id)
+
+    def num_in_flight(self, instance_id: str) -> int:
+        """Calls under way on an instance."""
+        return self._dispatcher.fleet.num_outstanding(instance_id)
 
     def __getitem__(self, instance_id: str) -> Upstream:
         return self._upstreams[instance_id]
+
+    def get(self, instance_id: str) -> Upstream | None:
+        return self._upstreams.get(instance_id)
+
+    def __contains__(self, instance_id: object) -> bool:
+        return instance_id in self._upstreams
 
     def __iter__(self) -> Iterator[Upstream]:
         return iter(self._upstreams.values())
@@ -97,15 +169,36 @@ class Upstreams:
     def is_healthy(self, upstream: Upstream) -> bool:
         return self._dispatcher.fleet.is_healthy(upstream.config.id)
 
+    def generation(self, instance_id: str) -> int:
+        """How often an instance has come back."""
+        upstream = self._upstreams.get(instance_id)
+        return upstream.generation if upstream else -1
+
+    @contextmanager
+    def watched(self, attempt: Attempt) -> Iterator[Silence]:
+        """Watch the instance of an attempt on its behalf; `heard` is to be told of each byte."""
+        silence = self._upstreams[attempt.instance_id].silence
+        ahead_s = sum(a.decision.chosen.prefill_s for a in silence.attempts if not a.has_first_byte)
+        attempt.first_byte_s = first_byte_s(
+            attempt.decision.chosen, stream=attempt.stream, ahead_s=ahead_s
+        )
+        silence.begin(attempt)
+        try:
+            yield silence
+        finally:
+            silence.attempts.discard(attempt)
+
     def refused(self, instance_id: str) -> None:
         """Note that a connection for a call could not be made."""
         upstream = self._upstreams[instance_id]
         self._mark(upstream, False, "connection refused")
-        upstream.probe_now.set()
+        self.suspect(instance_id)
 
     def suspect(self, instance_id: str) -> None:
-        """Have an instance probed at once: a call failed on it in a way that may mean more."""
-        self._upstreams[instance_id].probe_now.set()
+        """Have an instance looked at now: a call failed on it in a way that may mean more."""
+        upstream = self._upstreams[instance_id]
+        upstream.num_probes_to_models = 0  # it may have been restarted with another one
+        upstream.probe_now.set()
 
     async def probe_all(self) -> None:
         """Probe each instance once."""
@@ -115,38 +208,80 @@ class Upstreams:
 
     async def run(self) -> None:
         """Watch until cancelled."""
-        async with asyncio.TaskGroup() as tasks:
+        async with asyncio.TaskGroup() as self._watchers:
             for upstream in self:
-                tasks.create_task(self._watch(upstream))
+                upstream.watcher = self._watchers.create_task(self._watch(upstream))
+            self._watchers.create_task(
+                watch(
+                    self._clock,
+                    lambda: [(u.config.id, u.silence) for u in self],
+                    self._dispatcher.fleet,
+                    probe=lambda instance_id: self._upstreams[instance_id].probe_now.set(),
+                    condemn=self._condemn,
+                )
+            )
+
+    def _condemn(self, instance_id: str, reason: str) -> None:
+        upstream = self._upstreams[instance_id]
+        upstream.is_stuck |= reason == "stuck"
+        if not upstream.leaving and self.is_healthy(upstream):
+            self._metrics.condemned(instance_id, reason)
+        self._mark(upstream, False, reason)
+        upstream.silence.abandon()
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
+            is_sick = not upstream.leaving and not self.is_healthy(upstream)
+            pause_s = PROBE_SICK_EVERY_S if is_sick else PROBE_EVERY_S
             try:
-                async with asyncio.timeout(PROBE_EVERY_S):
+                async with asyncio.timeout(pause_s):
                     await upstream.probe_now.wait()
             except TimeoutError:
                 pass
             upstream.probe_now.clear()
+            if upstream.leaving and not self.num_in_flight(upstream.config.id):
+                self._forget(upstream)
+                return
             await self._probe(upstream)
 
     async def _probe(self, upstream: Upstream) -> None:
+        healthy, reason, answered = False, "no answer to /health", False
+        upstream.silence.probe_sent()
         try:
             async with self._get(upstream, "/health") as response:
+                answered = True
                 healthy, reason = response.status == 200, f"/health answered {response.status}"
         except TimeoutError:
-            upstream.num_late_probes += 1
-            if upstream.num_late_probes >= MAX_LATE_PROBES:
-                self._mark(upstream, False, "no answer to /health")
-                upstream.abandon(asyncio.get_running_loop().time())
-            return
+            pass
         except (aiohttp.ClientError, OSError) as e:
-            healthy, reason = False, str(e) or type(e).__name__
-        upstream.num_late_probes = 0
+            answered, reason = True, str(e) or type(e).__name__
+        finally:
+            upstream.silence.probe_ended(answered=answered)
+        if healthy and upstream.is_stuck:
+            healthy = await self._is_moving(upstream)
         if healthy:
-            if not self.is_healthy(upstream):
+            if not upstream.leaving and not self.is_healthy(upstream):
                 upstream.num_probes_to_models = 0
             await self._refresh_models(upstream)
         self._mark(upstream, healthy, reason)
+        if not answered:
+            upstream.silence.abandon()
+
+    async def _is_moving(self, upstream: Upstream) -> bool:
+        """Have an engine that was stuck make one token, at nobody's risk."""
+        cards = upstream.model_cards()
+        body = {"model": cards[0]["id"] if cards else None, "prompt": "a", "max_tokens": 1}
+        timeout = aiohttp.ClientTimeout(total=_CANARY_TIMEOUT_S)
+        url = upstream.url + "/v1/completions"
+        try:
+            async with self._session.post(
+                url, json=body, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
+            ) as response:
+                await response.read()
+                upstream.is_stuck = response.status >= 500
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            pass
+        return not upstream.is_stuck
 
     async def _refresh_models(self, upstream: Upstream) -> None:
         """Ask what the instance serves, before it counts as healthy and now and then later."""
@@ -162,8 +297,9 @@ class Upstreams:
             cards = []
         if cards and cards != upstream.cards:
             upstream.cards = cards
-            self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
-            self._changed()
+            if not upstream.leaving:
+                self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
+                self._changed()
         elif not cards and not upstream.model_cards():
             _logger.warning(
                 "instance %s does not tell what it serves; it is sent calls for any model "
@@ -172,12 +308,17 @@ class Upstreams:
             )
 
     def _get(self, upstream: Upstream, path: str) -> Any:
-        timeout = aiohttp.ClientTimeout(total=PROBE_TIMEOUT_S)
-        return self._session.get(upstream.url + path, timeout=timeout)
+        timeout = aiohttp.ClientTimeout(
+            total=PROBE_TIMEOUT_S, sock_connect=_PROBE_CONNECT_TIMEOUT_S
+        )
+        return self._session.get(
+            upstream.url + path, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
+        )
 
     def _mark(self, upstream: Upstream, healthy: bool, reason: str) -> None:
-        if self.is_healthy(upstream) == healthy:
+        if upstream.leaving or self.is_healthy(upstream) == healthy:
             return
+        upstream.generation += healthy
         self._dispatcher.mark(upstream.config.id, healthy=healthy)
         self._metrics.healthy(upstream.config.id, healthy)
         self._changed()

@@ -6,12 +6,13 @@ import re
 from collections import deque
 
 _KEPT_CHUNKS = 4
-_KEPT_BYTES = 16_384
+MAX_USAGE_BYTES = 16_384
 # A quote inside a JSON string is escaped, so no generated text can look like such a member.
 _PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})\b')
 _OUTPUT = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})\b')
 _CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,9})\b')
 _EVENT_END = b"\n\n"
+_DONE = b"data: [DONE]"
 
 
 class Usage:
@@ -32,13 +33,18 @@ class Usage:
         """Whether the answer so far ends where an SSE event ends, or is empty."""
         return not self._last or b"".join(self._last).endswith(_EVENT_END)
 
+    @property
+    def is_done(self) -> bool:
+        """Whether the answer so far ends as a stream of completions does."""
+        return b"".join(self._last)[-64:].rstrip().endswith(_DONE)
+
     def counts(self) -> tuple[int | None, int | None, int | None]:
         """Return prompt, cached and output tokens; None for what the answer does not say.
 
         A stream without usage has about one output token per event, beside the events that
         open and close it.
         """
-        tail = b"".join(self._last)[-_KEPT_BYTES:]
+        tail = b"".join(self._last)[-MAX_USAGE_BYTES:]
         num_prompt, num_cached, num_output = (
             int(found[-1]) if (found := pattern.findall(tail)) else None
             for pattern in (_PROMPT, _CACHED, _OUTPUT)

@@ -15,9 +15,11 @@ sources one by one. A malformed value of 1 to 3 is an error; one of 4 is ignored
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
+
+from multidict import MultiMapping
 
 from vllm_workflow.router.errors import malformed
 
@@ -121,6 +123,7 @@ _FIELDS = (
     _Field("final", "X-Workflow-Final", "workflow_final", "wf_final", _flag),
 )
 _TENANT = _Field("tenant_id", "X-Tenant-Id", "tenant_id", "wf_tenant", _label)
+OWN_HEADERS = tuple(field.header for field in (*_FIELDS, _TENANT))
 _NOTHING: Mapping[str, Any] = {}
 
 
@@ -132,11 +135,7 @@ def read_own(headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, A
     Raises:
         RequestError: A malformed value in the source that counts.
     """
-    sources = (
-        (headers, "header", "header "),
-        (_mapping(body.get("metadata")), "metadata", "metadata."),
-        (_mapping(body.get("vllm_xargs")), "xarg", "vllm_xargs."),
-    )
+    sources = _sources(headers, body)
     found: dict[str, Any] = {}
     for source, attribute, prefix in sources:
         if source and not found:
@@ -147,16 +146,52 @@ def read_own(headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, A
     return found
 
 
+def claimed_tenants(
+    headers: Mapping[str, str], body: Mapping[str, Any]
+) -> Iterator[tuple[str, str]]:
+    """Yield every tenant that a request names: where, and which.
+
+    Not only the one that counts: an engine that is told another one by a source that does not
+    count here would believe it.
+    """
+    for source, attribute, prefix in _sources(headers, body):
+        name = getattr(_TENANT, attribute)
+        value = _only(source, name, prefix)
+        if value is not None and value != "":
+            yield prefix + name, _label(value, prefix + name)
+
+
+def _sources(
+    headers: Mapping[str, str], body: Mapping[str, Any]
+) -> tuple[tuple[Mapping[str, Any], str, str], ...]:
+    """Where our fields may stand: values, attribute of `_Field` with the name, prefix to tell."""
+    return (
+        (headers, "header", "header "),
+        (_mapping(body.get("metadata")), "metadata", "metadata."),
+        (_mapping(body.get("vllm_xargs")), "xarg", "vllm_xargs."),
+    )
+
+
 def _read(
     fields: tuple[_Field, ...], source: Mapping[str, Any], attribute: str, prefix: str
 ) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for field in fields:
         name = getattr(field, attribute)
-        value = source.get(name)
+        value = _only(source, name, prefix)
         if value is not None and value != "":
             found[field.name] = field.read(value, prefix + name)
     return found
+
+
+def _only(source: Mapping[str, Any], name: str, prefix: str) -> Any:
+    """Return a value; a header that stands there twice might be read otherwise by an engine."""
+    value = source.get(name)
+    if value is not None and isinstance(source, MultiMapping):
+        values = source.getall(name)
+        if len(values) > 1:
+            raise malformed(prefix + name, "one such header", f"{len(values)} of them")
+    return value
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import time as clock
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -256,13 +256,13 @@ class _Simulation:
         )
         if self._hint is not None:
             expected = max(1.0, self._hint(call.run.trace, trace))
-            request = replace(request, expected_output_tokens=expected)
+            request = request._replace(expected_output_tokens=expected)
         if self._rest is not None:
-            request = replace(request, rest_s=self._rest(call.run.trace, trace))
+            request = request._replace(rest_s=self._rest(call.run.trace, trace))
         call.predicted = request
         if request.has_deadline and not call.request.has_deadline:
             call.run.deadline = request.deadline
-            call.request = replace(call.request, deadline=request.deadline)
+            call.request = call.request._replace(deadline=request.deadline)
         self._bound_later[request.request_id] = call
         try:
             decision = dispatcher.submit(request, now=now, num_prompt_bytes=num_bytes)

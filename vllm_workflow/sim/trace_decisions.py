@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from vllm_workflow.sim.types import PrefixPart, Trace, TraceCall, TraceRun
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class _Call:
+class LoggedCall:
     """One call that ended well, on the clock of its router."""
 
     run: tuple[int, str, str]
@@ -35,13 +35,40 @@ class _Call:
     name: str
     workflow: str
     stage: str
+    instance_id: str
     arrival_time: float
+    sent_time: float
     end_time: float
     run_arrival_time: float
     deadline: float
     num_prompt_tokens: int
     num_output_tokens: int
     prefix: tuple[PrefixPart, ...]
+    final: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoggedRun:
+    """A run as a trace has it, and as it went."""
+
+    run: TraceRun
+    calls: tuple[LoggedCall, ...]
+    """One for each of `run.calls`."""
+    is_open: bool
+    """A call of it had not ended when the log did."""
+
+    @property
+    def arrival_time(self) -> float:
+        """On the clock of its router."""
+        return min(min(call.run_arrival_time, call.arrival_time) for call in self.calls)
+
+    @property
+    def end_time(self) -> float:
+        return max(call.end_time for call in self.calls)
+
+    @property
+    def latency_s(self) -> float:
+        return self.end_time - self.arrival_time
 
 
 @dataclass(slots=True)
@@ -54,9 +81,27 @@ class _Reading:
     """Request id -> instant of forwarding, the request, where it stands."""
     num_part_tokens: dict[int, int] = field(default_factory=dict)
     """Hash of a part -> its tokens, as first predicted: predictions change, the part does not."""
-    calls: list[_Call] = field(default_factory=list)
+    calls: list[LoggedCall] = field(default_factory=list)
     num_failed: int = 0
     num_uncounted: int = 0
+
+    def take(self, data: Mapping[str, Any], place: Place) -> None:
+        """Read one event.
+
+        Raises:
+            ConfigError: With file, line, field, what was there and what was wanted.
+        """
+        match required(data, "event", place):
+            case "started":
+                _restart(self)
+            case "submitted":
+                _submitted(self, data, place)
+            case "polled":
+                _polled(self, data, place)
+            case "withdrawn":
+                _withdrawn(self, data, place)
+            case "settled":
+                _settled(self, data, place)
 
 
 def is_decision_log(first: Mapping[str, Any]) -> bool:
@@ -82,22 +127,11 @@ def read_decision_log(text: str, source: str) -> Trace:
     reading = _Reading()
     text, is_cut = _without_cut_line(text)
     for place, value in json_lines(text, source):
-        data = an_object(value, place)
-        match required(data, "event", place):
-            case "started":
-                _restart(reading)
-            case "submitted":
-                _submitted(reading, data, place)
-            case "polled":
-                _polled(reading, data, place)
-            case "withdrawn":
-                _withdrawn(reading, data, place)
-            case "settled":
-                _settled(reading, data, place)
+        reading.take(an_object(value, place), place)
     _restart(reading)
     if not reading.calls:
         raise ConfigError(f"{source}: expected at least one call that ended well, got none")
-    runs = tuple(_runs(reading.calls))
+    runs = tuple(each.run for each in _runs(reading.calls))
     if (runs[-1].arrival_s or 0.0) > MAX_TIME_S:
         raise ConfigError(f"{source}: expected runs within {MAX_TIME_S:g} s, got {runs[-1]!r:.80}")
     return Trace(
@@ -105,6 +139,25 @@ def read_decision_log(text: str, source: str) -> Trace:
         source=Path(source).name,
         notes=tuple(_notes(reading, is_cut=is_cut)),
     )
+
+
+def logged_runs(events: Iterable[tuple[Place, Mapping[str, Any]]]) -> list[LoggedRun]:
+    """Return the runs of a log, or of a part of it, by arrival; calls as `read_decision_log` does.
+
+    Args:
+        events: One life of a router, each with its place in the file.
+
+    Raises:
+        ConfigError: See `read_decision_log`; no calls are no error here.
+    """
+    reading = _Reading()
+    for place, data in events:
+        reading.take(data, place)
+    still_open = {
+        (_text(request, "tenant_id", place), _text(request, "workflow_id", place))
+        for _, request, place in reading.open.values()
+    }
+    return list(_runs(reading.calls, still_open))
 
 
 def _without_cut_line(text: str) -> tuple[str, bool]:
@@ -174,7 +227,7 @@ def _call(
     asked: Place,
     outcome: Mapping[str, Any],
     answered: Place,
-) -> _Call:
+) -> LoggedCall:
     arrival_time = a_time(required(request, "arrival_time", asked), asked / "arrival_time")
     ended = now + a_time(outcome["e2el_s"], answered / "e2el_s")
     workflow_id = _text(request, "workflow_id", asked)
@@ -182,12 +235,14 @@ def _call(
     num_prompt_tokens = _num_prompt_tokens(request, asked, outcome, answered)
     began = request.get("run_arrival_time")
     deadline = request.get("deadline")
-    return _Call(
+    return LoggedCall(
         run=(reading.life, _text(request, "tenant_id", asked), own_id),
         name=_printable(own_id),
         workflow=_printable(_text(request, "workflow", asked)),
         stage=_printable(_text(request, "stage", asked)),
+        instance_id=_text(outcome, "instance_id", answered),
         arrival_time=arrival_time,
+        sent_time=now,
         end_time=max(ended, math.nextafter(arrival_time, math.inf)),
         run_arrival_time=(
             arrival_time if began is None else a_time(began, asked / "run_arrival_time")
@@ -196,6 +251,7 @@ def _call(
         num_prompt_tokens=num_prompt_tokens,
         num_output_tokens=_num_output_tokens(request, asked, outcome, answered),
         prefix=_prefix(reading.num_part_tokens, request, asked, num_prompt_tokens),
+        final=request.get("final") is True,
     )
 
 
@@ -265,9 +321,11 @@ def _prefix(
     return tuple(parts)
 
 
-def _runs(calls: Iterable[_Call]) -> Iterator[TraceRun]:
+def _runs(
+    calls: Iterable[LoggedCall], still_open: Collection[tuple[str, str]] = ()
+) -> Iterator[LoggedRun]:
     """Yield the runs by arrival; the lives of the router follow each other without a pause."""
-    grouped: dict[tuple[int, str, str], list[_Call]] = {}
+    grouped: dict[tuple[int, str, str], list[LoggedCall]] = {}
     for call in calls:
         grouped.setdefault(call.run, []).append(call)
     begun = {
@@ -281,7 +339,7 @@ def _runs(calls: Iterable[_Call]) -> Iterator[TraceRun]:
         names[each[0].name] = names.get(each[0].name, 0) + 1
         again = names[each[0].name]
         first = each[0]
-        yield TraceRun(
+        run = TraceRun(
             run_id=first.name if again == 1 else f"{first.name}~{again}",
             workflow=first.workflow,
             calls=tuple(_linked(each, begun[key])),
@@ -289,10 +347,11 @@ def _runs(calls: Iterable[_Call]) -> Iterator[TraceRun]:
             tenant=_printable(key[1]),
             slo_s=_slo_s(first, begun[key]),
         )
+        yield LoggedRun(run=run, calls=tuple(each), is_open=key[1:] in still_open)
 
 
 def _offsets(
-    grouped: Mapping[tuple[int, str, str], Sequence[_Call]],
+    grouped: Mapping[tuple[int, str, str], Sequence[LoggedCall]],
     begun: Mapping[tuple[int, str, str], float],
 ) -> dict[int, float]:
     """Return, per life of the router, what to add to its instants."""
@@ -305,12 +364,12 @@ def _offsets(
     return offsets
 
 
-def _slo_s(first: _Call, begun: float) -> float | None:
+def _slo_s(first: LoggedCall, begun: float) -> float | None:
     slo_s = max(0.0, first.deadline - begun)
     return slo_s if slo_s <= MAX_TIME_S else None
 
 
-def _linked(calls: Sequence[_Call], begun: float) -> Iterator[TraceCall]:
+def _linked(calls: Sequence[LoggedCall], begun: float) -> Iterator[TraceCall]:
     """Yield the calls of one run with what each followed, as far as instants tell.
 
     Args:

@@ -1,0 +1,432 @@
+"""What clients send who mean harm, or know no HTTP: over raw sockets, as they would."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import pytest
+
+from tests.fakes import FakeEngine
+from tests.router.conftest import CHAT, Client, Routing
+from tests.router.test_router_process import process
+
+pytestmark = pytest.mark.anyio
+
+GOOD = b'{"model":"m","messages":[]}'
+HOST = b"Host: router\r\n"
+
+
+class Answer:
+    """What came back on a connection until it was closed."""
+
+    def __init__(self, raw: bytes) -> None:
+        head, _, self.body = raw.partition(b"\r\n\r\n")
+        self.lines = head.decode("latin-1").split("\r\n")
+        self.status = int(self.lines[0].split()[1]) if raw else 0
+
+    @property
+    def error(self) -> dict[str, Any]:
+        """The error in OpenAI's form."""
+        error: dict[str, Any] = json.loads(self.body)["error"]
+        assert error.keys() == {"message", "type", "param", "code"}
+        return error
+
+
+async def exchange(url: str, *pieces: bytes) -> Answer:
+    """Send bytes and read until the router closes the connection."""
+    host, _, port = url.partition("://")[2].partition(":")
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            for piece in pieces:
+                writer.write(piece)
+                await writer.drain()
+            return Answer(await reader.read())
+        except ConnectionError:
+            return Answer(b"")
+        finally:
+            writer.close()
+
+
+def post(*headers: bytes, body: bytes = GOOD, length: bool = True) -> bytes:
+    lines = [f"POST {CHAT} HTTP/1.1".encode(), *headers]
+    if length:
+        lines.append(b"Content-Length: %d" % len(body))
+    return b"\r\n".join([*lines, b"Host: router", b"Connection: close", b"", body])
+
+
+async def still_serves(client: Client) -> None:
+    async with client.post() as response:
+        assert response.status == 200
+
+
+SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
+
+
+@pytest.mark.parametrize(
+    ("request_bytes", "status", "message"),
+    [
+        (
+            post(b"Transfer-Encoding: chunked", body=b"0\r\n\r\n" + SMUGGLED),
+            400,
+            "request: expected HTTP/1.1, got an error: ",
+        ),
+        (post(b"Content-Length: 5"), 400, "request: expected HTTP/1.1, got an error: "),
+        (
+            post(b"Transfer-Encoding: chunked", b"Transfer-Encoding: identity", length=False),
+            400,
+            "request: expected HTTP/1.1, got an error: ",
+        ),
+        (post(b"Transfer-Encoding: xchunked", length=False), 400, "request: expected HTTP/1.1"),
+        (post(b"Content-Length: +27", length=False), 400, "request: expected HTTP/1.1"),
+        (post(b"Content-Length: -1", length=False), 400, "request: expected HTTP/1.1"),
+        (post(b"Content-Length: 2_7", length=False), 400, "request: expected HTTP/1.1"),
+        (post(b"Content-Length: 99999999999999999999", length=False), 400, "request: expected"),
+        (post(b"X-Workflow-Id : w"), 400, "request: expected HTTP/1.1"),
+        (post(b"X-Workflow-Id: a\nX-Tenant-Id: b"), 400, "request: expected HTTP/1.1"),
+        (post(b"X-Workflow-Id: a\rX-Tenant-Id: b"), 400, "request: expected HTTP/1.1"),
+        (post(b" folded: a"), 400, "request: expected HTTP/1.1"),
+        (post(b"X-Workflow-Id: a\x00b"), 400, ""),
+        (post(b"X: " + b"a" * 100_000), 431, "headers: expected at most 8190 bytes each"),
+        (post(b"X" * 100_000 + b": a"), 431, "headers: expected at most 8190 bytes each"),
+        (post(*[b"X-%d: a" % n for n in range(200)]), 431, "headers: expected at most 128"),
+        (b"GET /" + b"a" * 100_000 + b" HTTP/1.1\r\n\r\n", 431, "headers: expected at most"),
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" * 3, 400, "request line: expected METHOD"),
+        (b"\x00" * 64 + b"\r\n\r\n", 400, "request line: expected METHOD"),
+        (b"GET / HTTP/9.9\r\n" + HOST + b"\r\n", 400, "request line: expected METHOD"),
+        (b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n", 400, "request: expected HTTP/1.1"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "request"),
+    ],
+    ids=lambda value: repr(value)[:60] if isinstance(value, bytes) else None,
+)
+async def test_what_is_no_http_is_refused_in_openai_s_form(
+    routing: Routing, request_bytes: bytes, status: int, message: str
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        answer = await exchange(client.router.url, request_bytes)
+        await still_serves(client)
+
+    assert answer.status == status, answer.lines
+    assert answer.error["message"].startswith(message)
+    assert answer.error["type"] == "invalid_request_error"
+    assert len(engine.received) == 1  # the one that shows that it still serves
+
+
+async def test_ten_megabytes_of_headers_are_refused_before_they_are_held(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        many = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 8000) for n in range(1250))
+        answer = await exchange(client.router.url, f"POST {CHAT} HTTP/1.1\r\n".encode() + many)
+        await still_serves(client)
+
+    assert answer.status in {0, 431}  # 0: it was closed before all was sent
+
+
+@pytest.mark.parametrize(
+    ("headers", "param"),
+    [
+        ({"X-Workflow-Slo-Ms": "nan"}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Slo-Ms": "inf"}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Slo-Ms": "-1"}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Slo-Ms": "0"}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Slo-Ms": "1e308"}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Slo-Ms": "1e999"}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Slo-Ms": "9" * 300}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Slo-Ms": "١٢"}, "X-Workflow-Slo-Ms"),
+        ({"X-Workflow-Budget-Ms": "-0.1"}, "X-Workflow-Budget-Ms"),
+        ({"X-Workflow-Budget-Ms": "NaN"}, "X-Workflow-Budget-Ms"),
+        ({"X-Workflow-Final": "perhaps"}, "X-Workflow-Final"),
+        ({"X-Workflow-Id": "a" * 257}, "X-Workflow-Id"),
+        ({"X-Workflow-Stage": "é"}, "X-Workflow-Stage"),
+        ({"X-Tenant-Id": "a\tb"}, "X-Tenant-Id"),
+    ],
+    ids=str,
+)
+async def test_a_value_of_ours_that_makes_no_sense_is_told(
+    routing: Routing, headers: dict[str, str], param: str
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with client.post(headers=headers) as response:
+            error = (await response.json())["error"]
+        await still_serves(client)
+
+    assert (response.status, error["param"]) == (400, param)
+    assert error["message"].startswith(f"header {param}: expected ")
+    assert ", got " in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("raw", "message"),
+    [
+        (b'{"a":NaN}', "body: expected JSON, got an error: NaN is no JSON"),
+        (b'{"a":-Infinity}', "body: expected JSON, got an error: -Infinity is no JSON"),
+        (b'{"a":' * 101 + b"1" + b"}" * 101, "body: expected JSON at most 100 deep"),
+        (b'{"a":' * 90_000 + b"1" + b"}" * 90_000, "body: expected JSON, got one nested too"),
+        (b'{"a":[' + b"[]," * 200_000 + b"1]}", "body: expected at most 100000 objects and lists"),
+        (b'{"a":[' + b"1," * 2_000_000 + b"1]}", "body: expected at most 1000000 commas outside"),
+        (b'{"a":' + b"9" * 5000 + b"}", "body: expected JSON, got an error: Exceeds the limit"),
+        (b'{"a":"\xff\xfe"}', "body: expected JSON in UTF-8"),
+        (b'\xef\xbb\xbf{"a":1}', "body: expected JSON, got an error: Expecting value"),
+        (b"[" * 3, "body: expected JSON, got an error"),
+        (b"", "body: expected JSON, got an error"),
+        (b"null", "body: expected a JSON object, got NoneType"),
+        (b'{"metadata":{"workflow_slo_ms":1e999}}', "metadata.workflow_slo_ms: expected a number"),
+        (b'{"vllm_xargs":{"wf_budget_ms":-5}}', "vllm_xargs.wf_budget_ms: expected a number"),
+        (b'{"vllm_xargs":{"wf_id":"a\\r\\nX-Evil: b"}}', "vllm_xargs.wf_id: expected 1 to 256"),
+    ],
+    ids=lambda value: repr(value)[:40] if isinstance(value, bytes) else None,
+)
+async def test_a_body_that_makes_no_sense_is_told(
+    routing: Routing, raw: bytes, message: str
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with client.post(raw) as response:
+            error = (await response.json())["error"]
+        await still_serves(client)
+
+    assert response.status == 400
+    assert error["message"].startswith(message)
+    assert len(engine.received) == 1
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"max_tokens": 10**400},
+        {"max_tokens": -1},
+        {"max_tokens": 2**63},
+        {"model": "m", "messages": [{"content": "\ud800"}]},
+        {"messages": {"a": 1}},
+        {"messages": [[[]]], "stream": "yes"},
+        {"prompt": [1, 2**70]},
+        {"vllm_xargs": {"wf_id": 2**62}, "metadata": 5},
+        {"vllm_xargs": {"agentic_context": {"program_id": "p", "deadline_seconds": 1e300}}},
+        {"nvext": {"agent_hints": {"osl": 1e308, "priority": -(2**80)}}},
+    ],
+    ids=lambda fields: str(fields)[:50],
+)
+async def test_what_is_odd_but_not_ours_is_for_the_engine_to_judge(
+    routing: Routing, fields: dict[str, Any]
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with client.post(**fields) as response:
+            assert response.status == 200
+            await response.read()
+
+    assert engine.received[0].body.items() >= fields.items() or "vllm_xargs" in fields
+
+
+async def test_of_members_that_are_there_twice_the_last_one_counts(routing: Routing) -> None:
+    engine = FakeEngine(models=("m", "n"))
+    async with engine.serving(), routing(engine) as client:
+        raw = b'{"model":"no","model":"n","vllm_xargs":{"wf_id":"a"},"vllm_xargs":{"wf_id":"b"}}'
+        async with client.post(raw) as response:
+            assert response.status == 200
+
+    assert engine.received[0].raw.count(b'"model"') == 2
+    assert engine.received[0].xargs["wf_id"] == "b"
+
+
+async def test_a_request_id_cannot_bring_headers_along(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        answer = await exchange(client.router.url, post(b"X-Request-Id: a\xc4\x8d\xc4\x8ab"))
+
+    assert answer.status == 200
+    sent = engine.received[0].header("X-Request-Id")
+    assert sent is not None
+    assert sent.isalnum()
+    assert f"X-Request-Id: {sent}" in answer.lines
+
+
+async def test_a_body_that_is_announced_as_too_large_is_not_read(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine, max_body_mb=1) as client:
+        head = post(b"Content-Length: 100000000", body=b"", length=False)
+        answer = await exchange(client.router.url, head)
+        await still_serves(client)
+
+    assert answer.status == 413
+    assert answer.error["message"] == "body: expected at most 1 MB, got 100.0 MB"
+
+
+async def chunked(num_bytes: int) -> AsyncIterator[bytes]:
+    for _ in range(num_bytes // 65_536 + 1):
+        yield b" " * 65_536
+
+
+async def test_a_body_that_grows_too_large_is_refused_when_it_does(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine, max_body_mb=1) as client:
+        url = client.router.url + CHAT
+        async with client.session.post(url, data=chunked(2_000_000)) as response:
+            assert response.status == 413
+        await still_serves(client)
+
+
+async def test_a_small_body_that_unpacks_to_a_large_one_is_refused(routing: Routing) -> None:
+    import zlib
+
+    bomb = zlib.compress(b" " * 50_000_000)
+    async with FakeEngine().serving() as engine, routing(engine, max_body_mb=1) as client:
+        async with client.post(bomb, headers={"Content-Encoding": "deflate"}) as response:
+            assert response.status == 413
+        async with client.post(b"no", headers={"Content-Encoding": "gzip"}) as response:
+            assert response.status == 400
+            assert "body: expected one as its headers announce it" in await response.text()
+        await still_serves(client)
+
+
+async def test_bodies_of_all_calls_together_take_bounded_memory(routing: Routing) -> None:
+    limits = {"max_bodies_mb": 1}
+    engine = FakeEngine(held=True)
+    async with engine.serving(), routing(engine, limits=limits) as client:
+        raw = b'{"model":"m","messages":["' + b"a" * 600_000 + b'"]}'
+        first = asyncio.create_task(client.post(raw).__aenter__())
+        await engine.wait_for(received=1)
+        async with client.post(raw) as response:
+            error = (await response.json())["error"]
+            assert (response.status, error["code"]) == (429, "overloaded")
+            assert response.headers["Retry-After"] == "1"
+        engine.release()
+        async with await first as response:
+            assert response.status == 200
+        engine.release()
+        async with client.post(raw) as response:
+            assert response.status == 200
+
+
+@pytest.mark.parametrize("sent", [b"", b"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\n"])
+async def test_headers_that_do_not_come_are_not_waited_for(routing: Routing, sent: bytes) -> None:
+    limits = {"header_timeout_s": 0.2, "idle_timeout_s": 0.3}
+    async with FakeEngine().serving() as engine, routing(engine, limits=limits) as client:
+        answer = await exchange(client.router.url, sent)
+        await still_serves(client)
+
+    if sent:
+        assert answer.status == 408
+        assert answer.error["code"] == "header_timeout"
+    else:
+        assert answer.status == 0
+
+
+async def test_headers_that_come_byte_by_byte_are_not_waited_for(routing: Routing) -> None:
+    limits = {"header_timeout_s": 0.3}
+    async with FakeEngine().serving() as engine, routing(engine, limits=limits) as client:
+        host, _, port = client.router.url.partition("://")[2].partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+
+        async def drip() -> None:
+            writer.write(f"POST {CHAT} HTTP/1.1\r\n".encode())
+            while not writer.is_closing():
+                writer.write(b"X: a\r\n")
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        async with asyncio.timeout(5):
+            answer = Answer(await reader.read())
+        dripping.cancel()
+        writer.close()
+        await still_serves(client)
+
+    assert answer.status == 408
+
+
+async def test_a_body_that_does_not_come_is_not_waited_for(routing: Routing) -> None:
+    limits = {"body_timeout_s": 0.2}
+    async with FakeEngine().serving() as engine, routing(engine, limits=limits) as client:
+        head = post(b"Content-Length: 100", body=b"", length=False).replace(b": close", b": x")
+        host, _, port = client.router.url.partition("://")[2].partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head + b"{")
+        async with asyncio.timeout(5):
+            raw = await reader.readuntil(b"}}")
+        writer.close()
+        await still_serves(client)
+
+    answer = Answer(raw)
+    assert answer.status == 408
+    assert answer.error["message"] == "body: expected all of it within 0.2 s, got 1 bytes"
+
+
+async def test_more_connections_than_there_may_be_are_turned_away(routing: Routing) -> None:
+    limits = {"max_connections": 2}
+    async with FakeEngine().serving() as engine, routing(engine, limits=limits) as client:
+        host, _, port = client.router.url.partition("://")[2].partition(":")
+        held = [await asyncio.open_connection(host, int(port)) for _ in range(2)]
+        answer = await exchange(client.router.url, b"")
+        for _, writer in held:
+            writer.close()
+            await writer.wait_closed()
+        async with asyncio.timeout(5):
+            while (await exchange(client.router.url, post())).status != 200:
+                pass
+
+    assert (answer.status, answer.error["code"]) == (503, "overloaded")
+
+
+async def test_an_idle_connection_is_closed(routing: Routing) -> None:
+    limits = {"idle_timeout_s": 0.2}
+    async with FakeEngine().serving() as engine, routing(engine, limits=limits) as client:
+        kept = post().replace(b"Connection: close", b"Connection: keep-alive")
+        answer = await exchange(client.router.url, kept)
+
+    assert answer.status == 200
+
+
+def rss_mb(pid: int) -> float:
+    for line in Path(f"/proc/{pid}/status").read_text("ascii").splitlines():
+        if line.startswith("VmRSS:"):
+            return int(line.split()[1]) / 1024
+    raise AssertionError("no VmRSS")
+
+
+@asynccontextmanager
+async def watched(pid: int) -> AsyncIterator[list[float]]:
+    """Note the memory of a process again and again while the block runs."""
+    seen = [rss_mb(pid)]
+
+    async def look() -> None:
+        while True:
+            seen.append(rss_mb(pid))
+            await asyncio.sleep(0.05)
+
+    looking = asyncio.create_task(look())
+    try:
+        yield seen
+    finally:
+        looking.cancel()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+async def test_twenty_clients_with_100_mb_each_take_bounded_memory(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    async with FakeEngine().serving() as engine, aiohttp.ClientSession() as session:
+        path.write_text(
+            f"port: 0\nlimits: {{max_bodies_mb: 100}}\ninstances: [{{url: '{engine.url}'}}]\n"
+        )
+        async with process("--config", str(path)) as (running, url), asyncio.timeout(60):
+            piece = b" " * (1 << 20)
+
+            async def attack() -> int:
+                async def body() -> AsyncIterator[bytes]:
+                    for _ in range(100):
+                        yield piece
+
+                try:
+                    async with session.post(url + CHAT, data=body()) as response:
+                        return response.status
+                except aiohttp.ClientError:  # it was closed on us
+                    return 0
+
+            async with watched(running.pid) as seen:
+                statuses = await asyncio.gather(*(attack() for _ in range(20)))
+            async with session.post(url + CHAT, json={}) as response:
+                assert response.status == 200
+
+    assert set(statuses) <= {0, 413, 429}
+    assert {413, 429} & set(statuses)
+    assert max(seen) - seen[0] < 300, seen

@@ -1,0 +1,208 @@
+"""One instance in the ledger: what is in flight on it, and what one more call would cost there."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.prefix import KvLedger
+from vllm_workflow.core.types import Candidate, StageRequest
+
+_OVERDUE_SHARE = 0.25
+"""A call that has outlived its prediction is taken to need this share of its age still."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Instance:
+    """One vLLM server as configured."""
+
+    instance_id: str
+    models: tuple[str, ...]
+    """Model names it serves; empty means that it serves any."""
+    latency: LatencyModel = field(default_factory=LatencyModel)
+    max_num_seqs: int = 256
+    """Calls that run side by side; further ones wait, in the router with late binding."""
+    num_kv_tokens: int | None = None
+    """Tokens that its KV cache holds; None where that is not known."""
+
+    def serves(self, model: str) -> bool:
+        return not self.models or not model or model in self.models
+
+
+class Reserved(NamedTuple):
+    """A call in flight, as it was predicted when it was sent."""
+
+    service_s: float
+    start_time: float
+    end_time: float
+    num_tokens: float
+    """Of the KV cache, that nobody else needed then."""
+    max_stretch: float
+    """By which its instance may be slower than for one call alone without making it late."""
+
+
+class Need:
+    """What one call asks of any instance, worked out once for all of them."""
+
+    __slots__ = (
+        "context",
+        "model",
+        "num_at_most",
+        "num_decoded",
+        "num_own_tokens",
+        "prefills",
+        "request",
+    )
+
+    def __init__(self, request: StageRequest, num_at_most: float) -> None:
+        expected = request.expected_output_tokens
+        self.request = request
+        self.num_at_most = num_at_most
+        """Tokens that an instance must be able to hold."""
+        self.num_own_tokens = num_own_tokens(request)
+        self.num_decoded = expected - 1.0 if expected > 1.0 else 0.0
+        self.context = request.num_prompt_tokens + 0.5 * expected
+        """Of one sequence like this one, mean while it decodes."""
+        self.prefills: dict[tuple[int, int], float] = {}
+        """Seconds by latency model, which instances of one kind share, and cached tokens."""
+
+
+class Account:
+    """What is known of one instance beside its configuration."""
+
+    __slots__ = (
+        "drift",
+        "healthy",
+        "hit_share",
+        "instance",
+        "kv",
+        "num_observed",
+        "outstanding_s",
+        "reserved",
+    )
+
+    def __init__(self, instance: Instance) -> None:
+        self.instance = instance
+        self.kv = KvLedger(_capacity(instance))
+        self.healthy = True
+        self.reserved: dict[str, Reserved] = {}
+        self.outstanding_s = 0.0
+        self.drift = 1.0
+        """Actual over predicted service, smoothed."""
+        self.num_observed = 0
+        self.hit_share = 1.0
+        """Of the prompt tokens that should be in its prefix cache, those that were."""
+
+    def replace(self, instance: Instance) -> None:
+        """Go on with other properties."""
+        self.instance = instance
+        self.kv.resize(_capacity(instance))
+
+    @property
+    def has_room(self) -> bool:
+        """Whether it can start a further call, if it is a small one; an idle one takes any."""
+        return self.healthy and (
+            not self.reserved
+            or (len(self.reserved) < self.instance.max_num_seqs and self.kv.num_free_tokens > 0.0)
+        )
+
+    def can_start(self, need: Need) -> bool:
+        """Whether it has a seat and KV blocks for a call now, if it has room at all."""
+        if not self.reserved:
+            return True
+        free = self.kv.num_free_tokens
+        return (
+            need.num_own_tokens <= free
+            and self.kv.num_new_tokens(need.request.prefix, need.num_own_tokens) <= free
+        )
+
+    def predict(self, need: Need, now: float) -> Candidate:
+        """Say what a call would cost here."""
+        instance, kv, drift = self.instance, self.kv, self.drift
+        latency, num_ahead = instance.latency, len(self.reserved)
+        num_prompt_tokens = need.request.num_prompt_tokens
+        num_cached, num_new = 0, need.num_own_tokens
+        if need.request.prefix:
+            num_held, num_new = kv.probe(need.request.prefix, num_new)
+            num_cached = int(self.hit_share * min(num_held, num_prompt_tokens - 1))
+        key = (id(latency), num_cached)
+        prefill_s = need.prefills.get(key)
+        if prefill_s is None:
+            prefill_s = need.prefills[key] = latency.prefill_s(
+                num_prompt_tokens - num_cached, num_cached_tokens=num_cached
+            )
+        queue_s, num_beside = 0.0, num_ahead
+        # An idle instance takes any call: no other will end and make more room.
+        if num_ahead and (num_ahead >= instance.max_num_seqs or num_new > kv.num_free_tokens):
+            queue_s, num_beside = self._room_s(num_new, now)
+        num_decoded, context = need.num_decoded, need.context
+        step_s = latency.decode_step_s(num_beside + 1, context)
+        together_s = num_decoded * step_s
+        slowdown_s, stretch = 0.0, 1.0
+        if num_beside:
+            slowdown_s = together_s - num_decoded * latency.decode_step_s(num_beside, context)
+            stretch = step_s / latency.decode_step_s(1, context)
+        return Candidate(
+            instance.instance_id,
+            queue_s,
+            drift * prefill_s,
+            drift * together_s,
+            drift * num_beside * (prefill_s + slowdown_s),
+            num_ahead,
+            self.outstanding_s,
+            num_cached,
+            stretch,
+        )
+
+    def _room_s(self, num_new_tokens: float, now: float) -> tuple[float, int]:
+        """Seconds until a call finds a seat and KV room, and how many calls then run beside it.
+
+        Calls are taken to end when it was predicted that they would, those that are overdue
+        after a while that grows with their delay, and those sent last to wait for the first
+        ones too.
+        """
+        seats = self.instance.max_num_seqs
+        free = self.kv.num_free_tokens
+        left = len(self.reserved)
+        until = now
+        for end_time, num_tokens in sorted([_end(r, now) for r in self.reserved.values()]):
+            if left < seats and num_new_tokens <= free:
+                break
+            until = end_time
+            free += num_tokens
+            left -= 1
+        return until - now, left
+
+
+def num_own_tokens(request: StageRequest) -> float:
+    """KV tokens that no other call shares: the rest of its prompt, and its answer."""
+    num_head_tokens = 0
+    for segment in request.prefix:
+        num_head_tokens += segment.num_tokens
+    num_rest = request.num_prompt_tokens - num_head_tokens
+    return (num_rest if num_rest > 0 else 0) + request.expected_output_tokens
+
+
+def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> float:
+    """How much slower than alone a call's run may go from `now` on, and still be on time.
+
+    `inf` without a deadline, and for a run that cannot be on time anyway: nobody has to make
+    room for it.
+    """
+    needed_s = candidate.alone_s + request.rest_s
+    left_s = request.deadline - now
+    return left_s / needed_s if 0.0 < needed_s <= left_s else math.inf
+
+
+def _capacity(instance: Instance) -> float:
+    return math.inf if instance.num_kv_tokens is None else instance.num_kv_tokens
+
+
+def _end(reserved: Reserved, now: float) -> tuple[float, float]:
+    """When a call ends as far as is known now, and the KV tokens that it then gives back."""
+    end_time = reserved.end_time
+    if end_time <= now:
+        end_time = now + _OVERDUE_SHARE * (now - reserved.start_time)
+    return end_time, reserved.num_tokens

@@ -1,0 +1,183 @@
+"""An instance's answer on its way to the client: held until it is whole, or passed on as it comes.
+
+An answer that is no stream is held, so that one that breaks off can be asked for elsewhere. Of a
+stream the client has a part already: it ends with an error event, and without the end that
+its framing and its format ask for, so that no client can take it for a complete one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Mapping
+
+import aiohttp
+from aiohttp import web
+from multidict import CIMultiDict
+
+from vllm_workflow.router.attempt import BROKEN_OFF, Attempt, LostError, Refusal
+from vllm_workflow.router.errors import error_json
+from vllm_workflow.router.watch import TICK_S, Silence
+
+MAX_HELD_BYTES = 8 << 20
+"""A larger answer is passed on as it comes, so that the memory taken by one is bounded."""
+_ERROR_EVENT = b'data: {"error"'
+_EVENT_END = b"\n\n"
+_EVENT_ENDS = (_EVENT_END, b"\r\n\r\n")
+_MAX_EVENT_BYTES = 1 << 20
+_LAST_WORDS_S = 1.0
+
+
+class Held:
+    """An answer that is not passed on yet."""
+
+    def __init__(self, upstream: aiohttp.ClientResponse, first: bytes) -> None:
+        self._upstream = upstream
+        self._chunks = [first]
+        self._num_bytes = len(first)
+
+    @property
+    def body(self) -> bytes:
+        return b"".join(self._chunks)
+
+    async def read(self, attempt: Attempt, silence: Silence, *, unbounded: bool) -> bool:
+        """Read until it is whole; False if it is too large for being held and `unbounded` is not.
+
+        Raises:
+            LostError: It broke off.
+        """
+        if not self._chunks[0]:
+            return self._is_whole()
+        while unbounded or self._num_bytes <= MAX_HELD_BYTES:
+            try:
+                chunk = await self._upstream.content.readany()
+            except BROKEN_OFF:
+                raise LostError("disconnected") from None
+            silence.heard(attempt)
+            if not chunk:
+                return self._is_whole()
+            self._chunks.append(chunk)
+            self._num_bytes += len(chunk)
+        return False
+
+    def _is_whole(self) -> bool:
+        """See that an answer without a length, which ends when its connection does, is one."""
+        headers = self._upstream.headers
+        if "Content-Length" not in headers and "Transfer-Encoding" not in headers and self.body:
+            try:
+                json.loads(self.body)
+            except ValueError:
+                raise LostError("disconnected") from None
+        return True
+
+
+class Passing:
+    """An answer that is passed on as it comes."""
+
+    def __init__(self, attempt: Attempt, silence: Silence, response: web.StreamResponse) -> None:
+        self.response = response
+        self.is_whole = False
+        """Whether all of it has come, as far as its framing and its format say."""
+        self._attempt = attempt
+        self._silence = silence
+        self._has_error = False
+        self._begun = b""
+        """Of an event whose end has not come."""
+
+    async def run(
+        self, upstream: aiohttp.ClientResponse, first: bytes, *, wants_done: bool
+    ) -> None:
+        """Pass it on to its end, well or not.
+
+        Args:
+            upstream: Gives the rest.
+            first: What has come already.
+            wants_done: Whether it is a stream that ends with `[DONE]`.
+        """
+        chunk, has_events = first, is_event_stream(upstream.headers)
+        while chunk and not self._has_error:
+            await self._write(self._whole_events(chunk) if has_events else chunk)
+            try:
+                chunk = await upstream.content.readany()
+            except BROKEN_OFF:
+                return
+            self._silence.heard(self._attempt)
+        begun, self._begun = self._begun, b""
+        is_done = self._attempt.usage.is_done or begun.rstrip() == b"data: [DONE]"
+        if not self._has_error and (is_done or not wants_done):
+            self.is_whole = True
+            await self._write(begun)
+
+    async def _write(self, data: bytes) -> None:
+        attempt = self._attempt
+        if not data:
+            return
+        attempt.usage.add(data)
+        attempt.is_reading = False
+        begin = time.monotonic()
+        await self.response.write(data)
+        took_s = time.monotonic() - begin
+        attempt.is_reading = True
+        attempt.write_s += took_s
+        if took_s > TICK_S:
+            self._silence.resume(attempt)
+
+    def _whole_events(self, chunk: bytes) -> bytes:
+        """Return what can be passed on: half an event could not be followed by an error.
+
+        What follows an error event of the engine is cut, for it says that all is well.
+        """
+        data = self._begun + chunk
+        end = len(data)
+        if not data.endswith(_EVENT_ENDS):
+            end = max(data.rfind(mark) + len(mark) * (mark in data) for mark in _EVENT_ENDS)
+            end = max(end, 0) if len(data) < _MAX_EVENT_BYTES else len(data)
+        data, self._begun = data[:end], data[end:]
+        start = 0 if data.startswith(_ERROR_EVENT) else data.find(_EVENT_END + _ERROR_EVENT)
+        if start < 0:
+            return data
+        self._has_error = True
+        end = data.find(_EVENT_END, start + len(_EVENT_END))
+        return data if end < 0 else data[: end + len(_EVENT_END)]
+
+    async def break_off(self, request: web.Request) -> None:
+        """Let the client know that what it has is not the whole answer."""
+        transport = request.transport
+        try:
+            if is_event_stream(self.response.headers) and not self._has_error:
+                instance_id = self._attempt.instance_id
+                error = error_json(
+                    502, f"instance {instance_id} broke off its answer", code="upstream_lost"
+                )
+                begin = b"data: " if self._attempt.usage.ends_event else b"\n\ndata: "
+                async with asyncio.timeout(_LAST_WORDS_S):
+                    await self.response.write(begin + error + _EVENT_END)
+        except TimeoutError:  # it does not read
+            if transport is not None:
+                transport.abort()
+        if transport is not None:
+            transport.close()
+
+
+def is_event_stream(headers: Mapping[str, str]) -> bool:
+    """Whether an answer is a stream of server-sent events."""
+    return headers.get("Content-Type", "").startswith("text/event-stream")
+
+
+def error_at_start(instance_id: str, first: bytes, headers: Mapping[str, str]) -> Refusal | None:
+    """Return the error that a stream begins with, if it is the engine's: nothing is lost yet."""
+    if not first.startswith(_ERROR_EVENT):
+        return None
+    event = first.partition(_EVENT_END)[0].removeprefix(b"data: ")
+    try:
+        code = json.loads(event)["error"]["code"]
+    except (ValueError, KeyError, TypeError):
+        code = None
+    if not isinstance(code, int) or not 500 <= code < 600:
+        return None
+    status = 503 if code == 503 else 500
+    kept = CIMultiDict(headers)
+    kept.popall("Content-Length", None)
+    kept["Content-Type"] = "application/json"
+    return Refusal(instance_id, status, kept, event)

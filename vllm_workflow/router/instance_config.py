@@ -1,0 +1,145 @@
+"""The `instances` of `router.yaml`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+from pydantic import Field, field_validator, model_validator
+
+from vllm_workflow.core.fleet import Instance
+from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.profiles import catalogue
+from vllm_workflow.profiles.profile import LatencyProfile, latency_values
+from vllm_workflow.router.access_config import UpstreamTlsConfig
+from vllm_workflow.router.credentials import read_key
+from vllm_workflow.yaml_config import Name, Strict
+
+_LATENCY = LatencyModel()
+
+
+class LatencyConfig(Strict):
+    """Step time of the model on this instance, see `core.latency.LatencyModel`.
+
+    What is left out has the value of the profile, or of the prior from datasheets, if the
+    instance names one; else the default here.
+    """
+
+    overhead_ms: Annotated[float, Field(ge=0)] = _LATENCY.overhead_s * 1e3
+    weights_ms: Annotated[float, Field(ge=0)] = _LATENCY.weights_s * 1e3
+    per_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_token_s * 1e6
+    per_token_below_knee_us: Annotated[float, Field(ge=0)] = _LATENCY.per_token_below_knee_s * 1e6
+    num_knee_tokens: Annotated[float, Field(ge=0)] | None = _LATENCY.num_knee_tokens
+    per_seq_us: Annotated[float, Field(ge=0)] = _LATENCY.per_seq_s * 1e6
+    per_kv_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_kv_token_s * 1e6
+    per_prefill_kv_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_prefill_kv_token_s * 1e6
+    max_num_batched_tokens: Annotated[int, Field(ge=1)] = _LATENCY.max_num_batched_tokens
+
+    def build(self, base: LatencyModel = _LATENCY) -> LatencyModel:
+        """Return `base` with what is set here."""
+        values = self.model_dump(include=self.model_fields_set)
+        return replace(base, **latency_values(values))
+
+
+class InstanceConfig(Strict):
+    """One vLLM server."""
+
+    url: str
+    """Root of the server, e.g. `http://10.0.0.7:8000`."""
+    id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] = ""
+    """Its name in headers, labels and logs; host and port of the url by default."""
+    gpu: str = ""
+    """For people only, unless `model_shape` is given; what counts then is `latency`."""
+    model_shape: str = ""
+    """With `gpu`: predict `latency` for this shape, e.g. `llama-3.1-8b`, on that GPU."""
+    tp: Annotated[int, Field(ge=1)] = 1
+    """Tensor-parallel size, for `model_shape`."""
+    weight_bits: int = 16
+    """Bits of a weight, for `model_shape`: 4, 8 or 16."""
+    profile: str = ""
+    """File that `vllm-workflow profile` wrote; replaces `model_shape`."""
+    models: list[Name] = Field(default_factory=list)
+    """Models it serves; asked of the server if empty."""
+    max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    """As the server was started with; vLLM's own default is this, or more on large GPUs."""
+    num_kv_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Tokens that its KV cache holds; by default those of the profile, or as datasheets say."""
+    latency: LatencyConfig = LatencyConfig()
+    api_key_env: str = ""
+    """Environment variable with the key that the server wants (`vllm serve --api-key`)."""
+    api_key_file: str = ""
+    """File with that key."""
+    tls: UpstreamTlsConfig = UpstreamTlsConfig()
+
+    @field_validator("url")
+    @classmethod
+    def _root(cls, url: str) -> str:
+        parts = urlsplit(url)
+        if parts.scheme not in {"http", "https"} or not parts.hostname:
+            raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
+        if parts.username or parts.password:
+            raise ValueError("expected no name and password; give api_key_env or api_key_file")
+        if parts.path.rstrip("/").endswith("/v1"):
+            raise ValueError("expected the root of the server, without /v1")
+        return url.rstrip("/")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_id(cls, data: Any) -> Any:
+        if isinstance(data, dict) and "id" not in data and isinstance(data.get("url"), str):
+            return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2]}
+        return data
+
+    def authorization(self) -> str:
+        """Return the header's value for this server; empty if it wants no key.
+
+        Raises:
+            ConfigError: The variable or file has no key.
+        """
+        if not (self.api_key_env or self.api_key_file):
+            return ""
+        return f"Bearer {read_key(self.api_key_env, self.api_key_file, min_length=1)}"
+
+    @property
+    def has_files(self) -> bool:
+        """Whether it may mean something else when read again: keys and certificates change."""
+        tls = self.tls
+        return bool(self.api_key_env or self.api_key_file or tls.ca_file or tls.cert_file)
+
+    def build(self, models: Sequence[str] | None = None) -> Instance:
+        """Return the core's value, with `models` where the configuration names none.
+
+        Raises:
+            ConfigError: Unknown GPU or shape, or a profile that cannot be used.
+        """
+        profile = self._latency_profile()
+        return Instance(
+            instance_id=self.id,
+            models=tuple(self.models or models or ()),
+            latency=self.latency.build(profile.latency) if profile else self.latency.build(),
+            max_num_seqs=self.max_num_seqs,
+            num_kv_tokens=self.num_kv_tokens or (profile.num_kv_tokens if profile else None),
+        )
+
+    def _latency_profile(self) -> LatencyProfile | None:
+        if self.profile:
+            return LatencyProfile.from_file(Path(self.profile))
+        if not self.model_shape:
+            return None
+        return catalogue.profile(
+            self.gpu, self.model_shape, tp=self.tp, weight_bits=self.weight_bits
+        )
+
+    @model_validator(mode="after")
+    def _check(self) -> InstanceConfig:
+        for name in ("tp", "weight_bits"):
+            if name in self.model_fields_set and not self.model_shape:
+                raise ValueError(f"{name}: expected model_shape beside it, got none")
+        if self.api_key_env and self.api_key_file:
+            raise ValueError("expected api_key_env or api_key_file, got both")
+        self.authorization()
+        self.build()
+        return self

@@ -1,0 +1,197 @@
+"""HTTP as the router speaks it to clients: errors in OpenAI's form, and bounded patience.
+
+What cannot be read as HTTP (headers too long, two lengths, a length that is no number) is refused
+by the parser; here it gets its words. The words do not repeat what came, which may be a key.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import ssl
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from aiohttp import http_exceptions, web
+
+from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.router.errors import error_json, error_response
+from vllm_workflow.router.limits import LimitsConfig
+
+_logger = logging.getLogger(__name__)
+_LINGERING_S = 2.0
+"""A refused body is read and thrown away for this long, so that its sender sees the answer."""
+_PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
+
+
+class Protocol(web.RequestHandler):
+    """One connection of a client.
+
+    aiohttp's own timer closes a connection on which no request is complete
+    `idle_timeout_s` after the last one; the timer here is for headers that have begun.
+    """
+
+    __slots__ = ("_head_timer", "_limits", "_listener")
+
+    def __init__(self, listener: Listener, **kwargs: Any) -> None:
+        limits = listener.limits
+        super().__init__(
+            listener.server,
+            keepalive_timeout=limits.idle_timeout_s,
+            max_line_size=limits.max_header_bytes,
+            max_field_size=limits.max_header_bytes,
+            max_headers=limits.max_headers,
+            lingering_time=_LINGERING_S,
+            access_log=None,  # type: ignore[arg-type]
+            logger=_logger,
+            **kwargs,
+        )
+        self._listener = listener
+        self._limits = limits
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        super().connection_made(transport)
+        listener = self._listener
+        listener.num_connections += 1
+        if listener.num_connections > self._limits.max_connections:
+            self._end(503, "the router has as many connections as it may", "overloaded")
+
+    def connection_lost(self, exc: BaseException | None) -> None:
+        self._listener.num_connections -= 1
+        self._stop_timer()
+        super().connection_lost(exc)
+
+    def data_received(self, data: bytes) -> None:
+        super().data_received(data)
+        waiter = self._waiter
+        if waiter is None or waiter.done():  # a request is complete, or under way
+            self._stop_timer()
+        elif self._head_timer is None and self.transport is not None:
+            self._head_timer = asyncio.get_running_loop().call_later(
+                self._limits.header_timeout_s, self._head_is_late
+            )
+
+    def _head_is_late(self) -> None:
+        self._head_timer = None
+        timeout_s = self._limits.header_timeout_s
+        self._end(408, f"headers: expected all of them within {timeout_s:g} s", "header_timeout")
+
+    def _stop_timer(self) -> None:
+        if self._head_timer is not None:
+            self._head_timer.cancel()
+            self._head_timer = None
+
+    def _end(self, status: int, message: str, code: str) -> None:
+        """Answer a connection on which there is no request, and close it."""
+        if self.transport is not None:
+            body = error_json(status, message, code=code)
+            head = (
+                f"HTTP/1.1 {status} {_PHRASES[status]}\r\nContent-Type: application/json\r\n"
+                f"Content-Length: {len(body)}\r\nConnection: close\r\n\r\n"
+            )
+            self.transport.write(head.encode() + body)
+        self.force_close()
+
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log what went wrong here; what clients do wrong is theirs to know."""
+        if isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            _logger.debug("a body was not framed or compressed as announced")
+        else:
+            super().log_exception(*args, **kw)
+
+    async def finish_response(
+        self,
+        request: web.BaseRequest,
+        resp: web.StreamResponse,
+        start_time: float | None,
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write an answer; one that aiohttp made itself, in OpenAI's form."""
+        if isinstance(resp, web.HTTPException) and not request.writer.output_size:
+            resp = error_response(
+                resp.status, f"request: expected one that is known here, got {resp.reason}"
+            )
+        return await super().finish_response(request, resp, start_time)
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,
+    ) -> web.StreamResponse:
+        """Return what a client gets for a request that is no HTTP, or that broke a handler."""
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun, so no other one can be given")
+        if isinstance(exc, http_exceptions.HttpProcessingError):
+            status, text = _refusal(exc, self._limits)
+            _logger.debug("refused a request: %s", text)
+            response = error_response(status, text, code="malformed_http")
+        else:
+            _logger.error("a call failed", exc_info=exc)
+            response = error_response(status, "the router failed at this call")
+        response.force_close()
+        return response
+
+
+class Listener:
+    """An application on an address."""
+
+    def __init__(self, app: web.Application, limits: LimitsConfig, *, grace_s: float) -> None:
+        self.limits = limits
+        """May be replaced: connections made from then on have the new ones."""
+        self.num_connections = 0
+        self._runner = web.AppRunner(
+            app, handler_cancellation=True, access_log=None, shutdown_timeout=grace_s
+        )
+
+    @property
+    def server(self) -> web.Server:
+        assert self._runner.server is not None
+        return self._runner.server
+
+    @asynccontextmanager
+    async def listening(
+        self, host: str, port: int, tls: ssl.SSLContext | None, *, where: str = "host, port"
+    ) -> AsyncIterator[str]:
+        """Serve while the block runs; yields the url.
+
+        Raises:
+            ConfigError: The address cannot be listened on.
+        """
+        await self._runner.setup()
+        loop = asyncio.get_running_loop()
+        try:
+            try:
+                server = await loop.create_server(
+                    lambda: Protocol(self, loop=loop), host, port, ssl=tls, backlog=1024
+                )
+            except OSError as e:
+                raise ConfigError(
+                    f"{where}: cannot listen on {host}:{port}: {e.strerror}"
+                ) from None
+            address, number = server.sockets[0].getsockname()[:2]
+            name = f"[{address}]" if ":" in address else address
+            try:
+                yield f"{'https' if tls else 'http'}://{name}:{number}"
+            finally:
+                server.close()
+        finally:
+            await self._runner.cleanup()
+
+
+def _refusal(error: http_exceptions.HttpProcessingError, limits: LimitsConfig) -> tuple[int, str]:
+    """Return status and words for what the parser did not take."""
+    text = error.message or ""
+    if isinstance(error, http_exceptions.LineTooLong):
+        return 431, f"headers: expected at most {limits.max_header_bytes} bytes each, got more"
+    if "Too many headers" in text:
+        return 431, f"headers: expected at most {limits.max_headers}, got more"
+    if isinstance(error, http_exceptions.InvalidHeader):
+        return 400, "headers: expected values as HTTP has them, got one that is not"
+    if isinstance(error, http_exceptions.InvalidURLError | http_exceptions.BadStatusLine):
+        return 400, "request line: expected METHOD PATH HTTP/1.1, got something else"
+    # llhttp's own first line says what was wrong; what follows quotes the bytes.
+    reason = text.partition("\n")[0].rstrip(":")
+    return 400, f"request: expected HTTP/1.1, got an error: {reason:.120}"

@@ -1,0 +1,142 @@
+"""A tuner for what a router's decision log says: the window, a fleet as fast as it was, a verdict.
+
+Engines are simulated with the policy that the router began with, whatever the router runs now:
+both are started with the same one, and only the router changes it while it runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from statistics import median
+
+from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.metrics import mean, percentile, slo_attainment
+from vllm_workflow.core.workflow import WorkflowProfile
+from vllm_workflow.sim.declare import declared
+from vllm_workflow.sim.fleet import SimInstance
+from vllm_workflow.sim.log_fit import Speed, as_fast, speeds
+from vllm_workflow.sim.log_window import LogWindow, sim_instance
+from vllm_workflow.sim.simulator import simulate
+from vllm_workflow.sim.tuner import TunerSettings, Verdict, Window, engines_of, tune
+
+MAX_ERROR = 0.5
+"""Median share by which a call's replayed duration may be off: beyond this the replay says
+nothing about the fleet."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Went:
+    """How the whole runs of a window went."""
+
+    attainment: float | None
+    mean_s: float
+    p95_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Fit:
+    """How well a replay under the policy of the log agrees with what happened."""
+
+    happened: Went
+    replayed: Went
+    """Router and engines together; where a policy is unstable, small things make large ones."""
+    speeds: Mapping[str, Speed]
+
+    @property
+    def error(self) -> float:
+        """Median share by which calls are off, of the worst instance; 0 if none is known."""
+        known = [each.error for each in self.speeds.values() if math.isfinite(each.error)]
+        return max(known, default=0.0)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LogVerdict:
+    """A verdict, and how far the replay that it is from can be trusted."""
+
+    verdict: Verdict
+    fit: Fit | None
+    """None if there were too few runs to tell, or another fleet was asked for."""
+
+
+def tune_log(
+    log: LogWindow,
+    points: Sequence[PolicyConfig],
+    settings: TunerSettings | None = None,
+    *,
+    incumbent: PolicyConfig | None = None,
+    fleet: Sequence[SimInstance] | None = None,
+    workflows: Sequence[WorkflowProfile] | None = None,
+    engine_policy: PolicyConfig | None = None,
+    max_runs: int | None = None,
+) -> LogVerdict:
+    """Return whether one of `points` would have served the window better.
+
+    Args:
+        log: The window.
+        points: Policies to try.
+        settings: When to believe a gain.
+        incumbent: Policy that they are held against; by default the one in force at the end.
+        fleet: In the place of the log's, which is corrected to be as fast as it was.
+        workflows: Declared to the router; by default what its runs look like.
+        engine_policy: Of the engines; by default the one that the router began with.
+        max_runs: Of the window, the last so many; None for all.
+
+    Raises:
+        ConfigError: See `tune`.
+    """
+    settings = settings or TunerSettings()
+    incumbent = incumbent or log.policy
+    if max_runs is not None:
+        log = replace(log, runs=log.runs[-max_runs:])
+    window = Window(
+        runs=tuple(each.run for each in log.runs),
+        fleet=tuple(fleet or map(sim_instance, log.instances)),
+        workflows=tuple(declared(e.run for e in log.runs) if workflows is None else workflows),
+        engine_policy=engine_policy or log.first_policy,
+        uncounted=frozenset(e.run.run_id for e in log.runs if e.run.run_id not in log.whole),
+    )
+    if len(window.runs) - len(window.uncounted) < settings.min_runs or fleet is not None:
+        return LogVerdict(verdict=tune(window, incumbent, points, settings), fit=None)
+    window, fit = fitted(log, window)
+    if fit.error > MAX_ERROR:
+        reason = (
+            f"the replay does not fit: of the worst instance, the median call is off by "
+            f"{fit.error:.0%}, at most {MAX_ERROR:.0%} would do"
+        )
+        verdict = Verdict(swap=False, reason=reason, policy=incumbent, incumbent=incumbent)
+        return LogVerdict(verdict=verdict, fit=fit)
+    return LogVerdict(verdict=tune(window, incumbent, points, settings), fit=fit)
+
+
+def fitted(log: LogWindow, window: Window) -> tuple[Window, Fit]:
+    """Make the instances of a window as fast as they were, and say how well it then agrees."""
+    found = speeds(log.runs, window.fleet, window.engine_policy or log.policy)
+    known = [each.factor for each in found.values() if math.isfinite(each.error)]
+    if known:  # the few calls of the others say less than what the rest of the fleet is like
+        other = Speed(factor=median(known))
+        used = {n: each if math.isfinite(each.error) else other for n, each in found.items()}
+        window = replace(window, fleet=as_fast(window.fleet, used))
+    result = simulate(
+        window.runs,
+        window.fleet,
+        log.policy,
+        engines=engines_of(window.engine_policy),
+        workflows=window.workflows,
+    )
+    whole = [each for each in log.runs if each.run.run_id in log.whole]
+    again = [run for run in result.runs if run.run_id in log.whole]
+    return window, Fit(
+        happened=_went([each.latency_s for each in whole], [each.run.slo_s for each in whole]),
+        replayed=_went([run.latency_s for run in again], [run.slo_s for run in again]),
+        speeds=found,
+    )
+
+
+def _went(latencies_s: Sequence[float], slos_s: Sequence[float | None]) -> Went:
+    return Went(
+        attainment=slo_attainment(latencies_s, slos_s),
+        mean_s=mean(latencies_s) or 0.0,
+        p95_s=percentile(latencies_s, 95.0) or 0.0,
+    )

@@ -21,7 +21,9 @@ RUN_IDLE_S = 60.0
 GUEST_RATIO = 2.0
 """Work that a tenant wants, waiting and in flight, over what the others want, per weight, from
 which on it is taken to flood the fleet."""
-GUEST_MARGIN = 1.0
+STAY_GUEST_RATIO = 1.5
+"""The same for one whose calls wait: once held back it is so until the flood has passed."""
+GUEST_MARGIN = 0.5
 """What others on an instance must have to spare for a call of such a tenant to join them, as a
 share of what they are predicted to need: later calls come on top, and wrong predictions."""
 _ROUNDING = 1e-9
@@ -309,7 +311,8 @@ class TenantLedger:
         others = [a for a in active if a is not account]
         weight = sum(a.config.weight for a in others)
         demand_s = sum(a.demand_s for a in others)
-        return account.demand_s * weight > GUEST_RATIO * demand_s * account.config.weight
+        ratio = STAY_GUEST_RATIO if account.num_waiting else GUEST_RATIO
+        return account.demand_s * weight > ratio * demand_s * account.config.weight
 
     def _unit_s(self) -> float:
         """The work in flight per weight: it grows with the fleet, and so do its fluctuations."""

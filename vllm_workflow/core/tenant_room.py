@@ -76,12 +76,17 @@ class TenantWaitingRoom(WaitingRoom):
         if (
             candidate.num_outstanding
             and self._ledger.is_guest(waiting.request.tenant_id)
-            and not self._fleet.bears(candidate, margin=GUEST_MARGIN)
+            and not self._fleet.bears(candidate, margin=self._margin(candidate.instance_id))
         ):
             return False
         if self._config.relegate and super()._is_guest(waiting):
             return super()._bears(waiting, candidate, now)
         return True
+
+    def _margin(self, instance_id: str) -> float:
+        """What others must have to spare: a stretch leaves out what prompts computed beside
+        them cost, and under a flood there are many; how far off it is, drift tells."""
+        return (1.0 + GUEST_MARGIN) * max(1.0, self._fleet.drift(instance_id)) - 1.0
 
 
 class TenantBacklog(Backlog):

@@ -12,7 +12,7 @@ from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.types import StageRequest
 
 DEFAULT_LAG = 0.25
-DEFAULT_CREDIT = 4.0
+DEFAULT_CREDIT = 0.5
 _MAX_COUNT = 1 << 30
 
 
@@ -109,8 +109,9 @@ class TenantsConfig:
                 raise ConfigError(f"{source}: unknown field {name!r}; known fields are {known}")
             values[name] = _number(value, f"{source}.{name}")
         tenants = tuple(_tenant(each, str(n), f"{source}.named.{n}") for n, each in named.items())
+        default = _tenant(default, "", f"{source}.default")
         try:
-            return cls(named=tenants, default=_tenant(default, "", f"{source}.default"), **values)
+            return cls(named=tenants, default=default, **values)
         except ConfigError as e:
             raise ConfigError(f"{source}.{e}") from None
 

@@ -33,6 +33,7 @@ from vllm_workflow.router.reload import Reloader
 from vllm_workflow.router.routes import Routes, check_operator
 from vllm_workflow.router.store import Store
 from vllm_workflow.router.tenants import TenantMetrics
+from vllm_workflow.router.tuning import PolicyFile, PolicySwitch, Tuning
 from vllm_workflow.router.upstreams import Upstreams
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -75,7 +76,8 @@ async def serve(
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
     store = Store(Path(config.store.path), config.store.retention) if config.store else None
     board = Board() if config.dashboard else None
-    watching = [each.record for each in (log, board) if each is not None]
+    tracing = config.tracing.build() if config.tracing else None
+    watching = [each.record for each in (log, board, tracing) if each is not None]
     dispatcher = Dispatcher(
         Fleet(),
         config.policy_config(),
@@ -92,6 +94,8 @@ async def serve(
             metrics.count_store(store)
         if log:
             stack.callback(log.flush)
+        if tracing:
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
         session = await stack.enter_async_context(_session())
         fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
@@ -112,6 +116,7 @@ async def serve(
             max_wait_s=config.max_wait_s,
             set_priority=config.set_priority,
             log_prompts=config.log_prompts,
+            tracing=tracing,
         )
         tls = config.tls.context() if config.tls else None
         reload = Reloader(
@@ -119,6 +124,7 @@ async def serve(
         )
         await upstreams.probe_all()
         watchers = [upstreams.run(), _expire_runs(proxy), *([log.run()] if log else [])]
+        watchers += _tuning(config, PolicySwitch(dispatcher, binder, metrics), store)
         await stack.enter_async_context(_beside(*watchers))
         operator = KeyCheck(config.admin.hashed()) if config.admin else None
         admin_url = ""
@@ -141,6 +147,19 @@ async def serve(
         listener = _listener(app, config, reload)
         url = await stack.enter_async_context(listener.listening(config.host, config.port, tls))
         yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload, app)
+
+
+def _tuning(
+    config: RouterConfig, switch: PolicySwitch, store: Store | None
+) -> list[Coroutine[Any, Any, None]]:
+    """Return what tunes while the router runs; nothing where that is switched off."""
+    if config.tuner is None or config.tuned_log is None:
+        return []
+    file = PolicyFile(Path(config.tuner.policy_file), switch)
+    workflows = [workflow.build() for workflow in config.workflows]
+    log = Path(config.tuned_log)
+    tuning = Tuning(config.tuner, log, switch, file, workflows=workflows, store=store)
+    return [file.run(), tuning.run()]
 
 
 def _dashboard(

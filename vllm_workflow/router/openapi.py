@@ -98,6 +98,7 @@ def document() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "healthy": {"type": "boolean"},
+            "policy": {"type": "string"},
             "instances": {"type": "object", "additionalProperties": {"type": "boolean"}},
         },
     }

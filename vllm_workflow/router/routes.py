@@ -79,7 +79,9 @@ class Routes:
         """
         healthy = {u.config.id: self._upstreams.is_healthy(u) for u in self._upstreams}
         ok = any(healthy.values())
-        body = {"instances": healthy} if self._access.is_open else {"healthy": ok}
+        body: dict[str, object] = {"healthy": ok}
+        if self._access.is_open:
+            body = {"instances": healthy, "policy": self._proxy.policy}
         return web.json_response(body, status=200 if ok else 503)
 
     async def _show_metrics(self, request: web.Request) -> web.Response:

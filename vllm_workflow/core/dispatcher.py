@@ -164,21 +164,24 @@ class Dispatcher:
         if request.request_id in self._sent:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
-        candidates = self.fleet.candidates(request, now=now, exclude=excluded)
-        if not candidates:
-            raise NoInstanceError(self._why_none(request, excluded))
         if self.tenants is not None:
             self.tenants.require(request, now)
         decision: Decision | None
         if self.config.late_binding or self.tenants is not None:
-            alone_s = sum(c.alone_s for c in candidates) / len(candidates)
-            request = request._replace(service_s=alone_s)
+            request, candidates = self._placed(request, now, excluded)
             waiting = self.waiting.enter(request, num_prompt_bytes, excluded, now)
             if self.tenants is not None:
-                self.tenants.entered(request, self._work_s(candidates))
+                self.tenants.entered(request, self._work_s(request, candidates))
             self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
         else:
+            # The others are what they are called: least of all, each in turn.
+            shortlist = self.config.dispatch == "predicted-finish"
+            candidates = self.fleet.candidates(
+                request, now=now, exclude=excluded, shortlist=shortlist
+            )
+            if not candidates:
+                raise NoInstanceError(self._why_none(request, excluded))
             costs = self._policy.costs(request, candidates)
             best = min(range(len(costs)), key=costs.__getitem__)
             decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
@@ -194,6 +197,23 @@ class Dispatcher:
                 )
             )
         return decision
+
+    def _placed(
+        self, request: StageRequest, now: float, exclude: tuple[str, ...]
+    ) -> tuple[StageRequest, tuple[Candidate, ...]]:
+        """Fill in what its place in the queue depends on, and return what was predicted for it."""
+        fleet = self.fleet
+        candidates: tuple[Candidate, ...] = ()
+        # Where it will have to wait, what each instance would take is worked out later.
+        if fleet.is_large or not fleet.has_room(request.model, exclude):
+            alone_s = fleet.mean_alone_s(request, exclude)
+        else:
+            candidates = fleet.candidates(request, now=now, exclude=exclude)
+            each = [c.alone_s for c in candidates]
+            alone_s = sum(each) / len(each) if each else None
+        if alone_s is None:
+            raise NoInstanceError(self._why_none(request, exclude))
+        return request._replace(service_s=alone_s), candidates
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions on calls that waited, now that something may have changed.
@@ -234,13 +254,17 @@ class Dispatcher:
                 waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
             )
             if self.tenants is not None:
-                self.tenants.began(waiting.request, self._work_s(candidates), now)
+                work_s = self.tenants.work_s(waiting.request.request_id)
+                self.tenants.began(waiting.request, work_s, now)
                 self.tenants.left(waiting.request)
 
-    def _work_s(self, candidates: Sequence[Candidate]) -> float:
+    def _work_s(self, request: StageRequest, candidates: Sequence[Candidate]) -> float:
         """Service of a call alone, mean over instances, whatever they are busy with now."""
         drift = self.fleet.drift
-        return sum(c.alone_s / drift(c.instance_id) for c in candidates) / len(candidates)
+        if candidates:
+            return sum(c.alone_s / drift(c.instance_id) for c in candidates) / len(candidates)
+        drifts = [drift(i.instance_id) for i in self.fleet if i.serves(request.model)]
+        return request.service_s * len(drifts) / sum(drifts)
 
     def _bind(
         self,

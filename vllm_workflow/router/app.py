@@ -101,6 +101,7 @@ async def serve(
         fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
         metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
+        metrics.count_predictions(dispatcher.predictor.num_predicted)
         upstreams = Upstreams(
             config.instances, dispatcher, session, metrics, binder.instances_changed
         )

@@ -139,23 +139,23 @@ class Predictor:
         """Note that a call was given up before it was sent."""
         self.learned.remaining.ended(request, end_time=math.nan, alone_s=math.nan, ok=False)
 
-    def ended(self, sent: Sent, outcome: Outcome) -> None:
-        """Learn from a call that has ended, well or not."""
+    def ended(self, sent: Sent, outcome: Outcome) -> float:
+        """Learn from a call that has ended, well or not; returns its service as it would have
+        been alone, as far as its tokens are known."""
         if outcome.num_cached_tokens is not None:
             self._fleet.observe_cached(
                 outcome.instance_id,
                 predicted=sent.decision.chosen.num_cached_tokens,
                 actual=outcome.num_cached_tokens,
             )
+        stretch = sent.decision.chosen.stretch
+        alone_s = self._prefill_s(sent, outcome) + _decode_s(sent, outcome) / stretch
         self.learned.remaining.ended(
-            sent.request,
-            end_time=sent.time + outcome.e2el_s,
-            alone_s=self._prefill_s(sent, outcome)
-            + _decode_s(sent, outcome) / sent.decision.chosen.stretch,
-            ok=outcome.ok,
+            sent.request, end_time=sent.time + outcome.e2el_s, alone_s=alone_s, ok=outcome.ok
         )
         if outcome.ok:
             self._learn(sent, outcome)
+        return alone_s
 
     def _learn(self, sent: Sent, outcome: Outcome) -> None:
         request, chosen = sent.request, sent.decision.chosen

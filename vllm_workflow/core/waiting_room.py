@@ -38,6 +38,9 @@ class WaitingRoom:
         config: Order of the calls, and whether runs are relegated.
     """
 
+    held_until: float = math.inf
+    """Instant from which a call may start that could not although there was room."""
+
     def __init__(self, fleet: Fleet, policy: DispatchPolicy, config: PolicyConfig) -> None:
         self.backlog = Backlog()
         self.relegated = Backlog()
@@ -45,6 +48,7 @@ class WaitingRoom:
         self._fleet = fleet
         self._policy = policy
         self._config = config
+        self._has_guests = config.relegate
         self._ordering = config.build_ordering()
         self._num_since_relegated = 0
         self._looked_at_version = -1
@@ -142,7 +146,7 @@ class WaitingRoom:
             able = _able(candidates, claims or {})
             if not able:
                 blocked.setdefault(kind, waiting)
-            elif self._config.relegate and self._is_guest(waiting):
+            elif self._has_guests and self._is_guest(waiting):
                 able = [i for i in able if self._bears(waiting, candidates[i], now)]
             if not able:
                 num_in_vain += 1

@@ -33,6 +33,14 @@ class Binder:
         """Calls that wait for an instance to come back."""
         return len(self._stranded)
 
+    def is_gone(self, model: str) -> bool:
+        """Whether waiting for a model is in vain: there are instances, and none is for it.
+
+        None at all means that they are found later, or are all being replaced.
+        """
+        fleet = self._dispatcher.fleet
+        return any(True for _ in fleet) and not fleet.serves(model)
+
     def poll(self) -> None:
         """Wake the calls that can start now."""
         while decisions := self._dispatcher.poll(time.monotonic()):
@@ -117,7 +125,8 @@ class Binder:
         """
         now = time.monotonic()
         serving = [i for i in self._dispatcher.fleet if i.serves(request.model)]
-        if all(tries.is_hopeless_on(instance.instance_id) for instance in serving):
+        is_hopeless = serving and all(tries.is_hopeless_on(i.instance_id) for i in serving)
+        if is_hopeless or self.is_gone(request.model):
             raise NoInstanceError(f"no instance can serve model {request.model!r}")
         until = tries.give_up_time(now)
         if now >= until:

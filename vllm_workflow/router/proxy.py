@@ -136,8 +136,8 @@ class Proxy:
         info = admitted(caller, info, request.headers, body.members, body.model)
         if self.log_prompts:
             _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
-        fleet = self._dispatcher.fleet
-        if not fleet.serves(body.model):
+        if self._binder.is_gone(body.model):
+            fleet = self._dispatcher.fleet
             served = sorted({model for instance in fleet for model in instance.models})
             raise RequestError(
                 f"model: {body.model!a:.256} is not served here; served are {served}",
@@ -295,7 +295,7 @@ class Proxy:
     def _give_up(self, call: Call, tries: Tries) -> web.Response:
         """Answer for a fleet of which no instance could: with its own last word, if any."""
         model = call.body.model
-        if tries.refusal is None and not self._dispatcher.fleet.serves(model):
+        if tries.refusal is None and self._binder.is_gone(model):
             return error_response(
                 404,
                 f"model: {model!a:.256} is not served here any more",

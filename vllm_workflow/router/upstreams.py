@@ -23,8 +23,8 @@ PROBE_SICK_EVERY_S = 0.5
 """An instance that is out; it is to be back soon after it is ready."""
 PROBE_TIMEOUT_S = 5.0
 """One that is stopped answers the same probe when it goes on; new ones would only pile up."""
-_PROBE_CONNECT_TIMEOUT_S = 1.0
-"""A host that is away does not answer at all; when it is back it answers at once."""
+_PROBE_CONNECT_TIMEOUT_S = 2.5
+"""A host that is away does not answer at all, and is asked anew; one lost packet costs 1 s."""
 _CANARY_TIMEOUT_S = 2.0
 MODELS_EVERY = 15
 """Probes between two looks at `/v1/models`, which adapters may change."""
@@ -227,7 +227,7 @@ class Upstreams:
         if not upstream.leaving and self.is_healthy(upstream):
             self._metrics.condemned(instance_id, reason)
         self._mark(upstream, False, reason)
-        upstream.silence.abandon()
+        upstream.silence.abandon(begun=reason == "stuck" or upstream.silence.is_lost)
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
@@ -267,7 +267,7 @@ class Upstreams:
                 healthy, reason = False, "it refuses the router's key (api_key_env, api_key_file)"
         self._mark(upstream, healthy, reason)
         if not answered:
-            upstream.silence.abandon()
+            upstream.silence.abandon(begun=True)
 
     async def _is_moving(self, upstream: Upstream) -> bool:
         """Have an engine that was stuck make one token, at nobody's risk."""

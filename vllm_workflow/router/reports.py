@@ -15,6 +15,9 @@ _CONFIG = re.compile(rb"^vllm:cache_config_info\{([^\n]*)\} ", re.MULTILINE)
 _LABEL = re.compile(rb'(block_size|num_gpu_blocks)="(\d{1,15})"')
 
 
+_MAX_OTHERS = 1e6
+
+
 class Report(NamedTuple):
     """One look at `/metrics`."""
 
@@ -77,7 +80,7 @@ class Others:
             max(0.0, report.kv_usage - own_kv_share),
         )
         before = self.num_calls, self.kv_share
-        self.num_calls = int(min(seen[0], self._last[0]))
+        self.num_calls = int(min(seen[0], self._last[0], _MAX_OTHERS))
         # Without calls of others nobody else holds blocks; the rest is what was guessed wrong.
         self.kv_share = min(seen[1], self._last[1]) if self.num_calls else 0.0
         self._last = seen

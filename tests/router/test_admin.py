@@ -58,6 +58,7 @@ class Operator:
     ("method", "path"),
     [
         ("GET", "/admin/status"),
+        ("GET", "/admin/profiles"),
         ("POST", "/admin/instances"),
         ("DELETE", "/admin/instances/a"),
         ("POST", "/admin/reload"),
@@ -115,6 +116,24 @@ async def test_the_status_tells_what_goes_on(routing: Routing) -> None:
             "drift": 1.0,
         }
     ]
+
+
+async def test_what_was_learned_and_what_predictions_came_from_is_shown(routing: Routing) -> None:
+    headers = {"X-Workflow-Name": "w", "X-Workflow-Stage": "generate", "X-Workflow-Id": "run"}
+    async with FakeEngine().serving() as engine, routing(engine, admin=ADMIN) as client:
+        for _ in range(2):
+            async with client.post(headers=headers) as response:
+                await response.read()
+                assert response.status == 200
+        code, learned = await Operator(client).ask("GET", "/admin/profiles")
+        cold = await client.metric("predictions_total", length="prior", rest="prior")
+        warm = await client.metric("predictions_total", length="learned", rest="prior")
+
+    assert code == 200
+    (stage,) = learned["stages"]
+    assert (stage["workflow"], stage["stage"]) == ("w", "generate")
+    assert stage["output_tokens"]["num_values"] == 2
+    assert (cold, warm) == (1.0, 1.0)
 
 
 async def test_an_instance_that_is_added_is_sent_calls(routing: Routing) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -13,6 +13,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router.runs import Run
 from vllm_workflow.router.store import Store
+from vllm_workflow.router.tenants import TenantMetrics
 
 _PREFIX = "vllm_workflow:router_"
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
@@ -54,12 +55,32 @@ class _StoreCollector(Collector):
             yield CounterMetricFamily(f"{_PREFIX}store_{name}", text, value)
 
 
+class _PredictionCollector(Collector):
+    """What predictions were made from."""
+
+    def __init__(self, num_predicted: Mapping[tuple[str, str], int]) -> None:
+        self._num_predicted = num_predicted
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            f"{_PREFIX}predictions",
+            "Calls whose length and remaining run were predicted, by where each came from: prior "
+            "(a guess), declared (router.yaml), learned (earlier calls), client (its last call).",
+            labels=("length", "rest"),
+        )
+        for (length, rest), number in sorted(self._num_predicted.items()):
+            family.add_metric((length, rest), number)
+        yield family
+
+
 class Metrics:
     """The series of one router, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self._stage, self._workflow = Capped(), Capped()
+        self.tenants: TenantMetrics | None = None
+        """Set where tenants are told apart."""
         self._requests = Counter(
             f"{_PREFIX}requests",
             "Calls answered, by the HTTP status the client got; 499: the client left. "
@@ -182,6 +203,14 @@ class Metrics:
         """Show how the store keeps up, asked whenever somebody looks."""
         self.registry.register(_StoreCollector(store))
 
+    def count_predictions(self, num_predicted: Mapping[tuple[str, str], int]) -> None:
+        """Show what predictions were made from, looked at whenever somebody asks.
+
+        Args:
+            num_predicted: Calls by source of their length and of their remaining run.
+        """
+        self.registry.register(_PredictionCollector(num_predicted))
+
     def dispatched(self, decision: Decision, queue_s: float) -> None:
         self._in_flight.labels(decision.chosen.instance_id).inc()
         self._queue.observe(queue_s)
@@ -210,6 +239,8 @@ class Metrics:
         self._disconnects.inc()
 
     def run_ended(self, run: Run) -> None:
+        if self.tenants is not None:
+            self.tenants.run_ended(run)
         if math.isfinite(run.deadline):
             outcome = "met" if run.met else "missed"
             self._runs.labels(self._workflow(run.workflow), outcome).inc()

@@ -13,7 +13,6 @@ import aiohttp
 from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.expectation import first_byte_s
 from vllm_workflow.router.attempt import Attempt
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
@@ -183,15 +182,11 @@ class Upstreams:
     def watched(self, attempt: Attempt) -> Iterator[Silence]:
         """Watch the instance of an attempt on its behalf; `heard` is to be told of each byte."""
         silence = self._upstreams[attempt.instance_id].silence
-        ahead_s = sum(a.decision.chosen.prefill_s for a in silence.attempts if not a.has_first_byte)
-        attempt.first_byte_s = first_byte_s(
-            attempt.decision.chosen, stream=attempt.stream, ahead_s=ahead_s
-        )
         silence.begin(attempt)
         try:
             yield silence
         finally:
-            silence.attempts.discard(attempt)
+            silence.end(attempt)
 
     def refused(self, instance_id: str) -> None:
         """Note that a connection for a call could not be made."""

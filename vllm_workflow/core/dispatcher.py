@@ -21,6 +21,7 @@ from vllm_workflow.core.events import (
     Polled,
     Record,
     Removed,
+    Reported,
     Settled,
     Started,
     Submitted,
@@ -98,6 +99,14 @@ class Dispatcher:
             self.predictor.fleet_changed()
             if self._record is not None:
                 self._record(Marked(instance_id=instance_id, healthy=healthy))
+
+    def report(self, instance_id: str, *, num_others: int, kv_share: float) -> None:
+        """Note what an instance tells of others' calls; see `Fleet.report`."""
+        self.fleet.report(instance_id, num_others=num_others, kv_share=kv_share)
+        if self._record is not None:
+            self._record(
+                Reported(instance_id=instance_id, num_others=num_others, kv_share=kv_share)
+            )
 
     def swap(self, config: PolicyConfig, *, now: float) -> None:
         """Let another policy decide from here on; `poll` should follow.

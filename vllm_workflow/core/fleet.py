@@ -103,7 +103,25 @@ class Fleet:
         account = self._accounts[instance_id]
         if healthy and not account.healthy:
             account.kv.clear()  # it may have been restarted
+        account.num_others, account.kv.num_other_tokens = 0, 0.0
         account.healthy = healthy
+        self.version += 1
+        self._rooms.note(account)
+
+    def report(self, instance_id: str, *, num_others: int, kv_share: float) -> None:
+        """Note what an instance tells of calls that this ledger has not sent; until the next one.
+
+        Args:
+            instance_id: Which; one that was forgotten is ignored.
+            num_others: Such calls, running and waiting.
+            kv_share: Of its KV cache that they hold; nothing where its size is unknown.
+        """
+        account = self._accounts.get(instance_id)
+        if account is None:
+            return
+        account.num_others = num_others
+        num_tokens = account.kv.num_tokens
+        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < math.inf else 0.0
         self.version += 1
         self._rooms.note(account)
 

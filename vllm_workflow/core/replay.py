@@ -14,6 +14,7 @@ from vllm_workflow.core.events import (
     Marked,
     Polled,
     Removed,
+    Reported,
     Settled,
     Started,
     Submitted,
@@ -57,6 +58,10 @@ def replay(
                 dispatcher.remove(event.instance_id)
             case Marked():
                 dispatcher.mark(event.instance_id, healthy=event.healthy)
+            case Reported():
+                dispatcher.report(
+                    event.instance_id, num_others=event.num_others, kv_share=event.kv_share
+                )
             case Submitted():
                 decision = dispatcher.submit(
                     event.request,

@@ -103,7 +103,12 @@ async def serve(
         metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
         metrics.count_predictions(dispatcher.predictor.num_predicted)
         upstreams = Upstreams(
-            config.instances, dispatcher, session, metrics, binder.instances_changed
+            config.instances,
+            dispatcher,
+            session,
+            metrics,
+            binder.instances_changed,
+            reads_load=config.read_load,
         )
         access = Access(config.auth)
         bodies = Bodies(config.max_body_mb, config.limits)

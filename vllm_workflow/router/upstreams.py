@@ -57,6 +57,8 @@ class Upstream:
         """That it says its KV cache holds."""
         self.probe_now = asyncio.Event()
         self.watcher: asyncio.Task[None] | None = None
+        self.asking: asyncio.Task[None] | None = None
+        """Asks how busy it is; ends by itself."""
         self.silence = Silence(clock)
         self.generation = 0
         """How often it has come back."""
@@ -283,8 +285,13 @@ class Upstreams:
         self._mark(upstream, healthy, reason)
         if not answered:
             upstream.silence.abandon(begun=True)
-        if healthy:
+        if not healthy or not self._reads_load:
+            return
+        if self._watchers is None:
             await self._ask_load(upstream)
+        elif upstream.asking is None or upstream.asking.done():
+            # Beside the probes, which must go on if this is not answered.
+            upstream.asking = self._watchers.create_task(self._ask_load(upstream))
 
     async def _is_moving(self, upstream: Upstream) -> bool:
         """Have an engine that was stuck make one token, at nobody's risk."""
@@ -329,7 +336,7 @@ class Upstreams:
 
     async def _ask_load(self, upstream: Upstream) -> None:
         """Ask now and then for calls that others have sent; an answer that is none means none."""
-        if not self._reads_load or upstream.leaving:
+        if upstream.leaving:
             return
         upstream.num_probes_to_report -= 1
         if upstream.num_probes_to_report > 0:

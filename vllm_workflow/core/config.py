@@ -47,7 +47,7 @@ class PolicyConfig:
     relegate: bool = False
     """With `late_binding`: runs that have begun go before those that have not, and runs that can
     no longer be on time wait for all that can."""
-    relegation_margin: float = 0.5
+    relegation_margin: float = 0.15
     """With `relegate`: what a run must have to spare to begin, as a share of what it is
     predicted to need, >= 0."""
     relegated_share: float = 0.05

@@ -99,7 +99,7 @@ class Dispatcher:
         waiting = self.waiting.by_arrival()
         self.config = config
         self._policy = build(config)
-        self.waiting = WaitingRoom(self.fleet, self._policy, config)
+        self.waiting = WaitingRoom(self.fleet, self._policy, config, self.waiting.paces)
         for each in waiting:
             self.waiting.enter(each.request, each.num_prompt_bytes, each.exclude, now)
 
@@ -155,8 +155,11 @@ class Dispatcher:
         if self.config.late_binding:
             alone_s = sum(c.alone_s for c in candidates) / len(candidates)
             request = request._replace(service_s=alone_s)
-            waiting = self.waiting.enter(request, num_prompt_bytes, excluded, now)
-            self._bind_waiting(now, waiting, candidates)
+            waiting = self.waiting.enter(
+                request, num_prompt_bytes, excluded, now, idle_s=self._idle_s(candidates)
+            )
+            if waiting is not None or self.waiting.has_news:
+                self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
         else:
             costs = self._policy.costs(request, candidates)
@@ -191,10 +194,10 @@ class Dispatcher:
 
     def withdraw(self, request_id: str) -> bool:
         """Give up a call that waits; returns whether it did."""
-        waiting = self.waiting.leave(request_id)
-        if waiting is None:
+        request = self.waiting.leave(request_id)
+        if request is None:
             return False
-        self.predictor.gave_up(waiting.request)
+        self.predictor.gave_up(request)
         if self._record is not None:
             self._record(Withdrawn(request_id=request_id))
         return True
@@ -253,7 +256,24 @@ class Dispatcher:
         ran = outcome.ok or not math.isnan(outcome.ttft_s)
         self.fleet.release(outcome.request_id, instance_id, ran=ran)
         self.predictor.ended(sent, outcome)
+        self.waiting.ended(
+            sent.request,
+            end_time=sent.time + outcome.e2el_s,
+            idle_s=self.predictor.idle_s(sent, outcome),
+            ok=outcome.ok,
+        )
         self.fleet.forget(instance_id)
+
+    def _idle_s(self, candidates: Sequence[Candidate]) -> float:
+        """Service of a call on an idle fleet, by configured speeds, mean over instances.
+
+        What was learned of the speed of an instance is mostly how busy it is.
+        """
+        if not self.config.relegate:
+            return 0.0
+        return sum(c.alone_s / self.fleet.drift(c.instance_id) for c in candidates) / len(
+            candidates
+        )
 
     @property
     def num_in_flight(self) -> int:

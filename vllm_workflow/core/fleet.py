@@ -212,7 +212,7 @@ class Fleet:
         serving = [a for a in self._accounts.values() if a.instance.serves(model)]
         serving = [a for a in serving if a.healthy] or serving
         each = [
-            a.drift * _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
+            _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
             for a in serving
         ]
         return sum(each) / len(each) if each else 0.0

@@ -114,12 +114,20 @@ class Predictor:
         self._remaining.ended(
             sent.request,
             end_time=sent.time + outcome.e2el_s,
-            alone_s=self._prefill_s(sent, outcome)
-            + _decode_s(sent, outcome) / sent.decision.chosen.stretch,
+            alone_s=self.idle_s(sent, outcome),
             ok=outcome.ok,
         )
         if outcome.ok:
             self._learn(sent, outcome)
+
+    def idle_s(self, sent: Sent, outcome: Outcome) -> float:
+        """Service of a call that has ended, had nothing else run on its instance.
+
+        By the configured speed of the instance: what was learned of it is mostly how busy it is.
+        """
+        alone_s = self._prefill_s(sent, outcome)
+        alone_s += _decode_s(sent, outcome) / sent.decision.chosen.stretch
+        return alone_s / self._fleet.drift(outcome.instance_id)
 
     def _learn(self, sent: Sent, outcome: Outcome) -> None:
         request, chosen = sent.request, sent.decision.chosen

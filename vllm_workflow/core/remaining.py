@@ -37,25 +37,22 @@ _RunKey = tuple[str, str]
 
 @dataclass(slots=True)
 class _Node:
-    num_left: float = 0.0
-    """Runs that have left the state, faded, either way."""
-    num_followed: float = 0.0
-    """Of them, those that went on."""
-    then_s: float = 0.0
-    """Expected time still to go of a run that goes on."""
-
-    @property
-    def rest_s(self) -> float:
-        return self.then_s * self.num_followed / self.num_left if self.num_left else 0.0
+    num_ended: float = 0.0
+    """Runs that have been in the state and ended, faded."""
+    rest_s: float = 0.0
+    """Mean of what they went on for."""
 
 
 @dataclass(slots=True)
 class _Run:
-    state: _State
     end_time: float
     """Of the call that ended last."""
     num_in_flight: int = 0
     rounds: dict[str, int] = field(default_factory=dict)
+    total_s: float = 0.0
+    """Idle-fleet time from its beginning to the call that ended last."""
+    passed: list[tuple[_State, float]] = field(default_factory=list)
+    """States it has been in, and `total_s` then."""
 
 
 class RemainingTime:
@@ -71,7 +68,7 @@ class RemainingTime:
             return None
         run = self._runs.get((request.tenant_id, request.workflow_id))
         node = self._nodes.get(_state(request, run))
-        if node is None or node.num_left < MIN_ENDED:
+        if node is None or node.num_ended < MIN_ENDED:
             return None
         return node.rest_s
 
@@ -82,10 +79,10 @@ class RemainingTime:
         key = (request.tenant_id, request.workflow_id)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _Run(_beginning(request), request.arrival_time)
+            run = self._runs[key] = _Run(request.arrival_time)
             if len(self._runs) > MAX_RUNS:
                 _, oldest = self._runs.popitem(last=False)
-                self._left(oldest.state, None, 0.0)
+                self._over(oldest)
         run.num_in_flight += 1
 
     def ended(self, request: StageRequest, *, end_time: float, alone_s: float, ok: bool) -> None:
@@ -107,20 +104,23 @@ class RemainingTime:
         if end_time > run.end_time:
             gap_s = request.arrival_time - run.end_time
             if gap_s > OVER_AFTER_S:  # somebody came back to it: another run, as far as time goes
-                self._left(run.state, None, 0.0)
-                run.state, run.end_time = _beginning(request), request.arrival_time
+                self._over(run)
+                run.end_time, run.total_s = request.arrival_time, 0.0
                 run.rounds.clear()
+                run.passed.clear()
                 gap_s = 0.0
             state = _state(request, run)
             # Of a call that ran beside the last one, only what it took longer counts.
             took_s = gap_s + alone_s if gap_s >= 0.0 else min(alone_s, end_time - run.end_time)
-            self._left(run.state, state, took_s)
-            run.state, run.end_time = state, end_time
+            run.total_s += took_s
+            run.end_time = end_time
+            if len(run.passed) < MAX_STAGES_OF_RUN:
+                run.passed.append((state, run.total_s))
         if request.stage in run.rounds or len(run.rounds) < MAX_STAGES_OF_RUN:
             run.rounds[request.stage] = run.rounds.get(request.stage, 0) + 1
         self._runs.move_to_end(key)
         if request.final:
-            self._left(run.state, None, 0.0)
+            self._over(run)
             del self._runs[key]
         self._forget_idle(end_time - OVER_AFTER_S)
 
@@ -135,30 +135,22 @@ class RemainingTime:
                 self._runs.move_to_end(key)
             elif run.end_time < before:
                 del self._runs[key]
-                self._left(run.state, None, 0.0)
+                self._over(run)
 
-    def _left(self, state: _State, to: _State | None, took_s: float) -> None:
-        node = self._nodes.get(state)
-        if node is None:
-            node = self._nodes[state] = _Node()
-            if len(self._nodes) > MAX_STAGES:
-                self._nodes.popitem(last=False)
-        self._nodes.move_to_end(state)
-        fade = 1.0 - _MIN_RATE if node.num_left >= 1.0 / _MIN_RATE else 1.0
-        node.num_left = fade * node.num_left + 1.0
-        node.num_followed *= fade
-        if to is not None:
-            node.num_followed += 1.0
-            following = self._nodes.get(to)
-            target_s = took_s + (following.rest_s if following else 0.0)
-            rate = max(_MIN_RATE, 1.0 / node.num_followed)
-            node.then_s += rate * (target_s - node.then_s)
+    def _over(self, run: _Run) -> None:
+        """Learn from a run that has ended."""
+        for state, total_s in run.passed:
+            node = self._nodes.get(state)
+            if node is None:
+                node = self._nodes[state] = _Node()
+                if len(self._nodes) > MAX_STAGES:
+                    self._nodes.popitem(last=False)
+            self._nodes.move_to_end(state)
+            node.num_ended += 1.0
+            rate = max(_MIN_RATE, 1.0 / node.num_ended)
+            node.rest_s += rate * (run.total_s - total_s - node.rest_s)
 
 
 def _state(request: StageRequest, run: _Run | None) -> _State:
     num_before = run.rounds.get(request.stage, 0) if run else 0
     return (request.tenant_id, request.workflow, request.stage, min(num_before, MAX_ROUND))
-
-
-def _beginning(request: StageRequest) -> _State:
-    return (request.tenant_id, request.workflow, "", 0)

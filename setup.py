@@ -36,6 +36,8 @@ DEV = [
     "pytest>=8.3,<10",
     "anyio>=4.4",  # async tests
     "hypothesis>=6.110",  # laws
+    "schemathesis>=4,<5",  # calls the router as its OpenAPI document allows, and as it does not
+    "trustme>=1.2",  # certificates for tests of TLS
     "pytest-benchmark>=5",  # benchmarks/test_*.py
     "types-PyYAML",
     "types-tqdm",
@@ -53,6 +55,7 @@ setup(
     package_data={
         "vllm_workflow": ["py.typed"],
         "vllm_workflow.bench": ["templates/*.html"],
+        "vllm_workflow.router": ["pages/*.html"],
         "vllm_workflow.profiles": ["*.json", "measured/*.json"],
     },
     install_requires=[],

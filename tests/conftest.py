@@ -7,9 +7,12 @@ from hypothesis import settings
 
 # How long an example takes says something of the machine and its load, not of the code.
 # The same examples each time, so that a red run says something of the change;
-# HYPOTHESIS_PROFILE=random looks for new ones.
+# HYPOTHESIS_PROFILE=random looks for new ones, fuzz for many of them (`make fuzz`).
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.register_profile("random", deadline=None)
+settings.register_profile(
+    "fuzz", deadline=None, max_examples=int(os.environ.get("FUZZ_EXAMPLES", "10000"))
+)
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "repeatable"))
 
 

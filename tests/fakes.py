@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import ssl
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -64,9 +65,13 @@ class FakeEngine:
     """Redirects every call there."""
     health: int = 200
     api_key: str = ""
-    """If given, every request must bring it."""
+    """If given, every request must bring it, but for `open_paths`."""
+    open_paths: tuple[str, ...] = ()
     silent: bool = False
     """Accepts connections and never answers anything, like a stopped process."""
+
+    forgets: bool = False
+    """Keeps no requests, for those who send many."""
 
     received: list[Received] = field(default_factory=list)
     num_aborted: int = 0
@@ -87,15 +92,18 @@ class FakeEngine:
             )
 
     @asynccontextmanager
-    async def serving(self, port: int = 0) -> AsyncIterator[FakeEngine]:
+    async def serving(
+        self, port: int = 0, *, tls: ssl.SSLContext | None = None
+    ) -> AsyncIterator[FakeEngine]:
         app = web.Application(client_max_size=1 << 30, middlewares=[self._check_key])
         app.router.add_get("/health", self._on_health)
         app.router.add_get("/v1/models", self._on_models)
         app.router.add_post("/v1/{endpoint:.*}", self._on_call)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port).start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+        scheme = "https" if tls else "http"
+        self.url = "{}://{}:{}".format(scheme, *runner.addresses[0][:2])
         try:
             yield self
         finally:
@@ -103,6 +111,8 @@ class FakeEngine:
 
     @web.middleware
     async def _check_key(self, request: web.Request, handler: Any) -> web.StreamResponse:
+        if request.path in self.open_paths:
+            return await handler(request)  # type: ignore[no-any-return]
         if self.api_key and request.headers.get("Authorization") != f"Bearer {self.api_key}":
             return web.json_response({"error": "Unauthorized"}, status=401)
         answer: web.StreamResponse = await handler(request)
@@ -133,7 +143,7 @@ class FakeEngine:
 
     async def _note(self, received: Received | None = None) -> None:
         async with self._changed:
-            if received:
+            if received and not self.forgets:
                 self.received.append(received)
             self._changed.notify_all()
 
@@ -174,7 +184,8 @@ class FakeEngine:
                 await response.prepare(request)
             delta = {"index": 0, "delta": {"content": f"t{i}"}, "finish_reason": None}
             await response.write(_event(_chunk(choices=[delta])))
-        if body.get("stream_options", {}).get("include_usage"):
+        options = body.get("stream_options")
+        if isinstance(options, dict) and options.get("include_usage"):
             await response.write(_event(_chunk(choices=[], usage=USAGE)))
         await response.write(b"data: [DONE]\n\n")
         return response

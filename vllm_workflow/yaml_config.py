@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
@@ -14,8 +15,9 @@ from vllm_workflow.core.errors import ConfigError
 _Model = TypeVar("_Model", bound=BaseModel)
 Name = Annotated[str, Field(pattern=r"^[!-~]([ -~]{0,254}[!-~])?$")]
 """Printable ASCII: it travels in headers and labels."""
-_SECRET_FIELDS = frozenset({"auth", "admin", "key", "keys", "hash", "api_key"})
-"""What stands below one of these is not repeated in an error: it may be a secret."""
+_SECRET = re.compile(r"auth|admin|key")
+"""What stands in or below a field of such a name is not repeated in an error."""
+_IN_URL = re.compile(r"//[^/@]*@")
 
 
 class Strict(BaseModel):
@@ -75,7 +77,8 @@ def _describe(error: Any) -> str:
     elif (
         error["type"] != "missing"
         and not isinstance(error["input"], Mapping | BaseModel)
-        and not _SECRET_FIELDS.intersection(error["loc"])
+        and not any(_SECRET.search(str(part)) for part in error["loc"])
     ):
-        text = f"{text}, got {error['input']!r:.80}"
+        got = _IN_URL.sub("//…@", repr(error["input"]))
+        text = f"{text}, got {got:.80}"
     return f"{where}: {text}" if where else text

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import asyncio
 from pathlib import Path
 from typing import Any
 
@@ -166,6 +167,30 @@ async def test_an_instance_is_sent_its_own_key_by_calls_and_probes(
                 assert [card["id"] for card in (await models.json())["data"]] == ["m"]
 
     assert engine.received[0].header("Authorization") == "Bearer sesame"
+
+
+async def test_an_instance_that_refuses_its_key_is_not_sent_calls(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("UPSTREAM_KEY", "wrong")
+    async with FakeEngine(api_key="sesame", open_paths=("/health",)).serving() as engine:
+        instance = {"id": "a", "url": engine.url, "api_key_env": "UPSTREAM_KEY", "models": ["m"]}
+        async with routing(instances=[instance]) as client:
+            async with client.get("/health") as response:
+                assert (await response.json())["instances"] == {"a": False}
+            engine.api_key = "wrong"
+            async with asyncio.timeout(10):
+                while not client.router.upstreams.is_healthy(client.router.upstreams["a"]):
+                    await asyncio.sleep(0.02)
+
+
+async def test_a_key_that_is_named_as_for_this_hop_only_is_a_key(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine, auth=AUTH) as client:
+        headers = bearer(KEY) | {"Connection": "keep-alive, Authorization"}
+        async with client.post(headers=headers) as response:
+            assert response.status == 200
+
+    assert engine.received[0].header("Authorization") is None
 
 
 async def test_with_keys_health_is_open_and_says_no_names(routing: Routing) -> None:

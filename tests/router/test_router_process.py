@@ -90,7 +90,7 @@ async def process(*words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process
     try:
         async with asyncio.timeout(20):
             line = (await running.stdout.readline()).decode()
-        assert line.startswith("router ready on http://"), line
+        assert line.startswith("router ready on http"), line
         yield running, line.split()[3].rstrip(":")
     finally:
         if running.returncode is None:

@@ -14,11 +14,11 @@ from vllm_workflow.cli.main import main
 from vllm_workflow.core.config import PRESETS, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import Swapped, to_json
+from vllm_workflow.core.policy_grid import points
 from vllm_workflow.sim.log_fit import as_fast, scaled, speeds
 from vllm_workflow.sim.log_tuner import tune_log
 from vllm_workflow.sim.log_window import OVER_AFTER_S, read_window, sim_instance, tail_window
 from vllm_workflow.sim.policy_files import append_history, write_policy
-from vllm_workflow.sim.tuner_grid import points
 
 BLIND = replace(HEXGEN, alpha=0.0)
 

@@ -5,10 +5,10 @@ import pytest
 from tests.sim.tuner_builders import HEXGEN, window
 from vllm_workflow.core.config import PRESETS
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.policy_grid import default_grid, points
 from vllm_workflow.sim.replicates import replicate
 from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.tuner import RUNGS, TunerSettings, tune
-from vllm_workflow.sim.tuner_grid import default_grid, points
 
 BLIND = replace(HEXGEN, alpha=0.0)
 """Sees queued work alone, not that one instance is eight times as fast."""

@@ -13,12 +13,12 @@ from typing import Any
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.policy_grid import Grid, default_grid, points
 from vllm_workflow.sim.fleet import SimInstance, fleet_of
 from vllm_workflow.sim.log_tuner import LogVerdict, tune_log
 from vllm_workflow.sim.log_window import read_window
 from vllm_workflow.sim.policy_files import append_history, write_policy
 from vllm_workflow.sim.tuner import TunerSettings
-from vllm_workflow.sim.tuner_grid import Grid, default_grid, points
 from vllm_workflow.sim.tuner_report import as_json, text
 
 _SETTINGS = TunerSettings()

@@ -302,6 +302,11 @@ class Fleet:
             return 0 if account is None else len(account.reserved)
         return sum(len(a.reserved) for a in self._accounts.values())
 
+    def kv_used(self, instance_id: str) -> float | None:
+        """Share of an instance's KV cache that its calls hold; None where its size is unknown."""
+        kv = self._accounts[instance_id].kv
+        return kv.num_used_tokens / kv.num_tokens if math.isfinite(kv.num_tokens) else None
+
     def outstanding_s(self, instance_id: str) -> float:
         """Predicted service of the calls in flight on an instance, summed."""
         return self._accounts[instance_id].outstanding_s

@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.router.admin import Admin
 from vllm_workflow.router.auth import Access, KeyCheck
 from vllm_workflow.router.binder import Binder
+from vllm_workflow.router.board import Board
 from vllm_workflow.router.config import RouterConfig
+from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.forward import Sessions
 from vllm_workflow.router.limits import Bodies
@@ -27,8 +30,9 @@ from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.recorder import recorder
 from vllm_workflow.router.reload import Reloader
-from vllm_workflow.router.routes import Routes
+from vllm_workflow.router.routes import Routes, check_operator
 from vllm_workflow.router.store import Store
+from vllm_workflow.router.tuning import PolicyFile, PolicySwitch, Tuning
 from vllm_workflow.router.upstreams import Upstreams
 
 _CONNECT_TIMEOUT_S = 5.0
@@ -49,6 +53,8 @@ class Router:
     proxy: Proxy
     metrics: Metrics
     reload: Reloader
+    app: web.Application
+    """What clients ask."""
 
 
 @asynccontextmanager
@@ -68,11 +74,13 @@ async def serve(
     """
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
     store = Store(Path(config.store.path), config.store.retention) if config.store else None
+    board = Board() if config.dashboard else None
+    watching = [each.record for each in (log, board) if each is not None]
     dispatcher = Dispatcher(
         Fleet(),
         config.policy_config(),
         [workflow.build() for workflow in config.workflows],
-        record=recorder(log.record if log else None, store, config.store),
+        record=recorder(watching, store, config.store),
     )
     metrics = Metrics()
     async with AsyncExitStack() as stack:
@@ -108,6 +116,7 @@ async def serve(
         )
         await upstreams.probe_all()
         watchers = [upstreams.run(), _expire_runs(proxy), *([log.run()] if log else [])]
+        watchers += _tuning(config, PolicySwitch(dispatcher, binder, metrics), store)
         await stack.enter_async_context(_beside(*watchers))
         operator = KeyCheck(config.admin.hashed()) if config.admin else None
         admin_url = ""
@@ -119,10 +128,43 @@ async def serve(
                     config.admin.host, config.admin.port, tls, where="admin.host, admin.port"
                 )
             )
-        routes = Routes(proxy, upstreams, metrics, access, operator)
-        listener = _listener(routes.build(), config, reload)
+        app = Routes(
+            proxy,
+            upstreams,
+            metrics,
+            access,
+            operator,
+            more=_dashboard(board, dispatcher, upstreams, access, operator),
+        ).build()
+        listener = _listener(app, config, reload)
         url = await stack.enter_async_context(listener.listening(config.host, config.port, tls))
-        yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload)
+        yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload, app)
+
+
+def _tuning(
+    config: RouterConfig, switch: PolicySwitch, store: Store | None
+) -> list[Coroutine[Any, Any, None]]:
+    """Return what tunes while the router runs; nothing where that is switched off."""
+    if config.tuner is None or config.tuned_log is None:
+        return []
+    file = PolicyFile(Path(config.tuner.policy_file), switch)
+    workflows = [workflow.build() for workflow in config.workflows]
+    log = Path(config.tuned_log)
+    tuning = Tuning(config.tuner, log, switch, file, workflows=workflows, store=store)
+    return [file.run(), tuning.run()]
+
+
+def _dashboard(
+    board: Board | None,
+    dispatcher: Dispatcher,
+    upstreams: Upstreams,
+    access: Access,
+    operator: KeyCheck | None,
+) -> Callable[[web.Application], None]:
+    if board is None:
+        return lambda app: None
+    check = partial(check_operator, access=access, operator=operator)
+    return Dashboard(board, dispatcher, upstreams, check).add_to
 
 
 def _listener(app: web.Application, config: RouterConfig, reload: Reloader) -> Listener:

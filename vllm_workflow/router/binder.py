@@ -22,7 +22,6 @@ class Binder:
 
     def __init__(self, dispatcher: Dispatcher) -> None:
         self._dispatcher = dispatcher
-        self._ordering = dispatcher.config.build_ordering()
         self._waiting: dict[str, asyncio.Future[Decision | None]] = {}
         self._stranded: dict[str, tuple[StageRequest, asyncio.Future[None]]] = {}
 
@@ -48,8 +47,9 @@ class Binder:
             self._dispatcher.withdraw(request.request_id)
             if future is not None and not future.done():
                 future.set_result(None)
+        ordering = self._dispatcher.config.build_ordering()
         for _, wait in sorted(
-            self._stranded.values(), key=lambda s: (s[0].priority, self._ordering.key(s[0]))
+            self._stranded.values(), key=lambda s: (s[0].priority, ordering.key(s[0]))
         ):
             if not wait.done():
                 wait.set_result(None)

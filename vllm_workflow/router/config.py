@@ -14,6 +14,7 @@ from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfi
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import LimitsConfig
 from vllm_workflow.router.recorder import StoreConfig
+from vllm_workflow.router.tuner_config import TunerConfig
 from vllm_workflow.router.workflow_config import WorkflowConfig
 from vllm_workflow.yaml_config import Strict, read_yaml, validated
 
@@ -48,6 +49,10 @@ class RouterConfig(Strict):
     """File that every decision is appended to, as JSON lines."""
     store: StoreConfig | None = None
     """Database that keeps the decision log, what tenants use and what was learned."""
+    tuner: TunerConfig | None = None
+    """Online tuning of the policy; without it there is none."""
+    dashboard: bool = True
+    """Serve the live page at /dashboard; with keys its data needs the operators' one."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""
@@ -60,7 +65,18 @@ class RouterConfig(Strict):
         ):
             if twice := {n for n in names if names.count(n) > 1}:
                 raise ValueError(f"{kind}: declared twice: {sorted(twice)}")
+        if self.tuner and self.tuner.enabled and self.tuned_log is None:
+            raise ValueError("tuner: expected decision_log beside it, or store with max_events")
         return self
+
+    @property
+    def tuned_log(self) -> str | None:
+        """What a tuner reads, None if there is none: the decision log, else the store."""
+        if self.tuner is None or not self.tuner.enabled:
+            return None
+        if self.decision_log is None and self.store is not None and self.store.max_events:
+            return self.store.path
+        return self.decision_log
 
     def policy_config(self) -> PolicyConfig:
         """Return the policy; reads `policy.json` if the configuration names one.
@@ -81,7 +97,9 @@ class RouterConfig(Strict):
         """
         config = validated(cls, data, source=source)
         try:
-            config.policy_config()
+            policy = config.policy_config()
+            if config.tuner is not None:
+                config.tuner.check(policy)
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from None
         return config
@@ -101,6 +119,8 @@ class RouterConfig(Strict):
         if isinstance(data, dict):
             policy = data.get("policy")
             is_path = isinstance(policy, str) and _is_path(policy)
+            if isinstance(tuner := data.get("tuner"), dict):
+                tuner.setdefault("policy_file", TunerConfig.model_fields["policy_file"].default)
             _locate(data, ["decision_log", *(["policy"] if is_path else [])], path.parent)
             for section, names in _FILES.items():
                 for part in _parts(data, section.split(".")):
@@ -116,6 +136,7 @@ _FILES: Mapping[str, Sequence[str]] = {
     "auth.keys": ("key_file",),
     "admin": ("key_file",),
     "store": ("path",),
+    "tuner": ("policy_file", "history_file"),
 }
 """Fields that name files, by the section they stand in."""
 

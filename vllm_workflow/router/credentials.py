@@ -22,6 +22,7 @@ MIN_KEY_LENGTH = 20
 """Of keys that were not made here: shorter ones could be guessed."""
 _MADE_HERE = re.compile(r"vw-([0-9a-f]{12})-[A-Za-z0-9_-]{43}")
 _HASH = re.compile(r"sha256:([0-9a-f]{12}):([0-9a-f]{32}):([0-9a-f]{64})")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _USABLE = re.compile(r"[!-~]+")
 
 
@@ -86,6 +87,11 @@ def read_key(env: str, file: str, *, min_length: int = MIN_KEY_LENGTH) -> str:
         ConfigError: There is none, or it cannot be used; the text does not repeat it.
     """
     if env:
+        if not _VARIABLE.fullmatch(env):
+            raise ConfigError(
+                f"expected the name of an environment variable, got {len(env)} other characters "
+                "(not repeated here, they may be a key)"
+            )
         where, key = f"environment variable {env}", os.environ.get(env, "")
         if not key:
             raise ConfigError(f"{where}: expected a key, got none")

@@ -6,7 +6,7 @@ import asyncio
 import errno
 import math
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from io import BytesIO
 from typing import NamedTuple
@@ -57,7 +57,7 @@ class Forwarder:
         upstreams: Where to, and who watches them.
         sessions: By which connections.
         metrics: Told of answers that broke off.
-        ordering: Gives the `priority` to add; None to add none.
+        ordering: Returns what gives the `priority` to add, now; None to add none.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Forwarder:
         upstreams: Upstreams,
         sessions: Sessions,
         metrics: Metrics,
-        ordering: OrderingPolicy | None,
+        ordering: Callable[[], OrderingPolicy] | None,
     ) -> None:
         self._upstreams = upstreams
         self._sessions = sessions
@@ -170,7 +170,7 @@ class Forwarder:
         body = forwarded_body(
             call,
             attempt.decision,
-            self._ordering,
+            self._ordering() if self._ordering else None,
             now=attempt.start_time,
             unix_time=time.time(),
         )

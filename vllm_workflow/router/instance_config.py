@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
@@ -73,6 +73,8 @@ class InstanceConfig(Strict):
     api_key_file: str = ""
     """File with that key."""
     tls: UpstreamTlsConfig = UpstreamTlsConfig()
+    _profile: LatencyProfile | None = PrivateAttr(default=None)
+    """Read once: a file that goes away later changes nothing."""
 
     @field_validator("url")
     @classmethod
@@ -113,9 +115,9 @@ class InstanceConfig(Strict):
         """Return the core's value, with `models` where the configuration names none.
 
         Raises:
-            ConfigError: Unknown GPU or shape, or a profile that cannot be used.
+            ConfigError: The latency cannot be.
         """
-        profile = self._latency_profile()
+        profile = self._profile
         return Instance(
             instance_id=self.id,
             models=tuple(self.models or models or ()),
@@ -141,5 +143,6 @@ class InstanceConfig(Strict):
         if self.api_key_env and self.api_key_file:
             raise ValueError("expected api_key_env or api_key_file, got both")
         self.authorization()
+        self._profile = self._latency_profile()
         self.build()
         return self

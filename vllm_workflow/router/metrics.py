@@ -9,6 +9,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metr
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
+from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router.runs import Run
 from vllm_workflow.router.store import Store
@@ -131,6 +132,22 @@ class Metrics:
             registry=registry,
         )
 
+        self._policy = Gauge(
+            f"{_PREFIX}policy_info",
+            "1 for the policy that decides now.",
+            ("fingerprint", "dispatch", "ordering"),
+            registry=registry,
+        )
+        self._swaps = Counter(
+            f"{_PREFIX}policy_swaps", "Policies taken over while running.", registry=registry
+        )
+        self._tunings = Counter(
+            f"{_PREFIX}tunings",
+            "Tunings by verdict: swap, keep or failed.",
+            ("verdict",),
+            registry=registry,
+        )
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -140,6 +157,18 @@ class Metrics:
     def forget(self, instance_id: str) -> None:
         """Show an instance that has left no longer as one that is there."""
         self._healthy.remove(instance_id)
+
+    def policy(self, policy: PolicyConfig) -> None:
+        """Show which policy decides from here on."""
+        self._policy.clear()
+        self._policy.labels(policy.fingerprint, policy.dispatch, policy.ordering).set(1)
+
+    def policy_swapped(self) -> None:
+        self._swaps.inc()
+
+    def tuned(self, verdict: str) -> None:
+        """Count a tuning that ended: `swap`, `keep` or `failed`."""
+        self._tunings.labels(verdict).inc()
 
     def count_waiting(self, num_waiting: Callable[[], int]) -> None:
         """Show how many calls wait in the router, asked whenever somebody looks."""

@@ -98,6 +98,7 @@ def document() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "healthy": {"type": "boolean"},
+            "policy": {"type": "string"},
             "instances": {"type": "object", "additionalProperties": {"type": "boolean"}},
         },
     }
@@ -109,6 +110,25 @@ def document() -> dict[str, Any]:
     paths["/metrics"] = {"get": metrics}
     paths["/openapi.json"] = {"get": _read("openapi", "This document.", {"type": "object"}, {})}
     paths["/openapi.json"]["get"]["security"] = []
+    page = _read("dashboard", "The live page, for people.", {}, {})
+    page["responses"]["200"]["content"] = {"text/html": {"schema": {"type": "string"}}}
+    page["security"] = []
+    state = _read(
+        "dashboardState",
+        "What the live page shows.",
+        {"type": "object", "required": ["number", "runs", "waiting", "tenants", "instances"]},
+        {"400": _REFUSALS["400"], "401": _REFUSALS["401"]},
+    )
+    state["parameters"] = [
+        {
+            "name": "since",
+            "in": "query",
+            "required": False,
+            "schema": {"type": "integer", "minimum": 0, "maximum": 10**18 - 1},
+            "description": "`number` of the answer before: only runs that have changed are told.",
+        }
+    ]
+    paths["/dashboard"], paths["/dashboard/state"] = {"get": page}, {"get": state}
     return {
         "openapi": "3.1.0",
         "info": {"title": "vllm-workflow router", "version": "1"},

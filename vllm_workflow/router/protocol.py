@@ -94,6 +94,26 @@ class Protocol(web.RequestHandler):
             self.transport.write(head.encode() + body)
         self.force_close()
 
+    def log_exception(self, *args: Any, **kw: Any) -> None:
+        """Log what went wrong here; what clients do wrong is theirs to know."""
+        if isinstance(kw.get("exc_info"), web.RequestPayloadError):
+            _logger.debug("a body was not framed or compressed as announced")
+        else:
+            super().log_exception(*args, **kw)
+
+    async def finish_response(
+        self,
+        request: web.BaseRequest,
+        resp: web.StreamResponse,
+        start_time: float | None,
+    ) -> tuple[web.StreamResponse, bool]:
+        """Write an answer; one that aiohttp made itself, in OpenAI's form."""
+        if isinstance(resp, web.HTTPException) and not request.writer.output_size:
+            resp = error_response(
+                resp.status, f"request: expected one that is known here, got {resp.reason}"
+            )
+        return await super().finish_response(request, resp, start_time)
+
     def handle_error(
         self,
         request: web.BaseRequest,

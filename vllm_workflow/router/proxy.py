@@ -14,6 +14,7 @@ from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError
+from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
 from vllm_workflow.router.auth import Access, admitted
@@ -62,7 +63,7 @@ class Proxy:
         self._dispatcher = dispatcher
         self._binder = binder
         self._upstreams = upstreams
-        ordering = dispatcher.config.build_ordering() if set_priority else None
+        ordering = self._ordering if set_priority else None
         self._forwarder = Forwarder(upstreams, sessions, metrics, ordering)
         self._max_wait_s = max_wait_s
         self._metrics = metrics
@@ -72,6 +73,14 @@ class Proxy:
         self._ids = itertools.count(1)
         self.runs = Runs(metrics.run_ended)
         self.running = Once()
+
+    @property
+    def policy(self) -> str:
+        """Fingerprint of the policy that decides now."""
+        return self._dispatcher.config.fingerprint
+
+    def _ordering(self) -> OrderingPolicy:
+        return self._dispatcher.config.build_ordering()
 
     async def handle(self, request: web.Request, *, takes_xargs: bool) -> web.StreamResponse:
         """Answer one call.
@@ -108,7 +117,8 @@ class Proxy:
         caller = self._access.caller(request.headers)
         headers, request_id = request_headers(request.headers)
         if caller is not None:
-            headers.popall("Authorization")  # for the router; instances have keys of their own
+            # For the router; instances have keys of their own. `Connection` may have named it.
+            headers.popall("Authorization", None)
         body = parse(await reader.read(request))
         reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)

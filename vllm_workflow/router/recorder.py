@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Annotated
 
 from pydantic import Field
@@ -52,9 +53,11 @@ class Usage:
                     )
 
 
-def recorder(log: Record | None, store: Store | None, config: StoreConfig | None) -> Record | None:
+def recorder(
+    others: Sequence[Record], store: Store | None, config: StoreConfig | None
+) -> Record | None:
     """Return what hands an event to all who want it; None if nobody does."""
-    wanted = [] if log is None else [log]
+    wanted = list(others)
     if store is not None and config is not None:
         wanted.append(Usage(store).record)
         if config.max_events:

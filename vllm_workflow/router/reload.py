@@ -15,9 +15,7 @@ from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.upstreams import Upstreams
 
-RELOADED = frozenset(
-    {"instances", "auth", "limits", "max_body_mb", "log_prompts", "shutdown_grace_s"}
-)
+RELOADED = frozenset({"instances", "auth", "limits", "max_body_mb", "log_prompts"})
 """Fields whose change takes effect; a change of any other one wants a restart."""
 _logger = logging.getLogger(__name__)
 

@@ -29,6 +29,7 @@ class Routes:
         metrics: Shown on /metrics.
         access: Whose keys open what.
         operator: The operators' key, which opens /metrics too; None if there is none.
+        more: Adds further routes.
     """
 
     def __init__(
@@ -38,12 +39,14 @@ class Routes:
         metrics: Metrics,
         access: Access,
         operator: KeyCheck | None,
+        more: Callable[[web.Application], None] = lambda app: None,
     ) -> None:
         self._proxy = proxy
         self._upstreams = upstreams
         self._metrics = metrics
         self._access = access
         self._operator = operator
+        self._more = more
 
     def build(self) -> web.Application:
         app = web.Application(logger=logging.getLogger(__name__))
@@ -55,6 +58,7 @@ class Routes:
         app.router.add_get("/health", answering(self._health))
         app.router.add_get("/metrics", answering(self._show_metrics))
         app.router.add_get("/openapi.json", answering(self._openapi))
+        self._more(app)
         add_fallback(app)
         return app
 
@@ -75,20 +79,31 @@ class Routes:
         """
         healthy = {u.config.id: self._upstreams.is_healthy(u) for u in self._upstreams}
         ok = any(healthy.values())
-        body = {"instances": healthy} if self._access.is_open else {"healthy": ok}
+        body: dict[str, object] = {"healthy": ok}
+        if self._access.is_open:
+            body = {"instances": healthy, "policy": self._proxy.policy}
         return web.json_response(body, status=200 if ok else 503)
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
-        if self._access.metrics_need_key():
-            if self._operator is None:
-                raise unauthorized(
-                    "expected the operators' key (`admin` in router.yaml), and there is none"
-                )
-            self._operator.check(request.headers)
+        check_operator(request, self._access, self._operator)
         return metrics_response(self._metrics)
 
     async def _openapi(self, request: web.Request) -> web.Response:
         return web.json_response(document())
+
+
+def check_operator(request: web.Request, access: Access, operator: KeyCheck | None) -> None:
+    """Let pass who may see what goes on in the router.
+
+    Raises:
+        RequestError: 401: calls need a key here, and this is not the operators'.
+    """
+    if access.metrics_need_key():
+        if operator is None:
+            raise unauthorized(
+                "expected the operators' key (`admin` in router.yaml), and there is none"
+            )
+        operator.check(request.headers)
 
 
 def metrics_response(metrics: Metrics) -> web.Response:

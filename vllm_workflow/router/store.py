@@ -274,6 +274,15 @@ class StoreReader:
         for (value,) in self._rows("SELECT value FROM events ORDER BY number"):
             yield value
 
+    def latest_events(self, last_s: float) -> Generator[str]:
+        """Yield the lines that were recorded in the `last_s` seconds before the last one."""
+        for (value,) in self._rows(
+            "SELECT value FROM events WHERE time >= (SELECT max(time) FROM events) - ? "
+            "ORDER BY number",
+            last_s,
+        ):
+            yield value
+
     def tunings(self) -> list[Mapping[str, Any]]:
         """Return what the tuner has found, in order."""
         return [

@@ -37,6 +37,8 @@ class Upstream:
 
     def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
         self.reconfigure(config)
+        self.refuses_key = False
+        """Whether it last said so of the key that the router has for it."""
         self.leaving = False
         """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
@@ -263,6 +265,8 @@ class Upstreams:
             if not upstream.leaving and not self.is_healthy(upstream):
                 upstream.num_probes_to_models = 0
             await self._refresh_models(upstream)
+            if upstream.refuses_key:
+                healthy, reason = False, "it refuses the router's key (api_key_env, api_key_file)"
         self._mark(upstream, healthy, reason)
         if not answered:
             upstream.silence.abandon()
@@ -291,6 +295,7 @@ class Upstreams:
         upstream.num_probes_to_models = MODELS_EVERY
         try:
             async with self._get(upstream, "/v1/models") as response:
+                upstream.refuses_key = bool(upstream.own_headers) and response.status in {401, 403}
                 cards = (await response.json())["data"] if response.status == 200 else []
             cards = [card for card in cards if isinstance(card["id"], str)]
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
@@ -300,7 +305,7 @@ class Upstreams:
             if not upstream.leaving:
                 self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
                 self._changed()
-        elif not cards and not upstream.model_cards():
+        elif not (cards or upstream.model_cards() or upstream.refuses_key):
             _logger.warning(
                 "instance %s does not tell what it serves; it is sent calls for any model "
                 "(`models` in its configuration says which)",

@@ -123,6 +123,7 @@ _FIELDS = (
     _Field("final", "X-Workflow-Final", "workflow_final", "wf_final", _flag),
 )
 _TENANT = _Field("tenant_id", "X-Tenant-Id", "tenant_id", "wf_tenant", _label)
+OWN_HEADERS = tuple(field.header for field in (*_FIELDS, _TENANT))
 _NOTHING: Mapping[str, Any] = {}
 
 

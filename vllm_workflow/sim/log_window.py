@@ -11,10 +11,11 @@ from typing import Any
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Added, Marked, Started, Swapped, from_json
+from vllm_workflow.core.events import Added, Marked, Removed, Started, Swapped, from_json
 from vllm_workflow.core.fleet import Instance
+from vllm_workflow.router.store import StoreReader, is_store
 from vllm_workflow.sim.engine import DEFAULT_BLOCK_SIZE
-from vllm_workflow.sim.fields import Place, an_object, json_lines, read_text, required
+from vllm_workflow.sim.fields import Place, an_object, json_lines, parse, read_text, required
 from vllm_workflow.sim.fleet import SimInstance
 from vllm_workflow.sim.trace_decisions import LoggedRun, is_decision_log, logged_runs
 
@@ -24,7 +25,7 @@ UNKNOWN_KV_BLOCKS = 1 << 20
 """Of an instance whose configuration does not say."""
 MAX_TAIL_BYTES = 256 << 20
 _FIRST_TAIL_BYTES = 4 << 20
-_STATE = frozenset({"started", "swapped", "added", "marked"})
+_STATE = frozenset({"started", "swapped", "added", "removed", "marked"})
 
 _Line = tuple[Place, Mapping[str, Any]]
 
@@ -51,17 +52,35 @@ class LogWindow:
 def read_window(path: Path, *, window_s: float = math.inf) -> LogWindow:
     """Read the last `window_s` seconds of the last life of a router in a log.
 
+    Args:
+        path: The file that `decision_log` in router.yaml names, or the database of `store`.
+        window_s: How far back to go.
+
     Raises:
         ConfigError: The file cannot be read or is no decision log; with file, line and field.
     """
+    lines = logged_lines(path)
     source = str(path)
-    lines: list[_Line] = []
-    for place, value in _parsed(read_text(path), source):
-        lines.append((place, an_object(value, place)))
     place, first = lines[0]
     if not is_decision_log(first):
         place.fail("a decision log, whose first line is an event 'started'", dict(first))
     return window_of(lines, source=source, window_s=window_s)
+
+
+def logged_lines(path: Path) -> list[tuple[Place, Mapping[str, Any]]]:
+    """Return the events of a decision log or a store, parsed, at least one.
+
+    Raises:
+        ConfigError: See `read_window`.
+    """
+    source = str(path)
+    if is_store(path):
+        with StoreReader(path) as reader:
+            stored = [(Place(source, n), line) for n, line in enumerate(reader.events(), start=1)]
+        if not stored:
+            raise ConfigError(f"{path}: expected events in the store, got none")
+        return [(place, an_object(parse(line, place), place)) for place, line in stored]
+    return [(place, an_object(value, place)) for place, value in _parsed(read_text(path), source)]
 
 
 def tail_window(
@@ -70,7 +89,7 @@ def tail_window(
     """Read the end of a log that may be very long.
 
     Args:
-        path: The log.
+        path: The log, or a store.
         state: Lines of it that say what was in force before its last part: `started` and `added`.
         window_s: How far back to go.
         max_bytes: Of the file, that are read at most.
@@ -83,7 +102,8 @@ def tail_window(
     for number, line in enumerate(state, start=1):
         place = Place(f"{source} (state)", number)
         head.append((place, an_object(json.loads(line), place)))
-    lines = [(place, an_object(value, place)) for place, value in _tail(path, window_s, max_bytes)]
+    values = _stored_tail(path, window_s) if is_store(path) else _tail(path, window_s, max_bytes)
+    lines = [(place, an_object(value, place)) for place, value in values]
     return window_of([*head, *lines], source=source, window_s=window_s)
 
 
@@ -149,6 +169,8 @@ def _state(lines: Iterable[_Line]) -> tuple[PolicyConfig, PolicyConfig, tuple[In
                 policy = event.policy
             case Added():
                 instances[event.instance.instance_id] = event.instance
+            case Removed():
+                instances.pop(event.instance_id, None)
             case Marked():
                 healthy[event.instance_id] = event.healthy
     alive = [each for name, each in instances.items() if healthy.get(name, True)]
@@ -187,6 +209,12 @@ def _tail(path: Path, window_s: float, max_bytes: int) -> list[tuple[Place, Any]
         if is_all or reaches or num_bytes >= max_bytes:
             return lines
         num_bytes *= 2
+
+
+def _stored_tail(path: Path, window_s: float) -> list[tuple[Place, Any]]:
+    place = Place(f"{path} (end)")
+    with StoreReader(path) as reader:
+        return [(place, parse(line, place)) for line in reader.latest_events(window_s)]
 
 
 def _last_bytes(path: Path, num_bytes: int) -> tuple[bytes, bool]:

@@ -22,12 +22,12 @@ from dataclasses import dataclass, field
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.metrics import mean, percentile, slo_attainment
+from vllm_workflow.core.policy_grid import changes
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
 from vllm_workflow.sim.replicates import lower_bound, replicate
 from vllm_workflow.sim.results import RunResult
 from vllm_workflow.sim.simulator import simulate
-from vllm_workflow.sim.tuner_grid import changes
 from vllm_workflow.sim.types import SimEngine, TraceRun
 
 RUNGS = ((0.25, 4), (0.5, 1))

@@ -2,7 +2,7 @@ import pytest
 
 from vllm_workflow.core.config import PRESETS, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.sim.tuner_grid import MAX_POINTS, changes, default_grid, points
+from vllm_workflow.core.policy_grid import MAX_POINTS, changes, default_grid, points
 
 HEXGEN = PRESETS["hexgen"]
 DEFAULT = PRESETS["workflow"]

@@ -1,0 +1,245 @@
+"""What a live page shows: the runs that come and go, from the events of the dispatcher.
+
+Everything is bounded: so many runs, so many calls of each, and of tenants the ones seen first.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import OrderedDict, deque
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdrawn
+from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.router.metrics import Capped
+
+MAX_RUNS = 1_000
+MAX_CALLS = 200
+"""Shown of one run; a run may have more."""
+MAX_WAITING = 100
+"""Shown of the queue, those with the least slack."""
+IDLE_S = 60.0
+"""A run without a call under way for this long is taken to have ended."""
+WINDOW_S = 900.0
+"""Attainment is that of runs which ended within this time."""
+
+_Key = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _Call:
+    stage: str
+    arrival: float
+    start: float = math.nan
+    """Instant at which it was bound to an instance; `nan` while it waits."""
+    end: float = math.nan
+    instance: str = ""
+    ok: bool | None = None
+    """None until it has ended."""
+
+
+@dataclass(slots=True)
+class _Run:
+    name: str
+    tenant: str
+    workflow: str
+    arrival: float
+    deadline: float
+    number: int
+    """Of the run's latest change."""
+    calls: list[_Call] = field(default_factory=list)
+    num_calls: int = 0
+    num_open: int = 0
+    last: float = 0.0
+    last_ok: bool = True
+    met: bool | None = None
+    """None while it goes on, or where nothing was promised."""
+    ended: bool = False
+
+
+class Board:
+    """Follows runs.
+
+    Args:
+        clock: The clock of the dispatcher's instants.
+    """
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._runs: OrderedDict[_Key, _Run] = OrderedDict()
+        self._open: dict[str, tuple[_Run, _Call, StageRequest]] = {}
+        self._number = 0
+        self._ended: deque[tuple[float, str, bool]] = deque()
+        self._tenant = Capped()
+
+    def record(self, event: Event) -> None:
+        """Take an event of the dispatcher."""
+        match event:
+            case Submitted(request=request, decision=decision):
+                self._began(request, self._clock())
+                if decision is not None:
+                    self._bound(decision, self._clock())
+            case Polled(decisions=decisions):
+                for decision in decisions:
+                    self._bound(decision, self._clock())
+            case Withdrawn(request_id=request_id):
+                self._ended_call(request_id, self._clock(), ok=False)
+            case Settled(outcome=outcome):
+                self._settled(outcome)
+
+    def _began(self, request: StageRequest, now: float) -> None:
+        key = (request.tenant_id, request.workflow_id or request.request_id)
+        run = self._runs.get(key)
+        if run is None or run.ended:
+            self._make_room()
+            # A new one goes to the end even if one of that name was there.
+            self._runs.pop(key, None)
+            run = self._runs[key] = _Run(
+                name=request.workflow_id or request.request_id,
+                tenant=self._tenant(request.tenant_id),
+                workflow=request.workflow,
+                arrival=now if math.isnan(request.run_arrival_time) else request.run_arrival_time,
+                deadline=request.deadline,
+                number=0,
+            )
+        call = _Call(request.stage, now)
+        if len(run.calls) < MAX_CALLS:
+            run.calls.append(call)
+        run.num_calls += 1
+        run.num_open += 1
+        run.deadline = request.deadline
+        self._open[request.request_id] = run, call, request
+        self._changed(run, now)
+
+    def _make_room(self) -> None:
+        """Forget the run that ended first, or if none has, the oldest."""
+        if len(self._runs) < MAX_RUNS:
+            return
+        ended = next((key for key, run in self._runs.items() if run.ended), None)
+        del self._runs[next(iter(self._runs)) if ended is None else ended]
+
+    def _bound(self, decision: Decision, now: float) -> None:
+        found = self._open.get(decision.request_id)
+        if found is not None:
+            run, call, _ = found
+            call.start = now
+            call.instance = decision.chosen.instance_id
+            self._changed(run, now)
+
+    def _settled(self, outcome: Outcome) -> None:
+        self._ended_call(outcome.request_id, self._clock(), ok=outcome.ok)
+
+    def _ended_call(self, request_id: str, now: float, *, ok: bool) -> None:
+        found = self._open.pop(request_id, None)
+        if found is None:
+            return
+        run, call, request = found
+        call.end, call.ok = now, ok
+        run.num_open -= 1
+        run.last_ok = ok
+        self._changed(run, now)
+        if ok and (request.final or not request.workflow_id):
+            self._end(run, now)
+
+    def _changed(self, run: _Run, now: float) -> None:
+        self._number += 1
+        run.number = self._number
+        run.last = now
+
+    def _end(self, run: _Run, now: float) -> None:
+        if run.ended:
+            return
+        run.ended = True
+        if run.deadline != math.inf:
+            run.met = run.last_ok and run.last <= run.deadline
+            self._ended.append((now, run.tenant, run.met))
+
+    def _expire(self, now: float) -> None:
+        for run in self._runs.values():
+            if not run.ended and not run.num_open and run.last + IDLE_S <= now:
+                self._end(run, now)
+                self._number += 1
+                run.number = self._number
+        while self._ended and self._ended[0][0] < now - WINDOW_S:
+            self._ended.popleft()
+
+    def snapshot(self, since: int = 0) -> dict[str, Any]:
+        """Return what is to be shown; times are seconds before now.
+
+        Args:
+            since: `number` of the snapshot before this one: only what has changed is told.
+        """
+        now = self._clock()
+        self._expire(now)
+        known = since <= self._number
+        return {
+            "number": self._number,
+            "runs": [
+                _run(run, now) for run in self._runs.values() if not known or run.number > since
+            ],
+            "num_runs": len(self._runs),
+            "whole": not known or since == 0,
+            "waiting": self._waiting(now),
+            "num_waiting": sum(math.isnan(call.start) for _, call, _ in self._open.values()),
+            "tenants": self._tenants(),
+        }
+
+    def _waiting(self, now: float) -> list[dict[str, Any]]:
+        rows = [
+            {
+                "run": run.name,
+                "stage": call.stage,
+                "tenant": run.tenant,
+                "waited_s": round(now - call.arrival, 2),
+                "slack_s": _finite(request.deadline - now - request.rest_s - request.service_s),
+            }
+            for run, call, request in self._open.values()
+            if math.isnan(call.start)
+        ]
+        rows.sort(key=lambda row: math.inf if row["slack_s"] is None else row["slack_s"])
+        return rows[:MAX_WAITING]
+
+    def _tenants(self) -> list[dict[str, Any]]:
+        counts: dict[str, list[int]] = {}
+        for run in self._runs.values():
+            counts.setdefault(run.tenant, [0, 0, 0])[0] += not run.ended
+        for _, tenant, met in self._ended:
+            counts.setdefault(tenant, [0, 0, 0])[1 if met else 2] += 1
+        return [
+            {"tenant": tenant, "running": running, "met": met, "missed": missed}
+            for tenant, (running, met, missed) in sorted(counts.items())
+        ]
+
+
+def _run(run: _Run, now: float) -> dict[str, Any]:
+    return {
+        "run": run.name,
+        "tenant": run.tenant,
+        "workflow": run.workflow,
+        "arrival": round(run.arrival - now, 3),
+        "deadline": None if run.deadline == math.inf else round(run.deadline - now, 3),
+        "ended": run.ended,
+        "met": run.met,
+        "num_calls": run.num_calls,
+        "calls": list(_calls(run.calls, now)),
+    }
+
+
+def _calls(calls: Iterable[_Call], now: float) -> Iterable[list[Any]]:
+    """Stage, arrival, start, end (null: not yet), instance, whether it ended well."""
+    for call in calls:
+        yield [
+            call.stage,
+            round(call.arrival - now, 3),
+            _finite(call.start - now),
+            _finite(call.end - now),
+            call.instance,
+            call.ok,
+        ]
+
+
+def _finite(seconds: float) -> float | None:
+    return round(seconds, 3) if math.isfinite(seconds) else None

@@ -39,8 +39,6 @@ class Reserved(NamedTuple):
     end_time: float
     num_tokens: float
     """Of the KV cache, that nobody else needed then."""
-    max_stretch: float
-    """By which its instance may be slower than for one call alone without making it late."""
 
 
 class Need:
@@ -183,17 +181,6 @@ def num_own_tokens(request: StageRequest) -> float:
         num_head_tokens += segment.num_tokens
     num_rest = request.num_prompt_tokens - num_head_tokens
     return (num_rest if num_rest > 0 else 0) + request.expected_output_tokens
-
-
-def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> float:
-    """How much slower than alone a call's run may go from `now` on, and still be on time.
-
-    `inf` without a deadline, and for a run that cannot be on time anyway: nobody has to make
-    room for it.
-    """
-    needed_s = candidate.alone_s + request.rest_s
-    left_s = request.deadline - now
-    return left_s / needed_s if 0.0 < needed_s <= left_s else math.inf
 
 
 def _capacity(instance: Instance) -> float:

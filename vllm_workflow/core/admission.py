@@ -27,6 +27,8 @@ _ROOM = 0.9
 """Share of the slowdown that runs can bear, up to which runs begin that may well be late."""
 _MIN_RATE = 0.03
 """Share of one arrival in what runs are promised and need: about the last thirty decide."""
+_MIN_ARRIVALS = 30
+"""Runs that must have come before any is made to wait."""
 _MAX_CLASSES = 1024
 """Workflows of tenants remembered at most: their names come from clients."""
 
@@ -64,15 +66,19 @@ class Admission:
 
     Args:
         margin: Kept in reserve, as a share of the predicted slowdown.
-        relegated_share: Share of beginnings that go to runs that can no longer be on time
-            while others wait, so that none starves.
+        max_hold_share: Share of its SLO that a run can wait to begin and still be on time.
+        relegated_share: Share of beginnings that go to runs that have waited longer while
+            others wait, so that none starves.
     """
 
-    def __init__(self, pace: Pace, *, margin: float, relegated_share: float) -> None:
+    def __init__(
+        self, pace: Pace, *, margin: float, max_hold_share: float, relegated_share: float
+    ) -> None:
         self.pace = pace
         self.num_relegated = 0
         """Runs that began although they could not be on time any more."""
         self._margin = margin
+        self._max_hold_share = max_hold_share
         self._relegated_share = relegated_share
         self._held: dict[int, OrderedDict[RunKey, list[Held]]] = {}
         """Priority -> runs in order of arrival."""
@@ -108,7 +114,8 @@ class Admission:
         if promised_s <= needed_s:
             return  # nobody can keep such a promise, and others are not to be held up by it
         key = (request.tenant_id, request.workflow)
-        each = self._classes[key] = self._classes.pop(key, None) or _Class()
+        each = self._classes.setdefault(key, _Class())
+        self._classes.move_to_end(key)
         if len(self._classes) > _MAX_CLASSES:
             self._classes.popitem(last=False)
         each.num_arrivals += 1
@@ -173,18 +180,17 @@ class Admission:
         return []
 
     def can_begin(self, request: StageRequest, now: float) -> bool:
-        """Whether a run that began now would be on time, and would leave others theirs.
-
-        What it needs is taken to be in proportion to what it is promised, as for runs on
-        average: one that has used up a part of its time bears that much less.
-        """
+        """Whether a run that began now would be on time, and would leave others theirs."""
         if self.pace.num_runs == 0:
             return True
-        bearable = min(self._bearable, self._bearable_for(request, now))
-        return self._slowdown_with_one_more(now) <= bearable
+        return _share_left(
+            request, now
+        ) >= 1.0 - self._max_hold_share and self._slowdown_with_one_more(now) <= self._bearable_for(
+            request
+        )
 
     def wait_s(self) -> float:
-        """Seconds until the run that came last begins, if they begin in order."""
+        """Seconds until all runs that wait have begun, if they begin as others end."""
         num_runs = self.pace.num_runs
         if num_runs == 0:
             return 0.0
@@ -193,16 +199,15 @@ class Admission:
 
     def _is_late(self, request: StageRequest, now: float) -> bool:
         """Whether a run would be late even if it began now, alone."""
-        return self._bearable_for(request, now) < 1.0 + self._margin
+        left = _share_left(request, now)
+        return left * self._bearable_for(request) < 1.0 + self._margin
 
-    def _bearable_for(self, request: StageRequest, now: float) -> float:
-        """What is left of the slowdown that a run could bear when it came."""
-        promised_s = request.deadline - _arrival_time(request)
-        if promised_s <= 0.0:
-            return 0.0
+    def _bearable_for(self, request: StageRequest) -> float:
+        """Slowdown at which a run is on time if it begins when it comes, and most others are."""
         own = self._classes.get((request.tenant_id, request.workflow))
-        bearable = own.bearable if own is not None else self._bearable
-        return bearable * (request.deadline - now) / promised_s
+        if own is None or own.num_arrivals < _MIN_ARRIVALS:
+            return self._bearable
+        return min(self._bearable, own.bearable)
 
     @property
     def _bearable(self) -> float:
@@ -210,6 +215,8 @@ class Admission:
 
         Harmonic, so that those with little to spare count, not those with hours.
         """
+        if self._num_arrivals < _MIN_ARRIVALS:
+            return math.inf
         return 1.0 / self._needed_share if self._needed_share > 0.0 else math.inf
 
     def _slowdown_with_one_more(self, now: float) -> float:
@@ -235,7 +242,8 @@ class Admission:
             del self._held[priority]
 
 
-def _arrival_time(request: StageRequest) -> float:
-    if math.isnan(request.run_arrival_time):
-        return request.arrival_time
-    return request.run_arrival_time
+def _share_left(request: StageRequest, now: float) -> float:
+    """Of what a run was promised, what is left."""
+    came = request.run_arrival_time
+    promised_s = request.deadline - (request.arrival_time if math.isnan(came) else came)
+    return (request.deadline - now) / promised_s if promised_s > 0.0 else 0.0

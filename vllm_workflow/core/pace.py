@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -49,7 +50,7 @@ class Pace:
         self._idle: OrderedDict[_RunKey, None] = OrderedDict()
         """Runs between two calls, the one that is so longest first."""
         self._calls: dict[str, _Open] = {}
-        self._time = 0.0
+        self._time = -math.inf
         self._run_seconds = 0.0
         self._gap_s = 0.0
         self._lost_s = 0.0
@@ -58,6 +59,7 @@ class Pace:
         """Service of calls times the runs beside them, faded."""
         self._sharing: dict[str, tuple[float, float]] = {}
         """Instance -> what a call adds to each one beside it, and what it takes alone."""
+        self._num_instances = 1
 
     def __contains__(self, key: _RunKey) -> bool:
         return key in self._runs
@@ -65,7 +67,8 @@ class Pace:
     def tick(self, now: float) -> None:
         """Let time pass: runs that have made no call for long are over."""
         if now > self._time:
-            self._run_seconds += self.num_runs * (now - self._time)
+            if self.num_runs:
+                self._run_seconds += self.num_runs * (now - self._time)
             self._time = now
         patience_s = min(MAX_IDLE_S, 1.0 + 4.0 * self._gap_s)
         while self._idle:
@@ -94,8 +97,14 @@ class Pace:
         run.num_open += 1
         self._calls[request.request_id] = _Open(now, self._run_seconds)
 
-    def bound(self, candidate: Candidate) -> None:
-        """Note what a call is predicted to add to those beside it."""
+    def bound(self, candidate: Candidate, num_instances: int) -> None:
+        """Note what a call is predicted to add to those beside it.
+
+        Args:
+            candidate: Where it starts.
+            num_instances: Those that it could have gone to.
+        """
+        self._num_instances = num_instances
         if candidate.num_outstanding > 0 and candidate.alone_s > 0.0:
             adds_s, alone_s = self._sharing.get(candidate.instance_id, (0.0, 0.0))
             keep = 1.0 - _SHARING_RATE
@@ -156,9 +165,12 @@ class Pace:
 
     def _predicted_slope(self) -> float:
         """From latency models alone, as if each instance got its share of the calls."""
-        pace = sum(alone_s / adds_s for adds_s, alone_s in self._sharing.values() if adds_s > 0.0)
-        calls_per_run = max(1.0, len(self._calls) / max(1, self.num_runs))
-        return calls_per_run / pace if pace > 0.0 else 0.0
+        paces = [alone_s / adds_s for adds_s, alone_s in self._sharing.values() if adds_s > 0.0]
+        if not paces:
+            return 0.0
+        # Those that no call has shared yet are taken to be like the others.
+        pace = sum(paces) * max(1.0, self._num_instances / len(paces))
+        return max(1.0, len(self._calls) / max(1, self.num_runs)) / pace
 
     def _learn(self, opened: _Open, end_time: float, idle_s: float) -> None:
         took_s = end_time - opened.time

@@ -1,11 +1,9 @@
 """How long runs go on after each of their stages, learned from the runs themselves.
 
 A run is seen as a walk from one ended call to the next that ends later, which is its critical
-path as it turns out. The expected time still to go after a stage satisfies
-
-    V(stage) = P(another call follows) · E[time until it ends + V(its stage)]
-
-and is kept up to date by temporal-difference learning: one step per call, no graph to declare.
+path as it turns out. When a run is over, each stage that it passed learns how much longer it
+went on. Nothing is inferred from stages that are themselves not known yet, so what is believed
+is right from the first runs on; no graph is declared.
 Times are those of an idle fleet: service as it would be alone, and gaps between calls. What a
 loaded fleet adds is for the policy to decide.
 """
@@ -25,13 +23,13 @@ MAX_STAGES_OF_RUN = 64
 MAX_ROUND = 3
 """A stage entered again is another state, up to so many rounds: loops tire."""
 MIN_ENDED = 8
-"""Runs seen to leave a state before its value is believed."""
+"""Runs seen to pass a state and end before its value is believed."""
 OVER_AFTER_S = 60.0
 """A run without a call in flight for this long is taken to be over."""
 _MIN_RATE = 0.05
 
 _State = tuple[str, str, str, int]
-"""Tenant, workflow, stage, and which round of it in the run; stage "" is the beginning."""
+"""Tenant, workflow, stage, and which round of it in the run."""
 _RunKey = tuple[str, str]
 
 

@@ -12,6 +12,7 @@ from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
 from vllm_workflow.core.dispatch import DispatchPolicy
+from vllm_workflow.core.errors import OverloadedError
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.types import Candidate, StageRequest
@@ -145,9 +146,31 @@ class WaitingRoom:
         """
         self._closed(request, end_time=end_time, idle_s=idle_s, ok=ok)
 
-    def wait_s(self, request: StageRequest) -> float:
-        """Seconds until a run that has come last begins, as far as can be told."""
-        return self._admission_of(request).wait_s()
+    def check(self, request: StageRequest) -> None:
+        """Refuse a run that has just come, if the policy says so; the caller withdraws it.
+
+        Args:
+            request: Its first call.
+
+        Raises:
+            OverloadedError: It would wait too long to begin.
+        """
+        admission = self._admissions.get(request.model)
+        if (
+            self._config.admission != "reject"
+            or admission is None
+            or request.request_id not in admission
+        ):
+            return
+        wait_s, promised_s = admission.wait_s(), request.deadline - request.arrival_time
+        most_s = self._config.max_hold_share * promised_s
+        if wait_s > most_s:
+            raise OverloadedError(
+                f"model {request.model!r}: run {request.workflow_id!r} would begin in "
+                f"{wait_s:.0f} s: expected at most {most_s:.0f} s of its SLO, {promised_s:.0f} s; "
+                f"{admission.pace.num_runs} runs are under way, {len(admission)} wait to begin",
+                retry_after_s=wait_s,
+            )
 
     def _closed(self, request: StageRequest, *, end_time: float, idle_s: float, ok: bool) -> None:
         pace = self.paces.get(request.model)
@@ -161,6 +184,7 @@ class WaitingRoom:
             admission = self._admissions[request.model] = Admission(
                 self.paces.setdefault(request.model, Pace()),
                 margin=config.relegation_margin,
+                max_hold_share=config.max_hold_share,
                 relegated_share=config.relegated_share,
             )
         return admission
@@ -270,7 +294,7 @@ class WaitingRoom:
                 self._num_since_relegated = 0
             chosen = min(able, key=costs.__getitem__)
             if self._config.relegate:
-                self.paces[waiting.request.model].bound(candidates[chosen])
+                self.paces[waiting.request.model].bound(candidates[chosen], len(candidates))
             yield Choice(waiting, candidates, costs, chosen)
         self._looked_at_version = fleet.version
 

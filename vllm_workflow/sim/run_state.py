@@ -16,12 +16,22 @@ BYTES_PER_TOKEN = 4.0
 class RunState:
     """A run under way: what of it has been revealed."""
 
-    __slots__ = ("arrival_time", "end_time", "final", "missing", "num_open", "then", "trace")
+    __slots__ = (
+        "arrival_time",
+        "end_time",
+        "final",
+        "is_refused",
+        "missing",
+        "num_open",
+        "then",
+        "trace",
+    )
 
     def __init__(self, trace: TraceRun, now: float) -> None:
         self.trace = trace
         self.arrival_time = now
         self.end_time = math.nan
+        self.is_refused = False
         self.num_open = len(trace.calls)
         self.missing: dict[str, int] = {}
         """Calls yet to end before a call is made."""

@@ -11,6 +11,11 @@ ROUTER = [
     "pydantic>=2.7,<3",  # validates router.yaml and cluster.yaml, with the path to the field
     "PyYAML>=6",  # reads them
     "tqdm>=4.66",  # progress while instances load
+    "python-json-logger>=3",  # `log_format: json`
+]
+TRACING = [
+    "opentelemetry-sdk>=1.27",  # spans of runs and calls
+    "opentelemetry-exporter-otlp-proto-http>=1.27",  # to whatever collector there is
 ]
 TEXT2SQL = [
     "openai>=2,<4",  # the client that agents use
@@ -61,12 +66,13 @@ setup(
     install_requires=[],
     extras_require={
         "router": ROUTER,
+        "tracing": TRACING,
         "text2sql": TEXT2SQL,
         "vllm": ["vllm>=0.27.1,<0.34"],
         "cpu": CPU,
         # `vllm-workflow profile` needs aiohttp and tqdm; the fit itself is standard library.
         "bench": BENCH,
-        "dev": [*BENCH, *DEV],
+        "dev": [*BENCH, *TRACING, *DEV],
     },
     entry_points={
         "console_scripts": ["vllm-workflow = vllm_workflow.cli.main:main"],

@@ -3,8 +3,9 @@
     python -m benchmarks.schedule_cost
 
 Real schedulers and KV-cache manager, no model: 128 requests decode, the others wait, and between
-two steps every running request is given a token. Rounds of both classes alternate; a cell is the
-median over all steps of the CPU time of the thread, and the ratio is taken of those.
+two steps every running request is given a token. Steps of both classes alternate, and which goes
+first; a cell is the median over all pairs of the CPU time of the thread, ours over vLLM's of the
+same pair, and the quartiles of the medians of twenty pairs each say how sure that is.
 
 - `none`: no request carries metadata;
 - `all`: every request has a deadline, none is urgent;
@@ -15,11 +16,12 @@ median over all steps of the CPU time of the thread, and the ratio is taken of t
 from __future__ import annotations
 
 import argparse
+import gc
 import statistics
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm.v1.core.sched.async_scheduler import AsyncScheduler
 
@@ -28,6 +30,9 @@ from vllm_workflow.engine.scheduler import WorkflowScheduler
 
 NUM_RUNNING = 128
 CASES = ("none", "all", "urgent")
+NUM_WARM_UP = 20
+BLOCK = 20
+"""Pairs whose median ratio is one sample of the spread."""
 
 
 def fill(scheduler: Any, case: str, num_waiting: int) -> None:
@@ -46,21 +51,21 @@ def fill(scheduler: Any, case: str, num_waiting: int) -> None:
         scheduler.add_request(build_request(f"w{i}", max_tokens=4_000, **waiting))
 
 
-def schedule_us(scheduler: Any, num_steps: int) -> list[float]:
-    """CPU time of this thread in `schedule()`, per step."""
-    stock, samples = scheduler.schedule, []
+def schedule_us(scheduler: Any) -> float:
+    """Run one engine step; return the CPU time of this thread in its `schedule()`."""
+    stock, spent_us = scheduler.schedule, 0.0
 
     def timed(*args: Any, **kwargs: Any) -> Any:
+        nonlocal spent_us
         start_ns = time.thread_time_ns()
         output = stock(*args, **kwargs)
-        samples.append((time.thread_time_ns() - start_ns) / 1e3)
+        spent_us = (time.thread_time_ns() - start_ns) / 1e3
         return output
 
     scheduler.schedule = timed
-    for _ in range(num_steps):
-        run_step(scheduler)
+    run_step(scheduler)
     scheduler.schedule = stock
-    return samples
+    return spent_us
 
 
 def make(model: Path, cls: Any, case: str, num_waiting: int) -> Any:
@@ -72,17 +77,40 @@ def make(model: Path, cls: Any, case: str, num_waiting: int) -> Any:
     return scheduler
 
 
-def paired_us(
-    model: Path, case: str, num_waiting: int, *, num_steps: int = 50, num_rounds: int = 7
-) -> tuple[float, float]:
-    """Median CPU time of `schedule()` with vLLM's class and with ours, rounds alternating."""
-    pair = [make(model, cls, case, num_waiting) for cls in (AsyncScheduler, WorkflowScheduler)]
-    samples: list[list[float]] = [[], []]
-    for _ in range(num_rounds):
-        for scheduler, times in zip(pair, samples, strict=True):
-            times += schedule_us(scheduler, num_steps)
-    stock_us, ours_us = map(statistics.median, samples)
-    return stock_us, ours_us
+class Paired(NamedTuple):
+    """One cell: CPU time of `schedule()` with vLLM's class, and ours over that."""
+
+    stock_us: float
+    ratio: float
+    low: float
+    """First quartile of the ratios of blocks."""
+    high: float
+
+
+def paired(model: Path, case: str, num_waiting: int, *, num_pairs: int = 400) -> Paired:
+    """Time both classes step by step in turn."""
+    stock, ours = (
+        make(model, cls, case, num_waiting) for cls in (AsyncScheduler, WorkflowScheduler)
+    )
+    pairs: list[tuple[float, float]] = []
+    gc.collect()
+    gc.disable()
+    try:
+        for index in range(num_pairs + NUM_WARM_UP):
+            if index % 2:
+                ours_us, stock_us = schedule_us(ours), schedule_us(stock)
+            else:
+                stock_us, ours_us = schedule_us(stock), schedule_us(ours)
+            pairs.append((stock_us, ours_us))
+    finally:
+        gc.enable()
+    pairs = pairs[NUM_WARM_UP:]
+    ratios = [ours_us / stock_us for stock_us, ours_us in pairs]
+    blocks = [statistics.median(ratios[i : i + BLOCK]) for i in range(0, len(ratios), BLOCK)]
+    low, _, high = statistics.quantiles(blocks, n=4)
+    return Paired(
+        statistics.median(stock_us for stock_us, _ in pairs), statistics.median(ratios), low, high
+    )
 
 
 def main() -> None:
@@ -90,19 +118,20 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--waiting", type=int, nargs="+", default=[100, 1_000, 10_000])
-    parser.add_argument("--steps", type=int, default=50, help="steps per round (default: 50)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds per cell (default: 7)")
+    parser.add_argument("--pairs", type=int, default=400, help="steps of each (default: 400)")
+    parser.add_argument("--cases", nargs="+", choices=CASES, default=CASES)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as directory:
         model = write_config(Path(directory))
-        print(f"{'metadata':9} {'waiting':>8} {'vLLM us':>9} {'workflow us':>12} {'ratio':>6}")
-        for case in CASES:
+        print(f"{'metadata':9} {'waiting':>8} {'vLLM us':>9} {'ratio':>6} {'quartiles':>12}")
+        for case in args.cases:
             for num_waiting in args.waiting:
-                stock_us, ours_us = paired_us(
-                    model, case, num_waiting, num_steps=args.steps, num_rounds=args.rounds
+                cell = paired(model, case, num_waiting, num_pairs=args.pairs)
+                print(
+                    f"{case:9} {num_waiting:8} {cell.stock_us:9.0f} {cell.ratio:6.3f}"
+                    f"  {cell.low:.3f}-{cell.high:.3f}",
+                    flush=True,
                 )
-                cells = f"{stock_us:9.0f} {ours_us:12.0f} {ours_us / stock_us:6.2f}"
-                print(f"{case:9} {num_waiting:8} {cells}", flush=True)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ def test_durations_of_a_policy_shrink_and_nothing_else_of_it() -> None:
 
     assert (scaled.patience_s, scaled.urgent_slack_s) == (15.0, 2.0)
     assert (scaled.preempt_margin_s, scaled.preempt_cooldown_s) == (0.5, 0.25)
+    assert (scaled.preempt_waste_s, scaled.late_patience_s) == (2.5, 30.0)
     assert (scaled.dispatch, scaled.alpha) == ("hexgen", 0.7)
 
 

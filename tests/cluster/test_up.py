@@ -21,6 +21,7 @@ import yaml
 from vllm_workflow.cluster.config import ClusterConfig
 from vllm_workflow.cluster.process import last_error
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.router.credentials import KeyHash, new_key
 
 FAKE = Path(__file__).with_name("fake_server.py")
 PATIENCE_S = 60.0
@@ -125,6 +126,16 @@ def test_the_router_serves_what_the_instances_serve(up: Up) -> None:
         models = json.load(answer)
 
     assert [model["id"] for model in models["data"]] == ["m"]
+
+
+def test_a_router_that_wants_keys_is_waited_for_too(up: Up) -> None:
+    key = new_key()
+    up.config["router"]["auth"] = {"keys": [{"tenant": "t", "key_hash": str(KeyHash.of(key))}]}
+    url = f"{up.until_ready()}/models"
+    request = urllib.request.Request(url, headers={"Authorization": f"Bearer {key}"})
+
+    with urllib.request.urlopen(request, timeout=10) as answer:
+        assert [model["id"] for model in json.load(answer)["data"]] == ["m"]
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -286,6 +297,7 @@ def test_no_more_instances_load_at_a_time_than_allowed(up: Up) -> None:
             "instances: port declared twice",
         ),
         ({"router": {"instances": []}}, "router.instances: made from `instances`"),
+        ({"router": {"tls": {}}}, "router.tls: not on one machine"),
         ({"model": None}, "instances.0.model: Field required, here or as `model`"),
         ({"model": "./none"}, "model: there is no directory .*/none"),
         ({"instances": [{"id": "a", "model": "./no"}]}, r"instances.0.model: there is no .*/no"),

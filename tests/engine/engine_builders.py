@@ -49,6 +49,8 @@ def build_scheduler(
     max_num_batched_tokens: int = 8192,
     asynchronous: bool = False,
     scheduling_policy: str = "fcfs",
+    prefix_caching: bool = False,
+    clock: Any = None,
     additional_config: dict[str, Any] | None = None,
 ) -> Any:
     if policy is not None:
@@ -64,7 +66,7 @@ def build_scheduler(
             policy=scheduling_policy,
             watermark=0.0,
         ),
-        cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=False),
+        cache_config=CacheConfig(block_size=BLOCK_SIZE, enable_prefix_caching=prefix_caching),
         parallel_config=ParallelConfig(),
         additional_config=additional_config or {},
     )
@@ -75,6 +77,7 @@ def build_scheduler(
         block_size=BLOCK_SIZE, num_kv_heads=1, head_size=1, dtype=torch.float32
     )
     return cls(
+        **({} if clock is None else {"clock": clock}),
         vllm_config=vllm_config,
         kv_cache_config=KVCacheConfig(
             num_blocks=num_blocks,
@@ -91,6 +94,7 @@ def build_request(
     request_id: str,
     *,
     num_tokens: int = 16,
+    token_id: int = 1,
     max_tokens: int = 64,
     arrival_time: float | None = None,
     priority: int = 0,
@@ -104,7 +108,7 @@ def build_request(
     params.extra_args = extra_args if extra_args is not None else (wf or None)
     request = Request(
         request_id=request_id,
-        prompt_token_ids=[1] * num_tokens,
+        prompt_token_ids=[token_id] * num_tokens,
         sampling_params=params,
         pooling_params=None,
         arrival_time=time.time() if arrival_time is None else arrival_time,

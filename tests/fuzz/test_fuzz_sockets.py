@@ -131,7 +131,10 @@ def exchange(target: Target, data: bytes) -> bytes:
 
 
 @given(st.lists(requests(), min_size=1, max_size=3))
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow])
+@settings(
+    max_examples=3 * settings().max_examples,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
 def test_bytes_that_are_almost_http_get_no_5xx(target: Target, parts: list[bytes]) -> None:
     key = b"Authorization: Bearer " + target.key.encode()
     answer = exchange(target, b"".join(part.replace(b"AUTHORIZATION", key) for part in parts))

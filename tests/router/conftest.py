@@ -53,7 +53,7 @@ class Client:
 
 @asynccontextmanager
 async def _routing(
-    *engines: FakeEngine | str, seats: int | None = None, **config: Any
+    *engines: FakeEngine | str, seats: int | None = None, within_s: float = 20.0, **config: Any
 ) -> AsyncIterator[Client]:
     instances = [
         {"id": "abcdefgh"[i], "url": e if isinstance(e, str) else e.url}
@@ -63,7 +63,7 @@ async def _routing(
     ]
     data = {"port": 0, "shutdown_grace_s": 0.5, "instances": instances, **config}
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(within_s),
         serve(RouterConfig.from_mapping(data, source="test")) as router,
         aiohttp.ClientSession() as session,
     ):

@@ -85,7 +85,7 @@ async def test_a_browser_shows_a_thousand_runs(routing: Routing, tmp_path: Path)
     async with (
         FakeEngine().serving() as fast,
         FakeEngine().serving() as slow,
-        routing(fast, slow) as client,
+        routing(fast, slow, within_s=90.0) as client,
     ):
         names = [f"run-{number:04}" for number in range(NUM_RUNS - 1)]
         for begin in range(0, len(names), 50):

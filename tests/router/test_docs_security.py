@@ -23,7 +23,7 @@ def test_the_defaults_are_those_of_the_code() -> None:
     assert told == LimitsConfig().model_dump()
     assert f"`max_body_mb: {RouterConfig.model_fields['max_body_mb'].default:g}`" in PAGE
     assert f"JSON deeper than {body.MAX_DEPTH}," in PAGE
-    assert f"above {body.MAX_CONTAINERS:,} objects and lists or {body.MAX_COMMAS:,} commas" in PAGE
+    assert f"above {body.MAX_CONTAINERS:,} objects and lists or {body.MAX_VALUES:,} values" in PAGE
 
 
 def test_the_example_is_a_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

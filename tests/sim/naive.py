@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel, prefill_attention
+from vllm_workflow.core.preemption import PreemptionCosts
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
 
@@ -78,6 +79,7 @@ class NaiveCall:
     seats_lost: int = 0
     protected_until: float = -math.inf
     aborted: bool = False
+    put_off: bool = False
 
     @property
     def id(self) -> str:
@@ -91,6 +93,16 @@ class NaiveCall:
         """Of every full block of what it has; its last token says what came before."""
         own = [*self.tokens, *(("out", self.id, i) for i in range(self.generated))]
         return own[size - 1 :: size]
+
+    @property
+    def run(self) -> str:
+        return self.request.request.workflow_id or self.id
+
+    def is_late(self, now: float) -> bool:
+        deadline = self.request.request.deadline
+        if self.cached >= 0:
+            return deadline < now
+        return deadline < math.inf and self.latest_start < now
 
     def is_urgent(self, now: float, slack_s: float) -> bool:
         deadline = self.request.request.deadline
@@ -121,6 +133,8 @@ class NaiveEngine:
         self.is_stepping = False
         self.num_steps = 0
         self.num_idle_steps = 0
+        self.costs = PreemptionCosts(config.preempt_waste_s)
+        self.started = 0.0
 
     def submit(self, request: EngineRequest, now: float) -> None:
         told = request.request
@@ -166,6 +180,8 @@ class NaiveEngine:
         return events
 
     def finish_step(self, now: float, events: list[EngineEvent]) -> None:
+        num_prefill_tokens = sum(c.chunk for c in self.scheduled) - len(self.scheduled)
+        self.costs.note_prefill(now - self.started, num_prefill_tokens)
         for call in list(self.running):
             ended = False
             if call in self.scheduled:
@@ -176,6 +192,7 @@ class NaiveEngine:
                     call.generated += 1
                     ended = call.generated == call.request.num_output_tokens
                     if ended:
+                        self.costs.note_departure(now)
                         events.append(self.event(call, now, EventKind.FINISHED))
             call.chunk = 0
             if call.aborted and not ended:
@@ -230,6 +247,12 @@ class NaiveEngine:
         config = self.config
         if self.reorders:
             self.running.sort(key=lambda c: c.latest_start if config.preempt else c.key)
+        if config.ordering == "slack" and config.late_patience_s:
+            while self.waiting and self.queue()[0].is_late(now) and not self.queue()[0].put_off:
+                head = self.queue()[0]
+                head.put_off = True
+                head.key += config.late_patience_s
+                head.latest_start += config.late_patience_s
         if config.preempt and self.waiting and self.running:
             self.make_room(now)
         urgent = [
@@ -262,6 +285,7 @@ class NaiveEngine:
             self.starved = head if head.is_urgent(now, config.urgent_slack_s) else None
         self.num_steps += 1
         self.is_stepping = True
+        self.started = now
         self.end = now + self.step_s()
 
     def capped(self, call: NaiveCall, num_tokens: int, now: float, cap: int) -> int:
@@ -324,17 +348,37 @@ class NaiveEngine:
                 self.take_blocks(call, now)
 
     def take_seat(self, call: NaiveCall, now: float) -> bool:
-        victims = self.victims(call, now)
-        if victims:
-            self.preempt(victims[0])
-            victims[0].seats_lost += 1
-        return bool(victims)
+        for victim in self.victims(call, now)[:4]:
+            cost_s = self.loss_s(victim, min(self.own(victim), self.lacking(call)))
+            if self.costs.pays(cost_s) and self.costs.may_lose(victim.run, cost_s):
+                self.take_from(victim, cost_s)
+                return True
+        return False
 
     def take_blocks(self, call: NaiveCall, now: float) -> None:
-        needed = -(-call.num_tokens // self.size) + 1
-        gain = sum(-(-v.computed // self.size) for v in self.victims(call, now)[:8])
-        if needed - len(self.pool.queue) > gain:
-            return
-        for _ in range(8):
-            if len(self.pool.queue) >= needed or not self.take_seat(call, now):
-                return
+        lacking, losses = self.lacking(call), []
+        for victim in self.victims(call, now)[:8]:
+            if lacking <= 0:
+                break
+            cost_s = self.loss_s(victim, min(self.own(victim), lacking))
+            if self.own(victim) and self.costs.may_lose(victim.run, cost_s):
+                losses.append((victim, cost_s))
+                lacking -= self.own(victim)
+        if lacking <= 0 and self.costs.pays(sum(cost_s for _, cost_s in losses)):
+            for victim, cost_s in losses:
+                self.take_from(victim, cost_s)
+
+    def lacking(self, call: NaiveCall) -> int:
+        return -(-call.num_tokens // self.size) + 1 - len(self.pool.queue)
+
+    def own(self, call: NaiveCall) -> int:
+        return sum(self.pool.refs[b] == 1 for b in call.blocks)
+
+    def loss_s(self, victim: NaiveCall, num_blocks: int) -> float:
+        num_tokens = max(0, num_blocks) * self.size + victim.computed % self.size
+        return self.costs.recompute_s(min(num_tokens, victim.computed))
+
+    def take_from(self, victim: NaiveCall, cost_s: float) -> None:
+        self.preempt(victim)
+        victim.seats_lost += 1
+        self.costs.charge(victim.run, cost_s)

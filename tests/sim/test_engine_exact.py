@@ -47,6 +47,8 @@ def policies(draw: st.DrawFn) -> PolicyConfig:
         urgent_slack_s=draw(st.sampled_from([0.0, 0.05, 0.3])),
         preempt_margin_s=draw(st.sampled_from([0.01, 0.1])),
         preempt_cooldown_s=draw(st.sampled_from([0.0, 0.02, 0.2])),
+        preempt_waste_s=draw(st.sampled_from([0.0, 0.01, 10.0])),
+        late_patience_s=draw(st.sampled_from([0.0, 0.05, 0.5])),
         prefill_chunk_cap=draw(st.sampled_from([0, 0, 2, 5])),
     )
 
@@ -106,6 +108,8 @@ def contended(draw: st.DrawFn) -> tuple[object, ...]:
         urgent_slack_s=draw(st.sampled_from([0.1, 0.3])),
         preempt_margin_s=0.01,
         preempt_cooldown_s=draw(st.sampled_from([0.0, 0.03, 0.1])),
+        preempt_waste_s=draw(st.sampled_from([0.02, 10.0])),
+        late_patience_s=draw(st.sampled_from([0.0, 0.3])),
     )
     most = (num_blocks - 1) * BLOCK_SIZE
     found = []

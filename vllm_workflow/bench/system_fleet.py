@@ -28,7 +28,10 @@ STREAM_INTERVAL = 1000
 servers of one machine, and whole runs are measured, not gaps between tokens."""
 NUM_LOADING = 2
 """Servers that load at a time."""
-_POLICY_TIMES = ("patience_s", "urgent_slack_s", "preempt_margin_s", "preempt_cooldown_s")
+_POLICY_TIMES = (
+    *("patience_s", "late_patience_s", "urgent_slack_s"),
+    *("preempt_margin_s", "preempt_cooldown_s", "preempt_waste_s"),
+)
 _START_TIMEOUT_S = 600.0
 _RESET_TIMEOUT = aiohttp.ClientTimeout(total=60)
 

@@ -34,7 +34,8 @@ recommended way, for consistent hashing and for Program scheduling."""
 _STOCK_ORDERING = "fcfs"
 _ENGINE_FIELDS = (
     *("ordering", "patience_s", "starvation_ratio", "preempt", "urgent_slack_s"),
-    *("preempt_margin_s", "preempt_cooldown_s", "prefill_chunk_cap"),
+    *("preempt_margin_s", "preempt_cooldown_s", "preempt_waste_s", "late_patience_s"),
+    "prefill_chunk_cap",
 )
 """Of a policy; what only the router looks at makes no other servers."""
 

@@ -15,10 +15,12 @@ COMMANDS = {
     "bench": "replay runs against a server under load",
     "emulated-model": "write a model folder without weights, for an emulated GPU",
     "key": "make keys for clients and operators of the router",
+    "explain": "say why the calls of a run went where they did",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
     "store": "show what a router keeps in its database",
+    "simulate": "what if the fleet, the load, the promises or the policy were others",
     "text2sql": "answer questions about a SQLite file by a multi-stage workflow",
     "tune": "find a better policy for the traffic of a decision log",
 }

@@ -15,6 +15,7 @@ from vllm_workflow.core.config import PRESETS
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.app import Router, serve
 from vllm_workflow.router.config import RouterConfig
+from vllm_workflow.router.logs import configure
 
 
 def add_parser(commands: Any) -> None:
@@ -63,9 +64,7 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status."""
     config = read_config(args)
-    logging.basicConfig(
-        level=config.log_level.upper(), format="%(asctime)s %(levelname)s %(name)s: %(message)s"
-    )
+    configure(config.log_level, config.log_format, log_calls=config.log_calls)
     _allow_many_sockets()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
         runner.run(_serve(config, partial(read_config, args) if args.config else None))

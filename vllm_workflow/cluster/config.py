@@ -92,6 +92,8 @@ class ClusterConfig(Strict):
     def _consistent(self) -> ClusterConfig:
         if "instances" in self.router:
             raise ValueError("router.instances: made from `instances`; leave it out")
+        if "tls" in self.router:
+            raise ValueError("router.tls: not on one machine; start `vllm-workflow router` itself")
         ids = [i.id for i in self.instances]
         if twice := {n for n in ids if ids.count(n) > 1} | ({"router"} & set(ids)):
             raise ValueError(f"instances: id taken: {sorted(twice)}")

@@ -192,11 +192,16 @@ class Cluster:
         self._say_ready(process)
 
     async def _taken_in(self, router: ManagedProcess) -> None:
-        """Wait until the router knows that every instance is there."""
+        """Wait until the router knows that every instance is there.
+
+        One with keys tells nobody about its instances, only that there is a healthy one.
+        """
         give_up = time.monotonic() + _TAKE_IN_S
         while time.monotonic() < give_up:
             health = as_json((await http_get(router.url + "/health"))[1])
-            if isinstance(health, dict) and all(health.get("instances", {"": False}).values()):
+            if isinstance(health, dict) and all(
+                health.get("instances", {"": health.get("healthy", False)}).values()
+            ):
                 return
             await asyncio.sleep(0.1)
         raise ProcessError(f"the router does not take in every instance: {router.reason()}")

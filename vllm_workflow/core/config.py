@@ -75,6 +75,11 @@ class PolicyConfig:
     """Engine: a victim has at least this much more slack than the urgent call, > 0."""
     preempt_cooldown_s: float = 1.0
     """Engine: a preempted call is not preempted again for this long, >= 0."""
+    preempt_waste_s: float = 10.0
+    """Engine: seconds of computing again that preemptions may cause to one run, >= 0."""
+    late_patience_s: float = 120.0
+    """Engine, `slack` only: a waiting call that can no longer be on time is ranked as if its
+    deadline were so much later, >= 0; 0 leaves it in front."""
     prefill_chunk_cap: int = 0
     """Engine: tokens per step of a slack-rich prefill while an urgent call decodes; 0 is off."""
 
@@ -94,7 +99,12 @@ class PolicyConfig:
             _require(0.0 < value < math.inf, name, "a positive, finite number of seconds", self)
         ratio_is_usable = 0.0 <= self.starvation_ratio <= 1e6
         _require(ratio_is_usable, "starvation_ratio", "a number from 0 to 1e6", self)
-        for name in ("urgent_slack_s", "preempt_cooldown_s"):
+        for name in (
+            "urgent_slack_s",
+            "preempt_cooldown_s",
+            "preempt_waste_s",
+            "late_patience_s",
+        ):
             value = getattr(self, name)
             _require(0.0 <= value < math.inf, name, "a finite number of seconds from 0", self)
         _require(

@@ -22,11 +22,27 @@ class LiveCall:
     """Rank among the waiting requests."""
     latest_start: float
     """Instant at which its slack is zero; slack is this minus now."""
+    late_s: float = 0.0
+    """What was added to both, since it can no longer be on time."""
     num_preemptions: int = 0
     """How often it lost its seat to a more urgent request."""
     protected_until: float = -math.inf
     """`time.monotonic()` before which it is not preempted again."""
     was_admitted: bool = False
+
+    @property
+    def run_id(self) -> str:
+        """Its run; a call of none is a run of its own."""
+        return self.request.workflow_id or self.request.request_id
+
+    def is_late(self, now: float) -> bool:
+        """Whether it will miss its deadline even if it runs now.
+
+        Of one that has run before, it is not known how much is left: the deadline tells.
+        """
+        if self.was_admitted:
+            return self.request.deadline < now
+        return self.latest_start < now and self.request.has_deadline
 
     def is_urgent(self, now: float, urgent_slack_s: float) -> bool:
         """Whether it has little slack and a deadline that is still ahead.
@@ -51,6 +67,7 @@ class LiveCalls:
         self._patience_s = policy.patience_s
         self._by_slack = policy.preempt
         self._by_priority = by_priority
+        self._late_patience_s = policy.late_patience_s if policy.ordering == "slack" else 0.0
         self._calls: dict[str, LiveCall] = {}
 
     def of(self, request: Any) -> LiveCall:
@@ -67,6 +84,20 @@ class LiveCalls:
             call.protected_until = known.protected_until
         self._calls[request.request_id] = call
         return call
+
+    def put_off(self, call: LiveCall, now: float) -> bool:
+        """Let those that can be on time go before a call that cannot; True if that is news.
+
+        It keeps a place that does not depend on when it is put off, so it ages, and after
+        `late_patience_s` none that comes goes before it.
+        """
+        late_s = self._late_patience_s
+        if not late_s or call.late_s or not call.is_late(now):
+            return False
+        call.late_s = late_s
+        call.latest_start += late_s
+        call.key = (*call.key[:-1], call.key[-1] + late_s)
+        return True
 
     def get(self, request_id: str) -> LiveCall | None:
         return self._calls.get(request_id)

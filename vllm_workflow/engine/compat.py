@@ -29,6 +29,7 @@ _METHODS = (
     "add_request",
     "schedule",
     "shutdown",
+    "update_from_output",
     "_free_blocks",
     "_preempt_request",
     "_update_request_as_session",
@@ -52,6 +53,7 @@ _REQUEST = (
     "arrival_time",
     "drop_stale_output",
     "has_encoder_inputs",
+    "num_computed_tokens",
     "num_prompt_tokens",
     "num_stale_output_tokens",
     "num_tokens",
@@ -64,6 +66,8 @@ _STATUSES = ("WAITING", "PREEMPTED", "FINISHED_ABORTED", "FINISHED_ERROR")
 _OUTPUTS = (
     (SchedulerOutput, "scheduled_new_reqs"),
     (SchedulerOutput, "scheduled_cached_reqs"),
+    (SchedulerOutput, "num_scheduled_tokens"),
+    (SchedulerOutput, "scheduled_spec_decode_tokens"),
     (SchedulerOutput, "total_num_scheduled_tokens"),
     (NewRequestData, "req_id"),
     (CachedRequestData, "resumed_req_ids"),
@@ -114,6 +118,8 @@ def check_instance(scheduler: Any) -> VllmShape:
         _require(hasattr(scheduler, name), f"Scheduler.{name}")
     pool = getattr(scheduler.kv_cache_manager, "block_pool", None)
     _require(hasattr(pool, "get_num_free_blocks"), "KVCacheManager.block_pool.get_num_free_blocks")
+    for name in ("enable_caching", "get_blocks"):
+        _require(hasattr(scheduler.kv_cache_manager, name), f"KVCacheManager.{name}")
     second = [name for name in _SECOND_QUEUES if hasattr(scheduler, name)]
     _require(bool(second), f"Scheduler.{_SECOND_QUEUES[0]}")
     return VllmShape(

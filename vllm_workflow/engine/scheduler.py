@@ -1,13 +1,14 @@
 """vLLM's scheduler, ordered by slack.
 
 Until the first request with workflow metadata arrives, and again once the engine has been empty,
-vLLM's own queues are in place and nothing here decides anything. In between, three things differ:
+vLLM's own queues are in place and nothing here decides anything. In between, four things differ:
 
 - waiting requests are ordered by the policy's key, frozen when they arrive; with
   `--scheduling-policy priority` by their priority first;
 - a pre-pass before each step keeps `running` ordered by slack, so that the victim that vLLM
   itself takes (the last; with `priority`, vLLM's own choice) is the one with most slack, and
   preempts such a request when an urgent one finds no seat or no KV blocks;
+- waiting requests that can no longer be on time go behind those that can;
 - prefill chunks of requests with slack are capped while urgent ones are there, if asked for.
 
 The step itself is vLLM's. All instants are on the clock of `Request.arrival_time`: `time.time()`,
@@ -83,6 +84,13 @@ class WorkflowMixin:
         output = super().schedule(*args, **kwargs)  # type: ignore[misc]
         self._order.after_step(output)
         return output
+
+    def update_from_output(
+        self, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> Any:
+        if self._order is not None:
+            self._order.on_output(scheduler_output)
+        return super().update_from_output(scheduler_output, *args, **kwargs)  # type: ignore[misc]
 
     def shutdown(self) -> None:
         if self._order is not None:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
+from collections import deque
 from collections.abc import Callable
 from typing import Any, Concatenate, ParamSpec, TypeVar
 
@@ -28,6 +30,7 @@ from vllm_workflow.engine.stats import EngineStats, StatsPublisher
 
 logger = logging.getLogger("vllm.workflow")
 
+_ABORTED = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 P = ParamSpec("P")
 T = TypeVar("T")
 
@@ -82,6 +85,9 @@ class SlackOrder:
         self._prefill_cap = self._usable_prefill_cap()
         self._preemption = self._usable_preemption()
         self._is_running_sorted = False
+        self._prefills: deque[tuple[SchedulerOutput, int, float]] = deque(maxlen=8)
+        """Steps under way with prompt tokens: how many, and when it was planned."""
+        self._last_output_time = -math.inf
 
     @property
     def may_cap_prefills(self) -> bool:
@@ -115,13 +121,12 @@ class SlackOrder:
     def on_leave(self, request: Request) -> None:
         """Forget a request that vLLM has just let go of."""
         call = self.calls.pop(request.request_id)
+        if self._preemption is not None and request.status not in _ABORTED:
+            self._preemption.costs.note_departure(self._clock.monotonic())
         if call is not None and call.request.has_deadline:
             if self._clock.time() > call.request.deadline:
                 self.stats.deadline_missed += 1
-            elif request.status not in (
-                RequestStatus.FINISHED_ABORTED,
-                RequestStatus.FINISHED_ERROR,
-            ):
+            elif request.status not in _ABORTED:
                 self.stats.deadline_met += 1
         if not self._scheduler.requests:
             # The engine makes no more steps now, so nothing else would show the last values.
@@ -138,6 +143,7 @@ class SlackOrder:
         if not self._is_running_sorted:
             s.running.sort(key=self.calls.rank)  # stable: without metadata nothing moves
             self._is_running_sorted = True
+        self._put_off(now)
         if self._preemption is not None and s._pause_state == PauseState.UNPAUSED:
             self._preemption.make_room(now)
         if self._prefill_cap and self._is_urgent_one_present(now):
@@ -156,9 +162,25 @@ class SlackOrder:
             if self._preemption is not None and self._reorders:
                 has_budget = output.total_num_scheduled_tokens < s.max_num_scheduled_tokens
                 self._preemption.note_step(now, has_token_budget=has_budget)
+                self._note_prefill(output)
         if self._publisher is not None:
             self._count_waiting()
             self._publisher.publish_sometimes(self.stats, self._fingerprint)
+
+    @_never_raises
+    def on_output(self, output: SchedulerOutput) -> None:
+        """Learn how long a step took that has just ended."""
+        if self._preemption is None:
+            return
+        now = self._clock.monotonic()
+        for index, (planned, num_tokens, plan_time) in enumerate(self._prefills):
+            if planned is output:
+                begun = max(plan_time, self._last_output_time)
+                self._preemption.costs.note_prefill(now - begun, num_tokens)
+                for _ in range(index + 1):
+                    self._prefills.popleft()
+                break
+        self._last_output_time = now
 
     @_never_raises
     def limit_prefill(self, request: Request, num_new_tokens: int) -> int:
@@ -216,8 +238,25 @@ class SlackOrder:
         if call.was_admitted:
             call.protected_until = self._clock.monotonic() + self.policy.preempt_cooldown_s
         elif call.request.has_deadline:
-            self.stats.observe_slack(call.latest_start - now)
+            self.stats.observe_slack(call.latest_start - call.late_s - now)
         call.was_admitted = True
+
+    def _put_off(self, now: float) -> None:
+        """Let the head of the queue be one that can still be on time, if there is any."""
+        waiting: OrderedRequestQueue = self._scheduler.waiting
+        while waiting:
+            head = waiting.peek_request()
+            if not self.calls.put_off(self.calls.of(head), now):
+                break
+            self.stats.put_off += 1
+            waiting.rekey_request(head)
+
+    def _note_prefill(self, output: SchedulerOutput) -> None:
+        num_tokens = output.total_num_scheduled_tokens - len(output.num_scheduled_tokens)
+        if num_tokens > 0 and output.scheduled_spec_decode_tokens:
+            num_tokens -= sum(map(len, output.scheduled_spec_decode_tokens.values()))
+        if num_tokens > 0:
+            self._prefills.append((output, num_tokens, self._clock.monotonic()))
 
     def _is_urgent_one_present(self, now: float) -> bool:
         running, waiting = self._scheduler.running, self._scheduler.waiting

@@ -20,6 +20,9 @@ from vllm_workflow.profiles.profile import LatencyProfile
 from vllm_workflow.profiling.plan import Limits, Probe, plan
 from vllm_workflow.profiling.server import Server, ServerFacts, TimedCall
 
+_KEEPALIVE_S = 3.0
+"""Below the 5 s after which vLLM closes a kept connection: a long batch leaves some idle."""
+
 
 @dataclass(slots=True)
 class Measured:
@@ -82,7 +85,7 @@ async def measure(
         ConfigError: Limits that leave nothing to measure.
     """
     limits = limits or Limits()
-    connector = aiohttp.TCPConnector(limit=0)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEPALIVE_S)
     timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=600.0)
     async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
         server = Server(base_url, session, model)

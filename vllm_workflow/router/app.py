@@ -75,7 +75,8 @@ async def serve(
     log = DecisionLog(Path(config.decision_log)) if config.decision_log else None
     store = Store(Path(config.store.path), config.store.retention) if config.store else None
     board = Board() if config.dashboard else None
-    watching = [each.record for each in (log, board) if each is not None]
+    tracing = config.tracing.build() if config.tracing else None
+    watching = [each.record for each in (log, board, tracing) if each is not None]
     dispatcher = Dispatcher(
         Fleet(),
         config.policy_config(),
@@ -89,6 +90,8 @@ async def serve(
             metrics.count_store(store)
         if log:
             stack.callback(log.flush)
+        if tracing:
+            stack.push_async_callback(asyncio.to_thread, tracing.close)
         session = await stack.enter_async_context(_session())
         fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
@@ -109,6 +112,7 @@ async def serve(
             max_wait_s=config.max_wait_s,
             set_priority=config.set_priority,
             log_prompts=config.log_prompts,
+            tracing=tracing,
         )
         tls = config.tls.context() if config.tls else None
         reload = Reloader(

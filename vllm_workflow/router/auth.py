@@ -147,7 +147,7 @@ def admitted(
             param="model",
             code="model_not_allowed",
         )
-    return replace(info, tenant_id=info.tenant_id or caller.tenant_id)
+    return info if info.tenant_id else replace(info, tenant_id=caller.tenant_id)
 
 
 def visible(caller: Caller | None, cards: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

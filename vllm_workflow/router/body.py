@@ -19,8 +19,10 @@ MAX_DEPTH = 100
 """Objects and lists within each other; the engine's own reader gives up near 1,000."""
 MAX_CONTAINERS = 100_000
 """Objects and lists: two bytes each in a body, some 200 in memory."""
-MAX_COMMAS = 1_000_000
-"""Outside of strings; a prompt of token ids has one for each."""
+MAX_VALUES = 1_000_000
+"""A prompt of token ids has one for each."""
+_LOOKED_INTO_BYTES = 1 << 20
+"""A smaller body is decoded at once: what it can become is small enough to be counted then."""
 VALUE_BYTES = 64
 """What a value takes in memory beside its bytes, about."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -45,7 +47,7 @@ class Body:
     members: Mapping[str, Any]
     """The last of repeated keys counts, as in every JSON reader of Python."""
     num_values: int = 0
-    """Values in it, or a few more: commas and brackets within strings count where they are few."""
+    """Values in it, at any depth."""
 
     @property
     def model(self) -> str:
@@ -73,7 +75,8 @@ def parse(raw: bytes) -> Body:
         RequestError: Not a JSON object in UTF-8, too deep or with too many values, or with a
             model that is not a string.
     """
-    num_values = _num_values(raw)
+    if len(raw) > _LOOKED_INTO_BYTES:
+        _look_into(raw)
     try:
         members = _DECODER.decode(raw.decode())
     except UnicodeDecodeError as e:
@@ -87,35 +90,35 @@ def parse(raw: bytes) -> Body:
     model = members.get("model")
     if not (model is None or isinstance(model, str)):
         raise RequestError(f"model: expected a string, got {model!a:.80}", param="model")
-    if _is_deep(members):
-        raise RequestError(f"body: expected JSON at most {MAX_DEPTH} deep, got a deeper one")
-    return Body(raw, members, num_values)
+    return Body(raw, members, _num_values(members))
 
 
-def _num_values(raw: bytes) -> int:
+def _look_into(raw: bytes) -> None:
     """Bound the values in a body before any is made.
 
     Raises:
         RequestError: There are too many.
     """
     num_containers, num_commas = raw.count(b"{") + raw.count(b"["), raw.count(b",")
-    if num_containers > MAX_CONTAINERS or num_commas > MAX_COMMAS:
+    if num_containers > MAX_CONTAINERS or num_commas >= MAX_VALUES:
         num_strings = (raw.count(b'"') - raw.count(b'\\"')) // 2
         if num_strings <= MAX_CONTAINERS:  # else it takes long, and they are too many anyway
             bare = _STRING.sub(b"", raw)
             num_containers, num_commas = bare.count(b"{") + bare.count(b"["), bare.count(b",")
-        for what, number, most in (
-            ("objects and lists", num_containers, MAX_CONTAINERS),
-            ("commas outside of strings", num_commas, MAX_COMMAS),
-        ):
-            if number > most:
-                raise RequestError(f"body: expected at most {most} {what}, got {number}")
-    return num_containers + num_commas
+        _check(num_containers, num_commas)
 
 
-def _is_deep(members: dict[str, Any]) -> bool:
+def _num_values(members: dict[str, Any]) -> int:
+    """Count the values at any depth.
+
+    Raises:
+        RequestError: There are too many, or they are too deep.
+    """
+    num_containers = num_values = 0
     level: list[Any] = [members]
     for _ in range(MAX_DEPTH):
+        num_containers += len(level)
+        num_values += sum(map(len, level))
         level = [
             value
             for container in level
@@ -123,8 +126,18 @@ def _is_deep(members: dict[str, Any]) -> bool:
             if type(value) is dict or type(value) is list
         ]
         if not level:
-            return False
-    return True
+            _check(num_containers, num_values)
+            return num_values
+    raise RequestError(f"body: expected JSON at most {MAX_DEPTH} deep, got a deeper one")
+
+
+def _check(num_containers: int, num_values: int) -> None:
+    for what, number, most in (
+        ("objects and lists", num_containers, MAX_CONTAINERS),
+        ("values", num_values, MAX_VALUES),
+    ):
+        if number > most:
+            raise RequestError(f"body: expected at most {most} {what}, got {number}")
 
 
 def with_additions(

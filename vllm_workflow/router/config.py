@@ -14,6 +14,7 @@ from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfi
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import LimitsConfig
 from vllm_workflow.router.recorder import StoreConfig
+from vllm_workflow.router.tracing_config import TracingConfig
 from vllm_workflow.router.tuner_config import TunerConfig
 from vllm_workflow.router.workflow_config import WorkflowConfig
 from vllm_workflow.yaml_config import Strict, read_yaml, validated
@@ -53,7 +54,13 @@ class RouterConfig(Strict):
     """Online tuning of the policy; without it there is none."""
     dashboard: bool = True
     """Serve the live page at /dashboard; with keys its data needs the operators' one."""
+    tracing: TracingConfig | None = None
+    """Send OpenTelemetry spans of runs and calls to a collector."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
+    log_format: Literal["text", "json"] = "text"
+    """`json`: one object per line."""
+    log_calls: bool = False
+    """Log one line per call: run, stage, tenant, instance, status, seconds; nothing of its body."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
     """How long calls under way may take to end when the router is told to stop."""
 

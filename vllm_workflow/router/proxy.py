@@ -9,6 +9,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -25,13 +26,17 @@ from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_response
 from vllm_workflow.router.forward import Forwarder, Sessions
 from vllm_workflow.router.limits import Bodies, BodyReader
+from vllm_workflow.router.logs import calls
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.once import Once, key_of
 from vllm_workflow.router.prefixes import head_of
-from vllm_workflow.router.runs import Runs
+from vllm_workflow.router.runs import Run, Runs
 from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
+
+if TYPE_CHECKING:
+    from vllm_workflow.router.tracing import Tracing
 
 RETRY_AFTER_S = 1
 _CLIENT_LEFT = 499
@@ -59,6 +64,7 @@ class Proxy:
         max_wait_s: float,
         set_priority: bool = False,
         log_prompts: bool = False,
+        tracing: Tracing | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -71,7 +77,8 @@ class Proxy:
         self._bodies = bodies
         self.log_prompts = log_prompts
         self._ids = itertools.count(1)
-        self.runs = Runs(metrics.run_ended)
+        self._tracing = tracing
+        self.runs = Runs(self._run_ended)
         self.running = Once()
 
     @property
@@ -90,9 +97,10 @@ class Proxy:
             takes_xargs: Whether the endpoint knows `vllm_xargs` and `priority`.
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
+        call, begin = None, time.monotonic()
         try:
             with self._bodies.held() as reader:
-                call = await self._read(request, reader, time.monotonic(), takes_xargs=takes_xargs)
+                call = await self._read(request, reader, begin, takes_xargs=takes_xargs)
                 stage = call.info.stage
                 response = await self._once(request, call)
             instance_id = response.headers.get("X-Workflow-Instance", "")
@@ -109,6 +117,8 @@ class Proxy:
             if status == _CLIENT_LEFT:
                 self._metrics.client_left()
             self._metrics.answered(instance_id, stage, status)
+            if calls.isEnabledFor(logging.INFO):
+                _log_call(call, instance_id, status, begin)
         return response
 
     async def _read(
@@ -203,10 +213,25 @@ class Proxy:
                 predicted = predicted._replace(
                     expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
-            response, ok = await self._relay(request, replace(call, request=predicted))
+            response, ok = await self._traced(request, replace(call, request=predicted), run)
             return response
         finally:
             self.runs.end(call.info, run, time.monotonic(), ok=ok)
+
+    async def _traced(
+        self, request: web.Request | None, call: Call, run: Run
+    ) -> tuple[web.StreamResponse, bool]:
+        if self._tracing is None:
+            return await self._relay(request, call)
+        with self._tracing.call(call, run) as span:
+            response, ok = await self._relay(request, call)
+            span.answered(response, ok=ok)
+        return response, ok
+
+    def _run_ended(self, run: Run) -> None:
+        self._metrics.run_ended(run)
+        if self._tracing is not None:
+            self._tracing.run_ended(run)
 
     async def _relay(
         self, request: web.Request | None, call: Call
@@ -285,3 +310,24 @@ class Proxy:
         if refusal.status in BUSY:
             headers.setdefault("Retry-After", str(RETRY_AFTER_S))
         return web.Response(status=refusal.status, body=refusal.body, headers=headers)
+
+
+def _log_call(call: Call | None, instance_id: str, status: int, begin: float) -> None:
+    """Log one call by what names it; `call` is None if it could not be read."""
+    fields: dict[str, object] = {
+        "status": status,
+        "seconds": round(time.monotonic() - begin, 4),
+        "instance": instance_id,
+    }
+    if call is not None:
+        info = call.info
+        fields |= {
+            "request": call.request_id,
+            "run": info.workflow_id,
+            "workflow": info.workflow,
+            "stage": info.stage,
+            "tenant": info.tenant_id,
+            "model": call.body.model,
+        }
+    text = " ".join(f"{name}={value!r}" for name, value in fields.items())
+    calls.info("call %s", text, extra=fields)

@@ -30,6 +30,8 @@ class Run:
     """Instant at which a call last began or ended."""
     last_ok: bool = True
     """Whether the call that ended last ended well."""
+    span: object = None
+    """Of whoever traces runs."""
 
     @property
     def met(self) -> bool:

@@ -106,6 +106,8 @@ class EventEngine:
         self._steps = StepSeries()
         self._num_steps = 0
         self._chunks: list[LiveCall] = []
+        self.num_prefill_tokens = 0
+        """Tokens of prompts computed; of answers too, where a preempted call resumed."""
 
     def submit(self, request: EngineRequest, now: float) -> None:
         """Enqueue a call.
@@ -173,6 +175,11 @@ class EventEngine:
     def num_waiting(self) -> int:
         return len(self._waiting)
 
+    @property
+    def num_preempted_for_urgent(self) -> int:
+        """Calls that lost their seat to an urgent one."""
+        return self._seats.num_preempted if self._seats else 0
+
     # The step that ends.
 
     def _complete(self, now: float, events: list[EngineEvent]) -> None:
@@ -181,6 +188,12 @@ class EventEngine:
         if self._num_steps > 1:  # the blocks of the first step were taken when it began
             self.pool.take(decoding.num_blocks(1, self._num_steps - 1))
         decoding.num_steps += self._num_steps
+        seats = self._seats
+        if seats:
+            seats.learn()  # of the step before this one
+            if self._chunks:
+                num_tokens = sum(call.chunk for call in self._chunks) - len(self._chunks)
+                seats.note_prefill(now - self._steps.start, num_tokens)
         done = self._complete_prefills(now, events) if self._chunks else []
         if self._lingering:
             self._release()
@@ -194,6 +207,8 @@ class EventEngine:
         for call in done:
             del self._calls[call.request_id]
             events.append(_event(call, now, EventKind.FINISHED))
+            if seats:
+                seats.note_departure(now)
             if self._is_async:
                 self._decoding.linger(call)
                 self._lingering.append(call)
@@ -205,6 +220,7 @@ class EventEngine:
         """Count the prompt tokens of the step that ends; return the calls of one output token."""
         done: list[LiveCall] = []
         for call in self._chunks:
+            self.num_prefill_tokens += call.chunk
             call.num_computed += call.chunk
             if call.num_computed == call.prefill_end and not call.is_aborted:
                 self._prefilling.remove(call)
@@ -268,8 +284,13 @@ class EventEngine:
         elif self._is_async and self._num_steps:
             planned_at = self._steps.end(self._num_steps - 1)
         is_special, cap = bool(self._unseen or self._lingering), 0
-        if seats and queued and self._running:
-            is_special |= seats.make_room(planned_at)
+        if queued:
+            self._put_off_late(planned_at)
+        if seats:
+            if not self._is_async or not self._num_steps:
+                seats.learn()
+            if queued and self._running:
+                is_special |= seats.make_room(planned_at) or seats.has_news
         if self._prefill_cap and self._is_urgent_one_present(planned_at):
             cap = self._prefill_cap
         num_preempted, tokens_left, num_idle = self._schedule_running(planned_at, cap)
@@ -297,6 +318,13 @@ class EventEngine:
             self._end = steps.end(num_steps)
         if self._unseen:
             self._see()
+
+    def _put_off_late(self, now: float) -> None:
+        """Let the head of the queue be a call that can still be on time, if there is any."""
+        waiting, ranking = self._waiting, self._ranking
+        while ranking.put_off_from(head := waiting.head()) < now:
+            ranking.put_off(head)
+            waiting.rekey(head)
 
     def _see_later(self, call: LiveCall, now: float) -> None:
         """Enqueue a call while steps are under way; the next of them is planned already."""
@@ -463,8 +491,10 @@ class EventEngine:
         if num_steps == 1:
             return 1
         num_steps = self._decoding.num_steps_with_blocks(num_steps, self.pool.num_free)
-        if self._seats and self._queued:
-            until = self._seats.quiet_until(now)
+        if self._queued:
+            until = self._ranking.put_off_from(self._waiting.head())
+            if self._seats:
+                until = min(until, self._seats.quiet_until(now))
             if until < self._steps.end(num_steps):
                 num_steps = min(num_steps, self._steps.num_steps_until(until))
         return num_steps

@@ -23,6 +23,7 @@ class LiveCall:
         "finish_at",
         "is_aborted",
         "is_decoding",
+        "is_put_off",
         "is_running",
         "key",
         "latest_start",
@@ -37,12 +38,14 @@ class LiveCall:
         "protected_until",
         "rank",
         "request_id",
+        "run_id",
         "table",
         "was_admitted",
     )
 
     def __init__(self, request: EngineRequest, table: BlockTable) -> None:
         self.request_id = request.request.request_id
+        self.run_id = request.request.workflow_id or self.request_id
         self.deadline = request.request.deadline
         self.num_prompt = request.num_prompt_tokens
         self.num_output = max(1, request.num_output_tokens)
@@ -75,6 +78,7 @@ class LiveCall:
         self.is_running = False
         self.is_decoding = False
         self.is_aborted = False
+        self.is_put_off = False
 
     def is_urgent(self, now: float, urgent_slack_s: float) -> bool:
         """Whether it has little slack and a deadline that is still ahead."""
@@ -86,16 +90,23 @@ class LiveCall:
             return math.inf
         return self.latest_start - urgent_slack_s
 
+    def late_from(self) -> float:
+        """Instant after which it misses its deadline even if it starts; `inf` without one."""
+        if self.deadline == math.inf:
+            return math.inf
+        return self.deadline if self.was_admitted else self.latest_start
+
 
 class Ranking:
     """Gives calls their places, as the engine plug-in does."""
 
-    __slots__ = ("_by_slack", "_ordering", "_patience_s", "reorders")
+    __slots__ = ("_by_slack", "_late_patience_s", "_ordering", "_patience_s", "reorders")
 
     def __init__(self, config: PolicyConfig) -> None:
         self._ordering = config.build_ordering()
         self._by_slack = config.preempt
         self._patience_s = config.patience_s
+        self._late_patience_s = config.late_patience_s if config.ordering == "slack" else 0.0
         self.reorders = config.preempt or config.ordering != "fcfs"
         """False: vLLM's own order, in the queue and among the running."""
 
@@ -104,6 +115,19 @@ class Ranking:
         key = self._ordering.key(request)
         call.key = request.arrival_time if math.isnan(key) else key
         call.latest_start = self._latest_start(request)
+        call.rank = call.latest_start if self._by_slack else call.key
+
+    def put_off_from(self, call: LiveCall) -> float:
+        """Instant after which a call at the head of the queue goes behind those on time."""
+        if not self._late_patience_s or call.is_put_off:
+            return math.inf
+        return call.late_from()
+
+    def put_off(self, call: LiveCall) -> None:
+        """Give a waiting call the place that it has once it cannot be on time any more."""
+        call.is_put_off = True
+        call.latest_start += self._late_patience_s
+        call.key += self._late_patience_s
         call.rank = call.latest_start if self._by_slack else call.key
 
     def _latest_start(self, request: StageRequest) -> float:
@@ -136,7 +160,7 @@ class WaitingLine:
 
     def head(self) -> LiveCall:
         heap = self._heap
-        while self.places.get(heap[0][2].request_id) != heap[0][1]:
+        while not self._is_live(heap[0]):
             heapq.heappop(heap)
         return heap[0][2]
 
@@ -145,15 +169,23 @@ class WaitingLine:
         del self.places[self.head().request_id]
         heapq.heappop(self._heap)
 
+    def rekey(self, call: LiveCall) -> None:
+        """Rank a waiting call anew; among its new equals it keeps its place."""
+        self._push(call, self.places[call.request_id])
+
     def remove(self, call: LiveCall) -> None:
         self.places.pop(call.request_id, None)
 
     def first(self, n: int) -> list[LiveCall]:
-        live = (e for e in self._heap if self.places.get(e[2].request_id) == e[1])
+        live = (e for e in self._heap if self._is_live(e))
         return [entry[2] for entry in heapq.nsmallest(n, live)]
 
     def __len__(self) -> int:
         return len(self.places)
+
+    def _is_live(self, entry: tuple[float, int, LiveCall]) -> bool:
+        key, place, call = entry
+        return self.places.get(call.request_id) == place and key == call.key
 
     def _push(self, call: LiveCall, place: int) -> None:
         self.places[call.request_id] = place

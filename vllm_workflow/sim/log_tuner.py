@@ -90,13 +90,7 @@ def tune_log(
     incumbent = incumbent or log.policy
     if max_runs is not None:
         log = replace(log, runs=log.runs[-max_runs:])
-    window = Window(
-        runs=tuple(each.run for each in log.runs),
-        fleet=tuple(fleet or map(sim_instance, log.instances)),
-        workflows=tuple(declared(e.run for e in log.runs) if workflows is None else workflows),
-        engine_policy=engine_policy or log.first_policy,
-        uncounted=frozenset(e.run.run_id for e in log.runs if e.run.run_id not in log.whole),
-    )
+    window = _window(log, fleet, workflows, engine_policy)
     if len(window.runs) - len(window.uncounted) < settings.min_runs or fleet is not None:
         return LogVerdict(verdict=tune(window, incumbent, points, settings), fit=None)
     window, fit = fitted(log, window)
@@ -110,14 +104,15 @@ def tune_log(
     return LogVerdict(verdict=tune(window, incumbent, points, settings), fit=fit)
 
 
+def as_happened(log: LogWindow, *, fleet: Sequence[SimInstance] | None = None) -> Window:
+    """Return the traffic of a log on instances as fast as they were, or on another fleet."""
+    window = _window(log, fleet, None, None)
+    return window if fleet is not None else _as_fast(log, window)[0]
+
+
 def fitted(log: LogWindow, window: Window) -> tuple[Window, Fit]:
     """Make the instances of a window as fast as they were, and say how well it then agrees."""
-    found = speeds(log.runs, window.fleet, window.engine_policy or log.policy)
-    known = [each.factor for each in found.values() if math.isfinite(each.error)]
-    if known:  # the few calls of the others say less than what the rest of the fleet is like
-        other = Speed(factor=median(known))
-        used = {n: each if math.isfinite(each.error) else other for n, each in found.items()}
-        window = replace(window, fleet=as_fast(window.fleet, used))
+    window, found = _as_fast(log, window)
     result = simulate(
         window.runs,
         window.fleet,
@@ -132,6 +127,31 @@ def fitted(log: LogWindow, window: Window) -> tuple[Window, Fit]:
         replayed=_went([run.latency_s for run in again], [run.slo_s for run in again]),
         speeds=found,
     )
+
+
+def _window(
+    log: LogWindow,
+    fleet: Sequence[SimInstance] | None,
+    workflows: Sequence[WorkflowProfile] | None,
+    engine_policy: PolicyConfig | None,
+) -> Window:
+    return Window(
+        runs=tuple(each.run for each in log.runs),
+        fleet=tuple(fleet or map(sim_instance, log.instances)),
+        workflows=tuple(declared(e.run for e in log.runs) if workflows is None else workflows),
+        engine_policy=engine_policy or log.first_policy,
+        uncounted=frozenset(e.run.run_id for e in log.runs if e.run.run_id not in log.whole),
+    )
+
+
+def _as_fast(log: LogWindow, window: Window) -> tuple[Window, Mapping[str, Speed]]:
+    found = speeds(log.runs, window.fleet, window.engine_policy or log.policy)
+    known = [each.factor for each in found.values() if math.isfinite(each.error)]
+    if known:  # the few calls of the others say less than what the rest of the fleet is like
+        other = Speed(factor=median(known))
+        used = {n: each if math.isfinite(each.error) else other for n, each in found.items()}
+        window = replace(window, fleet=as_fast(window.fleet, used))
+    return window, found
 
 
 def _went(latencies_s: Sequence[float], slos_s: Sequence[float | None]) -> Went:

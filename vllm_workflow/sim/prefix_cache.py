@@ -154,6 +154,11 @@ class BlockPool:
                         break
             table.num_registered = num_full
 
+    def num_own_blocks(self, table: BlockTable, num_tokens: int) -> int:
+        """Blocks of a call's first `num_tokens` tokens that no other call holds."""
+        num_blocks = -(-num_tokens // self.block_size)
+        return num_blocks - sum(e.hi - e.lo for e in table.extents if len(e.holders) > 1)
+
     def take(self, num_blocks: int) -> None:
         """Make free blocks held, the least recently freed first; there must be enough."""
         self.num_free -= num_blocks

@@ -5,17 +5,18 @@ The rules, their order and their limits are those of `engine/preemption.py`.
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 
 from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.preemption import PreemptionCosts
 from vllm_workflow.sim.live import LiveCall, WaitingLine
 from vllm_workflow.sim.prefix_cache import BlockPool
 
 MAX_PREEMPTIONS = 3
 MAX_CANDIDATES = 8
 MAX_VICTIMS = 32
+MAX_PRICED = 4
 
 
 class SeatPreemption:
@@ -50,6 +51,32 @@ class SeatPreemption:
         self._num_computed = num_computed
         self.starved: LiveCall | None = None
         """The urgent head of the queue, if it got no KV blocks in the last step."""
+        self.num_preempted = 0
+        self._costs = PreemptionCosts(config.preempt_waste_s)
+        self._prefill: tuple[float, int] | None = None
+        self._ends: list[float] = []
+
+    def note_prefill(self, duration_s: float, num_tokens: int) -> None:
+        """Note a step that computed prompt tokens; it counts from `learn` on."""
+        self._prefill = duration_s, num_tokens
+
+    def note_departure(self, now: float) -> None:
+        """Note the end of a call; it counts from `learn` on."""
+        self._ends.append(now)
+
+    @property
+    def has_news(self) -> bool:
+        """Whether something was noted that does not count yet."""
+        return self._prefill is not None or bool(self._ends)
+
+    def learn(self) -> None:
+        """Let count what was noted."""
+        if self._prefill is not None:
+            self._costs.note_prefill(*self._prefill)
+            self._prefill = None
+        for end in self._ends:
+            self._costs.note_departure(end)
+        self._ends.clear()
 
     def make_room(self, now: float) -> bool:
         """Preempt so that the urgent calls at the head of the queue fit into this step.
@@ -65,7 +92,7 @@ class SeatPreemption:
             if not call.is_urgent(now, urgent_slack_s):
                 break
             if self._max_num_seqs - len(self._running) <= num_promised:
-                if not self._preempt_for(call, now):
+                if not self._free_seat_for(call, now):
                     break
             elif call is self.starved:
                 self._free_blocks_for(call, now)
@@ -101,24 +128,47 @@ class SeatPreemption:
                 until = victim.protected_until
         return until
 
-    def _free_blocks_for(self, call: LiveCall, now: float) -> None:
-        pool = self._pool
-        num_needed = -(-call.prefill_end // pool.block_size) + 1
-        victims = itertools.islice(self._victims(call, now), MAX_CANDIDATES)
-        num_to_gain = sum(-(-self._num_computed(v) // pool.block_size) for v in victims)
-        if num_needed - pool.num_free > num_to_gain:
-            return
-        for _ in range(MAX_CANDIDATES):
-            if pool.num_free >= num_needed or not self._preempt_for(call, now):
-                break
+    def _free_seat_for(self, call: LiveCall, now: float) -> bool:
+        num_lacking = self._num_lacking_blocks(call)
+        for _, victim in zip(range(MAX_PRICED), self._victims(call, now)):
+            num_own = self._num_own_blocks(victim) if num_lacking > 0 else 0
+            cost_s = self._loss_s(victim, min(num_own, num_lacking))
+            if self._costs.pays(cost_s) and self._costs.may_lose(victim.run_id, cost_s):
+                self._take_from(victim, cost_s)
+                return True
+        return False
 
-    def _preempt_for(self, call: LiveCall, now: float) -> bool:
-        victim = next(self._victims(call, now), None)
-        if victim is None:
-            return False
+    def _free_blocks_for(self, call: LiveCall, now: float) -> None:
+        num_lacking = self._num_lacking_blocks(call)
+        losses: list[tuple[LiveCall, float]] = []
+        for _, victim in zip(range(MAX_CANDIDATES), self._victims(call, now)):
+            if num_lacking <= 0:
+                break
+            num_own = self._num_own_blocks(victim)
+            cost_s = self._loss_s(victim, min(num_own, num_lacking))
+            if num_own > 0 and self._costs.may_lose(victim.run_id, cost_s):
+                losses.append((victim, cost_s))
+                num_lacking -= num_own
+        if num_lacking <= 0 and self._costs.pays(sum(cost_s for _, cost_s in losses)):
+            for victim, cost_s in losses:
+                self._take_from(victim, cost_s)
+
+    def _num_lacking_blocks(self, call: LiveCall) -> int:
+        return -(-call.prefill_end // self._pool.block_size) + 1 - self._pool.num_free
+
+    def _num_own_blocks(self, victim: LiveCall) -> int:
+        return self._pool.num_own_blocks(victim.table, self._num_computed(victim))
+
+    def _loss_s(self, victim: LiveCall, num_lost_blocks: int) -> float:
+        size, num_computed = self._pool.block_size, self._num_computed(victim)
+        num_tokens = max(0, num_lost_blocks) * size + num_computed % size
+        return self._costs.recompute_s(min(num_tokens, num_computed))
+
+    def _take_from(self, victim: LiveCall, cost_s: float) -> None:
         self._preempt(victim)
         victim.num_seats_lost += 1
-        return True
+        self.num_preempted += 1
+        self._costs.charge(victim.run_id, cost_s)
 
     def _victims(self, call: LiveCall, now: float) -> Iterator[LiveCall]:
         """Those that can spare their seat, the one with most slack first."""

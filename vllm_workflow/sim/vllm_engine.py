@@ -146,6 +146,11 @@ class VllmEngine:
         return None if order is None else order.stats
 
     @property
+    def num_preempted_for_urgent(self) -> int:
+        """Calls that lost their seat to an urgent one."""
+        return 0 if self.stats is None else sum(self.stats.preemptions.values())
+
+    @property
     def num_free_kv_blocks(self) -> int:
         """Blocks that no call holds; the prefix cache may still find them."""
         return int(self._scheduler.kv_cache_manager.block_pool.get_num_free_blocks())

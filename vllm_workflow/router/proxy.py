@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import NoInstanceError
+from vllm_workflow.core.errors import NoInstanceError, OverloadedError
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
@@ -245,6 +245,9 @@ class Proxy:
                 )
             except NoInstanceError:
                 break
+            except OverloadedError as e:
+                self._metrics.run_refused(call.request.workflow)
+                return _refusal(call, e), False
             with self._reserved(call, decision) as attempt:
                 try:
                     answer = await self._forwarder.forward(
@@ -331,3 +334,16 @@ def _log_call(call: Call | None, instance_id: str, status: int, begin: float) ->
         }
     text = " ".join(f"{name}={value!r}" for name, value in fields.items())
     calls.info("call %s", text, extra=fields)
+
+
+def _refusal(call: Call, error: OverloadedError) -> web.Response:
+    """Answer for a run that is not to begin."""
+    return error_response(
+        503,
+        str(error),
+        code="overloaded",
+        headers={
+            "X-Request-Id": call.request_id,
+            "Retry-After": str(math.ceil(error.retry_after_s)),
+        },
+    )

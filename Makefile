@@ -11,7 +11,7 @@ COMPARE = $(BIN)/python benchmarks/compare.py
 PAPER = round-robin+fcfs round-robin+urgency hexgen+fcfs hexgen+urgency
 
 .PHONY: demo test lint unit integration test-upstream fuzz bench bench-system overhead soak robustness \
-  model clean
+  compiled model clean
 
 demo: $(VLLM)                ## two real vLLM servers, Text-to-SQL runs with deadlines, both systems
 	$(BIN)/python examples/demo/demo.py
@@ -59,6 +59,9 @@ soak: $(BENCH)               ## a million requests: memory, descriptors, ledger
 
 robustness: $(BENCH)         ## what the router is wrong about, and other workloads
 	$(BIN)/python benchmarks/robustness.py --json out/bench/robustness.json
+
+compiled: $(DEV)             ## a compiled copy of core and level 1, used with PYTHONPATH=out/compiled
+	$(BIN)/python scripts/compile_core.py
 
 model: $(VLLM)               ## train the small SQL model anew (half an hour on one core)
 	$(BIN)/python examples/text2sql/train.py

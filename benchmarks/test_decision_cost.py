@@ -2,74 +2,121 @@
 
     pytest benchmarks/test_decision_cost.py
 
-Times are CPU time of the thread. A decision is `predict`, `submit` and `settle` of one call with
-others in flight; `benchmarks/compare.py` reports decisions under load.
+Times are CPU time of the thread. A decision is `settle` of a call in flight, `poll`, and `predict`,
+`submit` and `poll` of the next one, whose prompt shares its head with others; as many calls run and
+wait as before. `benchmarks/compare.py` reports decisions under load.
 """
 
 from __future__ import annotations
 
 import itertools
+import random
 import time
+from collections import deque
 
 import pytest
 
-from tests.builders import SLOW, stage_request
+from tests.builders import FAST, SLOW, stage_request
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.ordering import ORDERING_POLICIES
-from vllm_workflow.core.types import Outcome
+from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.sim.arrivals import arrival_times
 from vllm_workflow.sim.capacity import REFERENCE_POLICIES
 from vllm_workflow.sim.fleet import fleet_of
 from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.workloads import load
 
-NUM_IN_FLIGHT = 64
 
+class Load:
+    """A dispatcher with a constant number of calls, in flight and waiting."""
 
-def dispatcher(policy: str, num_instances: int) -> Dispatcher:
-    """A dispatcher with calls in flight."""
-    fleet = Fleet()
-    for i in range(num_instances):
-        fleet.add(Instance(instance_id=f"i{i}", models=(), latency=SLOW, num_kv_tokens=100_000))
-    made = Dispatcher(fleet, PolicyConfig.from_name(policy, source="benchmark"))
-    for n in range(NUM_IN_FLIGHT):
-        made.submit(stage_request(f"before-{n}", num_prompt_tokens=500), now=0.0)
-    return made
+    def __init__(self, policy: str, num_instances: int, num_seats: int, num_waiting: int) -> None:
+        fleet = Fleet()
+        for i in range(num_instances):
+            fleet.add(
+                Instance(
+                    instance_id=f"i{i}",
+                    models=(),
+                    latency=SLOW if i % 2 else FAST,
+                    max_num_seqs=num_seats,
+                    num_kv_tokens=100_000,
+                )
+            )
+        self._brain = Dispatcher(fleet, PolicyConfig.from_name(policy, source="benchmark"))
+        self._in_flight: deque[Decision] = deque()
+        self._numbers = itertools.count()
+        self._random = random.Random(0)
+        self._now = 0.0
+        num_calls = num_instances * num_seats + num_waiting
+        for _ in range(num_calls if num_waiting else num_calls // 2):
+            self._submit()
 
+    @property
+    def num_calls(self) -> tuple[int, int]:
+        return len(self._in_flight), len(self._brain.waiting)
 
-@pytest.mark.benchmark(timer=time.thread_time)
-@pytest.mark.parametrize("num_instances", [4, 8, 64, 1000])
-@pytest.mark.parametrize("policy", ["workflow", "hexgen", "least-outstanding"])
-def test_decision(benchmark, policy: str, num_instances: int) -> None:  # type: ignore[no-untyped-def]
-    benchmark.group = f"a decision, {num_instances} instances"
-    made = dispatcher(policy, num_instances)
-    numbers = itertools.count()
-
-    def decide() -> None:
-        request = made.predict(
-            stage_request(f"r{next(numbers)}", workflow="w", stage="s", deadline=60.0),
-            num_prompt_bytes=4000,
-            max_tokens=None,
-        )
-        decision = made.submit(request, now=1.0, num_prompt_bytes=4000)
-        assert decision is not None
-        made.settle(
+    def turn(self) -> None:
+        """One call ends, one comes."""
+        self._now += 0.01
+        decision = self._in_flight.popleft()
+        self._brain.settle(
             Outcome(
-                request_id=request.request_id,
+                request_id=decision.request_id,
                 instance_id=decision.chosen.instance_id,
                 ok=True,
                 ttft_s=0.1,
                 e2el_s=1.0,
-                num_prompt_tokens=1000,
-                num_output_tokens=10,
+                num_prompt_tokens=2000,
+                num_cached_tokens=decision.chosen.num_cached_tokens,
+                num_output_tokens=60,
             )
         )
+        self._in_flight.extend(self._brain.poll(self._now))
+        self._submit()
 
-    benchmark.pedantic(decide, rounds=max(20, 4_000 // num_instances), warmup_rounds=10)
+    def _submit(self) -> None:
+        number, draw = next(self._numbers), self._random.randrange(400)
+        run = number // 4
+        # A template, a schema, what one question retrieved, and the run's own.
+        head = [(1, 2000), (10 + draw % 50, 2400), (1000 + draw, 1600), (100_000 + run, 800)]
+        request = self._brain.predict(
+            stage_request(
+                f"r{number}",
+                workflow="w",
+                workflow_id=f"run{run}",
+                stage="s",
+                arrival_time=self._now,
+                deadline=self._now + 60.0 + draw % 60,
+            ),
+            num_prompt_bytes=8000,
+            max_tokens=512,
+            head=head,
+        )
+        decision = self._brain.submit(request, now=self._now, num_prompt_bytes=8000)
+        self._in_flight.extend([decision] if decision else [])
+        self._in_flight.extend(self._brain.poll(self._now))
 
-    assert made.num_in_flight == NUM_IN_FLIGHT
+
+@pytest.mark.benchmark(timer=time.thread_time)
+@pytest.mark.parametrize(
+    ("num_instances", "num_seats", "num_waiting"),
+    [(4, 32, 0), (8, 32, 0), (8, 16, 100), (64, 32, 0), (64, 16, 1_000), (1_000, 2, 10_000)],
+)
+@pytest.mark.parametrize("policy", ["workflow", "predicted-finish", "hexgen", "least-outstanding"])
+def test_decision(  # type: ignore[no-untyped-def]
+    benchmark, policy: str, num_instances: int, num_seats: int, num_waiting: int
+) -> None:
+    if num_waiting and policy != "workflow":
+        pytest.skip("calls wait with late binding only")
+    benchmark.group = f"a decision, {num_instances} instances, {num_waiting} calls waiting"
+    load = Load(policy, num_instances, num_seats, num_waiting)
+    before = load.num_calls
+
+    benchmark.pedantic(load.turn, rounds=40, iterations=20, warmup_rounds=2)
+
+    assert load.num_calls == before
 
 
 @pytest.mark.benchmark(group="an ordering key", timer=time.thread_time)

@@ -33,9 +33,11 @@ def read_yaml(path: Path) -> object:
         ConfigError: It cannot be read, or is not YAML.
     """
     try:
-        return yaml.safe_load(path.read_text(encoding="utf-8"))
+        text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as e:
         raise ConfigError(f"{path}: cannot read: {e}") from None
+    try:
+        return yaml.safe_load(text)
     except yaml.YAMLError as e:
         where = getattr(e, "problem_mark", None)
         # The error's own text quotes the file, which may hold a secret by mistake.
@@ -44,6 +46,9 @@ def read_yaml(path: Path) -> object:
         raise ConfigError(f"{path}: not YAML: {problem}{at}") from None
     except RecursionError:
         raise ConfigError(f"{path}: not YAML: nested too deeply") from None
+    except (ValueError, TypeError, AttributeError, OverflowError) as e:
+        # PyYAML's own, on what begins like a date or a number and is none.
+        raise ConfigError(f"{path}: not YAML: a value cannot be read: {e!s:.80}") from None
 
 
 def validated(model: type[_Model], data: object, *, source: str) -> _Model:

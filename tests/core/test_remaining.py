@@ -17,11 +17,16 @@ class Agent:
         self.learned = RemainingTime()
         self.now = 0.0
         self.num_runs = 0
+        self.open: dict[str, tuple[StageRequest, float]] = {}
 
-    def request(self, stage: str, *, final: bool = False) -> StageRequest:
-        run = f"run-{self.num_runs}"
+    def request(self, stage: str, *, call: str = "call", final: bool = False) -> StageRequest:
         return stage_request(
-            workflow_id=run, workflow="w", stage=stage, arrival_time=self.now, final=final
+            call,
+            workflow_id=f"run-{self.num_runs}",
+            workflow="w",
+            stage=stage,
+            arrival_time=self.now,
+            final=final,
         )
 
     def call(
@@ -37,9 +42,9 @@ class Agent:
         for stage in stages:
             self.call(stage, final=final and stage is stages[-1])
 
-    def rest_s(self, stage: str) -> float | None:
+    def rest_s(self, stage: str, quantile: float | None = None) -> float | None:
         self.num_runs += 1
-        return self.learned.after(self.request(stage))
+        return self.learned.after(self.request(stage), quantile)
 
 
 def test_what_follows_a_stage_is_learned_from_runs() -> None:
@@ -85,30 +90,59 @@ def test_a_later_round_of_a_loop_is_another_state() -> None:
     assert second == pytest.approx(1.0, abs=0.1)
 
 
-def test_of_calls_side_by_side_only_what_one_took_longer_counts() -> None:
+def test_calls_side_by_side_are_followed_by_what_waits_for_them() -> None:
     agent = Agent()
-    for _ in range(100):
+    for _ in range(20):
         agent.num_runs += 1
-        short, long, last = (agent.request("generate"), agent.request("generate"), None)
-        for request in (short, long):
+        for name, took_s in (("short", 1.0), ("long", 3.0)):
+            request = agent.request("generate", call=name)
             agent.learned.began(request)
-        agent.learned.ended(short, end_time=agent.now + 1.0, alone_s=1.0, ok=True)
-        agent.learned.ended(long, end_time=agent.now + 3.0, alone_s=3.0, ok=True)
+            agent.open[name] = request, agent.now + took_s
+        for name, (request, end_time) in agent.open.items():
+            took_s = {"short": 1.0, "long": 3.0}[name]
+            agent.learned.ended(request, end_time=end_time, alone_s=took_s, ok=True)
         agent.now += 3.0
         agent.call("judge", took_s=2.0, final=True)
-        assert last is None
 
-    # After the first of the two: two more seconds of the other, then the judge.
-    assert agent.rest_s("generate") == pytest.approx(4.0, abs=0.3)
+    assert agent.rest_s("generate") == pytest.approx(2.0)
+
+
+def test_a_quantile_tells_what_a_share_of_the_runs_did_not_exceed() -> None:
+    agent = Agent()
+    for number in range(100):
+        agent.run("generate", *["revise"] * (4 if number % 5 == 0 else 1), "judge")
+
+    assert agent.rest_s("generate", 0.5) == pytest.approx(2.0, rel=0.2)
+    assert agent.rest_s("generate", 0.9) == pytest.approx(5.0, rel=0.2)
+    assert agent.rest_s("generate") == pytest.approx(2.6, rel=0.1)
+
+
+def test_what_was_learned_can_be_taken_over() -> None:
+    agent, other = Agent(), Agent()
+    for _ in range(20):
+        agent.run("generate", "judge")
+    for tenant, workflow, stage, number, row in agent.learned.to_rows():
+        other.learned.restore((tenant, workflow, stage, number), row)
+
+    assert other.rest_s("generate") == agent.rest_s("generate") == 1.0
+
+
+def test_runs_of_two_workflows_are_two_runs_whatever_their_names() -> None:
+    agent = Agent()
+    for _ in range(20):
+        agent.run("generate", "judge")
+    request = stage_request(workflow_id="run-20", workflow="other", stage="generate")
+
+    assert agent.learned.after(request) is None
 
 
 def test_a_run_that_goes_silent_is_over() -> None:
     agent = Agent()
     for _ in range(40):
         agent.run("generate", final=False)
-        agent.now += OVER_AFTER_S
+        agent.now += OVER_AFTER_S + 1.0
         agent.run("other", final=False)
-        agent.now += OVER_AFTER_S
+        agent.now += OVER_AFTER_S + 1.0
 
     assert agent.rest_s("generate") == 0.0
 
@@ -130,10 +164,15 @@ def test_memory_is_bounded_whatever_clients_name(monkeypatch: pytest.MonkeyPatch
     learned = RemainingTime()
     for number in range(100):
         name = str(number)
-        learned.began(stage_request(workflow_id=name, workflow=name, stage=name))
+        learned.began(
+            stage_request(workflow_id=name, workflow=name, stage=name, arrival_time=number)
+        )
+
+        request = stage_request(workflow_id=name, workflow=name, stage=name)
+        learned.ended(request, end_time=number, alone_s=1.0, ok=True)
 
     assert len(learned._runs) <= 10
-    assert len(learned._nodes) <= 10
+    assert len(learned._rests) <= 10
 
 
 @given(

@@ -1,7 +1,8 @@
 """Stands for `vllm serve`: a process with a socket that misbehaves where it is told to.
 
 `engine.py PORT LOG [JSON]` listens and appends what happens to LOG, so that it is known even of a
-process that was killed: `begin ID`, `first ID`, `end ID`, `abort ID`, each with the monotonic time.
+process that was killed: `begin ID`, `first ID`, `end ID`, `refuse ID`, `abort ID`, each with the
+monotonic time.
 `POST /control` changes the fields of `Behaviour`. Standard library only: starts in milliseconds.
 """
 
@@ -42,7 +43,8 @@ class Behaviour:
     cut_at: int = -1
     """Byte of an answer, its head included, before which something happens; -1: nothing."""
     cut_by: str = "close"
-    """`close`, `reset`, `exit`, `stop` (the whole process), or `error` (an event, then [DONE])."""
+    """`close`, `reset`, `exit`, `stop` (the whole process); between two events `error` (one more,
+    then [DONE]) or `end` (as if that were all)."""
     num_cuts: int = 1
     """Answers that this happens to."""
     token: str = "t"
@@ -124,7 +126,7 @@ class Connection:
                 self.engine.note("abort", request_id)
                 raise Cut
             await answering
-            self.engine.note("end", request_id)
+            self.engine.note("end" if answering.result() else "refuse", request_id)
             await asyncio.sleep(0)
             if watching.done():
                 self.early = watching.result()
@@ -136,16 +138,17 @@ class Connection:
                 task.cancel()
             await asyncio.gather(answering, watching, return_exceptions=True)
 
-    async def answer(self, request_id: str, body: dict[str, Any]) -> None:
+    async def answer(self, request_id: str, body: dict[str, Any]) -> bool:
+        """Answer as told; whether that was what was asked for."""
         b = self.behaviour
         if b.is_deaf:
             await asyncio.Event().wait()
         if b.status != 200:
             await self.reply(b.status, error("scripted", b.status))
-            return
+            return False
         if body.get("model") not in b.models:
             await self.reply(404, error(f"The model `{body.get('model')}` does not exist.", 404))
-            return
+            return False
         self.num_sent, self.cut_at = 0, -1
         if b.num_cuts > 0:
             self.cut_at = b.cut_at
@@ -154,6 +157,7 @@ class Connection:
                 await self.stream(request_id, int(body.get("max_tokens", 8)))
             else:
                 await self.whole(request_id, int(body.get("max_tokens", 8)))
+        return True
 
     async def whole(self, request_id: str, num_tokens: int) -> None:
         b = self.behaviour
@@ -191,7 +195,7 @@ class Connection:
     async def send(self, data: bytes) -> None:
         """Send all of it, or what comes before the cut."""
         if 0 <= self.cut_at < self.num_sent + len(data):
-            if self.behaviour.cut_by != "error":  # that one is between two events
+            if self.behaviour.cut_by not in {"error", "end"}:
                 self.writer.write(data[: self.cut_at - self.num_sent])
                 await self.writer.drain()
             self.behaviour.num_cuts -= 1
@@ -210,6 +214,7 @@ class Connection:
         if by == "error":
             await self.send_chunk(event(error("EngineCore encountered an issue", 500)))
             await self.send_chunk(b"data: [DONE]\n\n")
+        if by in {"error", "end"}:
             await self.send(b"0\r\n\r\n")
         elif by == "reset":
             linger = b"\1\0\0\0\0\0\0\0"

@@ -16,6 +16,7 @@ import aiohttp
 CHAT = "/v1/chat/completions"
 MAX_TRIES = 4
 """Of a client that tries again what it was told has failed."""
+_FIRST_PAUSE_S = 0.25
 
 
 class Truncated(Exception):
@@ -32,6 +33,8 @@ class Tally:
     num_truncated: int = 0
     signalled: list[str] = field(default_factory=list)
     """Calls that were told, in the middle of their stream, that it broke off."""
+    num_timeouts: int = 0
+    """Calls that were given up by a client with less patience than the router."""
     statuses: Counter[int] = field(default_factory=Counter)
     latencies: list[float] = field(default_factory=list)
     """Seconds of calls that ended well, by end."""
@@ -52,6 +55,9 @@ class Load:
     num_calls: int = 3
     num_tokens: int = 10
     model: str = "m"
+    path: str = CHAT
+    timeout_s: float | None = None
+    """Of a call; a run whose call takes longer is lost."""
     budget_s: float | None = 60.0
     tally: Tally = field(default_factory=Tally)
 
@@ -64,9 +70,11 @@ class Load:
             mode: `stream`, `whole`, or `both`.
         """
         connector = aiohttp.TCPConnector(limit=0)
-        async with aiohttp.ClientSession(connector=connector) as session:
+        timeout = aiohttp.ClientTimeout(total=self.timeout_s)
+        async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
             names = (f"{prefix}-{i}" for i in range(num_runs))
-            streams = (mode == "stream" or (mode == "both" and i % 2 == 0) for i in range(num_runs))
+            # Two and two: a router that takes turns would send all streams to one of two.
+            streams = (mode == "stream" or (mode == "both" and i % 4 < 2) for i in range(num_runs))
             await asyncio.gather(
                 *(self._run(session, name, stream) for name, stream in zip(names, streams))
             )
@@ -84,6 +92,7 @@ class Load:
                     headers["X-Workflow-Budget-Ms"] = f"{left_ms:.0f}"
                 if await self._call(session, request_id, headers, stream):
                     break
+                await asyncio.sleep(_FIRST_PAUSE_S * 2**attempt)
             else:
                 self.tally.num_lost_runs += 1
                 return
@@ -91,15 +100,21 @@ class Load:
     async def _call(
         self, session: aiohttp.ClientSession, request_id: str, headers: dict[str, str], stream: bool
     ) -> bool:
-        body = {
+        body: dict[str, Any] = {
             "model": self.model,
-            "messages": [{"role": "user", "content": request_id}],
             "max_tokens": self.num_tokens,
             "stream": stream,
+            "ignore_eos": True,
         }
+        if self.path == CHAT:
+            body["messages"] = [{"role": "user", "content": request_id}]
+        else:
+            body["prompt"] = request_id
+        if stream:
+            body["stream_options"] = {"include_usage": True}
         begin = time.monotonic()
         try:
-            async with session.post(self.url + CHAT, json=body, headers=headers) as response:
+            async with session.post(self.url + self.path, json=body, headers=headers) as response:
                 self.tally.statuses[response.status] += 1
                 if response.status != 200:
                     await response.read()
@@ -108,6 +123,9 @@ class Load:
                 served_by = response.headers.get("X-Workflow-Instance", "")
         except Truncated:
             self.tally.num_truncated += 1
+            return False
+        except TimeoutError:
+            self.tally.num_timeouts += 1
             return False
         except (aiohttp.ClientError, OSError):
             self.tally.signalled.append(request_id)
@@ -139,7 +157,7 @@ async def read_stream(response: aiohttp.ClientResponse, num_tokens: int) -> None
         Truncated: As above.
         ClientError: As above; an error event counts as one.
     """
-    num_received = 0
+    usage: dict[str, int] = {}
     async for line in response.content:
         data = line.removeprefix(b"data: ").strip()
         if not data:
@@ -149,11 +167,11 @@ async def read_stream(response: aiohttp.ClientResponse, num_tokens: int) -> None
         try:
             members = json.loads(data)
         except ValueError:
-            continue  # half an event, before the error that follows
+            continue  # half an event
         if "error" in members:
             raise aiohttp.ClientPayloadError("error event")
-        num_received += bool(members["choices"])
-    if num_received != num_tokens:
+        usage = members.get("usage") or usage
+    if usage.get("completion_tokens") != num_tokens:
         raise Truncated
     await response.read()
 

@@ -87,7 +87,7 @@ async def test_an_engine_s_own_error_before_any_token_is_asked_for_elsewhere(
     assert text == "t" * 8
 
 
-@pytest.mark.parametrize("cut_by", ["close", "exit", "stop", "error"])
+@pytest.mark.parametrize("cut_by", ["close", "exit", "stop", "error", "end"])
 async def test_the_sdk_raises_whatever_cuts_its_stream(fleet: Routed, cut_by: str) -> None:
     async with fleet(1, cut_at=500, cut_by=cut_by) as (router, (a,)):
         async with openai.AsyncOpenAI(base_url=router.url + "/v1", api_key="k") as user:

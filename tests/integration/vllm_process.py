@@ -49,9 +49,11 @@ class VllmServer:
 
 
 @contextmanager
-def serving(model: Path, log_path: Path, flags: Sequence[str] = ()) -> Iterator[VllmServer]:
-    """Serve a model until the block ends, however it ends."""
-    port = free_port()
+def serving(
+    model: Path, log_path: Path, flags: Sequence[str] = (), *, port: int | None = None
+) -> Iterator[VllmServer]:
+    """Serve a model until the block ends, however it ends; at a free port unless one is given."""
+    port = port or free_port()
     base_url = f"http://127.0.0.1:{port}"
     with log_path.open("w", encoding="utf-8") as log:
         process = subprocess.Popen(

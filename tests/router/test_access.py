@@ -229,7 +229,7 @@ def config(auth: Any = None, **fields: Any) -> RouterConfig:
         ({"key_env": "BLANK"}, "got 21 characters, others among them"),
         ({"key_file": "/not/there"}, "file /not/there: cannot read a key: No such file"),
     ],
-    ids=str,
+    ids=range(8),
 )
 def test_a_key_that_cannot_be_used_is_told_and_not_repeated(
     key: Any, message: str, monkeypatch: pytest.MonkeyPatch

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ class Operator:
     ("method", "path"),
     [
         ("GET", "/admin/status"),
+        ("GET", "/admin/profiles"),
         ("POST", "/admin/instances"),
         ("DELETE", "/admin/instances/a"),
         ("POST", "/admin/reload"),
@@ -115,6 +116,24 @@ async def test_the_status_tells_what_goes_on(routing: Routing) -> None:
             "drift": 1.0,
         }
     ]
+
+
+async def test_what_was_learned_and_what_predictions_came_from_is_shown(routing: Routing) -> None:
+    headers = {"X-Workflow-Name": "w", "X-Workflow-Stage": "generate", "X-Workflow-Id": "run"}
+    async with FakeEngine().serving() as engine, routing(engine, admin=ADMIN) as client:
+        for _ in range(2):
+            async with client.post(headers=headers) as response:
+                await response.read()
+                assert response.status == 200
+        code, learned = await Operator(client).ask("GET", "/admin/profiles")
+        cold = await client.metric("predictions_total", length="prior", rest="prior")
+        warm = await client.metric("predictions_total", length="learned", rest="prior")
+
+    assert code == 200
+    (stage,) = learned["stages"]
+    assert (stage["workflow"], stage["stage"]) == ("w", "generate")
+    assert stage["output_tokens"]["num_values"] == 2
+    assert (cold, warm) == (1.0, 1.0)
 
 
 async def test_an_instance_that_is_added_is_sent_calls(routing: Routing) -> None:
@@ -187,6 +206,50 @@ async def test_an_instance_is_drained_without_losing_a_call(
     assert len(a.received) == num_on_a
     pairs = list(replay(from_json(line) for line in log.read_text("utf-8").splitlines()))
     assert len(pairs) == 9
+    assert all(recorded == replayed for recorded, replayed in pairs)
+
+
+async def test_no_call_is_lost_while_instances_come_and_go(
+    routing: Routing, tmp_path: Path
+) -> None:
+    log = tmp_path / "decisions.jsonl"
+    engines = [FakeEngine(num_tokens=5) for _ in range(3)]
+    async with AsyncExitStack() as stack:
+        for engine in engines:
+            await stack.enter_async_context(engine.serving())
+        client = await stack.enter_async_context(
+            routing(*engines, seats=3, admin=ADMIN, decision_log=str(log))
+        )
+        operator, served = Operator(client), 0
+
+        async def calls() -> None:
+            nonlocal served
+            while not changes.done():
+                async with client.post(stream=served % 2 == 0) as response:
+                    assert response.status == 200
+                    await response.read()
+                served += 1
+
+        async def change() -> None:
+            for n in range(6):
+                instance_id, engine = "abc"[n % 3], engines[n % 3]
+                status, _ = await operator.ask("DELETE", f"/admin/instances/{instance_id}")
+                assert status == 202
+                if n % 2:
+                    while instance_id in await operator.instances():
+                        await asyncio.sleep(0.01)
+                data = {"id": instance_id, "url": engine.url, "max_num_seqs": 3}
+                status, _ = await operator.ask("POST", "/admin/instances", data)
+                assert status == 201
+                await operator.until(dict.fromkeys("abc", "healthy"))
+
+        changes = asyncio.create_task(change())
+        await asyncio.gather(changes, *(calls() for _ in range(12)))
+
+    assert served > 50
+    assert sum(len(engine.received) for engine in engines) == served
+    pairs = list(replay(from_json(line) for line in log.read_text("utf-8").splitlines()))
+    assert len(pairs) >= served
     assert all(recorded == replayed for recorded, replayed in pairs)
 
 
@@ -280,7 +343,7 @@ async def test_a_changed_file_is_taken_over_while_calls_run(tmp_path: Path) -> N
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ("instances: []", "instances: List should have at least 1 item"),
+        ("instances: []", "instances: expected at least one"),
         ("porty: 1", "porty: unknown field"),
         ("a: [", "not YAML"),
         ("policy: hexgen", "policy: changed, which needs a restart of the router"),

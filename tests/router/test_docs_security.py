@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from vllm_workflow.router import body
+from vllm_workflow.router.admin import Admin
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.credentials import KeyHash, new_key
 from vllm_workflow.router.limits import LimitsConfig
@@ -24,6 +25,19 @@ def test_the_defaults_are_those_of_the_code() -> None:
     assert f"`max_body_mb: {RouterConfig.model_fields['max_body_mb'].default:g}`" in PAGE
     assert f"JSON deeper than {body.MAX_DEPTH}," in PAGE
     assert f"above {body.MAX_CONTAINERS:,} objects and lists or {body.MAX_VALUES:,} values" in PAGE
+
+
+def test_the_operators_paths_are_those_of_the_application() -> None:
+    nothing: Any = None
+    app = Admin(nothing, nothing, nothing, nothing, nothing, nothing).build()
+    routes = {
+        f"{route.method} {route.resource.canonical}"
+        for route in app.router.routes()
+        if route.resource is not None and route.method not in {"HEAD", "*"}
+    }
+    told = re.findall(r"^\| `([A-Z]+ /[\w/]+)(?:\?[^`]*)?` \|", PAGE, re.MULTILINE)
+
+    assert {path.replace("/ID", "/{id}") for path in told} == routes
 
 
 def test_the_example_is_a_configuration(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

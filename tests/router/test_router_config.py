@@ -115,7 +115,7 @@ def test_flags_replace_fields_of_the_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"instances": []}, "instances: List should have at least 1 item"),
+        ({"instances": []}, "instances: expected at least one"),
         ({"instances": [{}]}, "instances.0.url: Field required"),
         ({"ports": 1}, "ports: unknown field"),
         ({"port": 70000}, "port: Input should be less than or equal to 65535, got 70000"),

@@ -49,7 +49,7 @@ def test_flags_win_over_the_file(tmp_path: Path) -> None:
 
 
 def test_without_any_instance_it_is_said_what_is_missing() -> None:
-    with pytest.raises(ConfigError, match="command line: instances: Field required"):
+    with pytest.raises(ConfigError, match="command line: instances: expected at least one"):
         command.read_config(parse())
 
 

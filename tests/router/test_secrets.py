@@ -12,7 +12,9 @@ import pytest
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
 from tests.router.test_hostile import exchange
+from tests.router.test_tracing import collecting
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.router import logs
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.credentials import KeyHash, new_key
 
@@ -50,6 +52,9 @@ async def traffic(client: Client, admin_url: str) -> list[str]:
     texts.append((await exchange(client.router.url, raw)).body.decode())
     for key in (ADMIN_KEY, KEY):
         headers = {"Authorization": f"Bearer {key}"}
+        url = client.router.url + "/dashboard/state"
+        async with client.session.get(url, headers=headers) as response:
+            texts.append(f"{response.headers} {await response.text()}")
         for path in ("/admin/status", "/metrics"):
             async with client.session.get(admin_url + path, headers=headers) as response:
                 texts.append(f"{response.headers} {await response.text()}")
@@ -60,6 +65,12 @@ async def traffic(client: Client, admin_url: str) -> list[str]:
         ) as response:
             texts.append(await response.text())
     return texts
+
+
+def database(folder: Path) -> bytes:
+    kept = b"".join(file.read_bytes() for file in folder.glob("store.db*"))
+    assert kept
+    return kept
 
 
 @pytest.mark.parametrize("healthy", [True, False])
@@ -74,22 +85,31 @@ async def test_secrets_and_prompts_are_nowhere(
     monkeypatch.setenv("UPSTREAM_KEY", UPSTREAM_KEY)
     log = tmp_path / "decisions.jsonl"
     engine = FakeEngine(api_key=UPSTREAM_KEY, status=200 if healthy else 500)
-    async with engine.serving():
+    monkeypatch.setattr(logs.calls, "level", logging.INFO)
+    async with engine.serving(), collecting() as collector:
         async with routing(
             instances=[{"id": "a", "url": engine.url, "api_key_env": "UPSTREAM_KEY"}],
             auth={"keys": [{"tenant": "t", "key_hash": str(KeyHash.of(KEY))}]},
             admin={"port": 0, "key_hash": str(KeyHash.of(ADMIN_KEY))},
             decision_log=str(log),
+            store={"path": str(tmp_path / "store.db")},
+            tracing={"otlp_endpoint": collector.url},
             log_level="debug",
+            log_calls=True,
             max_body_mb=1,
         ) as client:
             texts = await traffic(client, client.router.admin_url)
             metrics = client.router.metrics.exposition().decode()
 
     texts += [caplog.text, metrics, log.read_text("utf-8")]
+    assert "call status=" in caplog.text
+    assert collector.spans
+    kept = database(tmp_path)
+    for raw in (kept, collector.raw):
+        assert not [secret for secret in SECRETS if secret.encode() in raw]
     assert len(engine.received) >= 2
     assert PROMPT in engine.received[0].raw.decode()
-    assert '"submitted"' in texts[-1]
+    assert '"submitted"' in log.read_text("utf-8")
     for secret in SECRETS:
         assert not [text for text in texts if secret in text]
 

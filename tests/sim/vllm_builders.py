@@ -8,7 +8,9 @@ import warnings
 from collections.abc import Iterable
 from typing import Any
 
-from vllm_workflow.core.latency import LatencyModel
+import pytest
+
+from vllm_workflow.core.latency import LatencyModel, prefill_attention
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind, PrefixPart
 from vllm_workflow.sim.vllm_server import VllmServer
@@ -148,3 +150,22 @@ def block_hashes_of_vllm(token_ids: list[int], block_size: int) -> list[Any]:
     init_none_hash(sha256)
     hasher = get_request_block_hasher(block_size, sha256)
     return vllm_request(token_ids, hasher).block_hashes
+
+
+def prefill_s(*chunks: int, num_cached_tokens: int = 0) -> float:
+    """Duration of the steps that compute one prompt in these chunks and nothing else."""
+    total_s, num_computed = 0.0, num_cached_tokens
+    for chunk in chunks:
+        attention = prefill_attention(chunk, num_computed)
+        total_s += LATENCY.step_s(num_prefill_tokens=chunk, prefill_attention=attention)
+        num_computed += chunk
+    return total_s
+
+
+def decode_s(*contexts: int) -> float:
+    """Duration of one step per given context, each decoding one sequence."""
+    return sum(LATENCY.step_s(num_decode_seqs=1, num_kv_tokens=c) for c in contexts)
+
+
+def approx(seconds: float) -> Any:
+    return pytest.approx(seconds, rel=1e-12)

@@ -23,6 +23,7 @@ from vllm_workflow.bench.compare_text import (
 from vllm_workflow.bench.report import Section
 from vllm_workflow.core.metrics import mean, percentile
 from vllm_workflow.sim.capacity import REFERENCE_POLICIES
+from vllm_workflow.sim.compiled import is_compiled
 from vllm_workflow.sim.workloads import PREFIX
 
 LEVELS = {
@@ -133,6 +134,7 @@ def page(
 def versions() -> dict[str, str]:
     """Return what the figures were made with."""
     found = {"python": platform.python_version(), "cpus": str(os.cpu_count())}
+    found["compiled"] = str(is_compiled()).lower()
     for name in _PACKAGES:
         try:
             found[name] = metadata.version(name)

@@ -110,6 +110,8 @@ async def _reload(router: Router) -> None:
         await router.reload()
     except ConfigError as e:
         logging.getLogger(__name__).error("reload: %s", e)
+    except Exception:  # nothing in a file may end a router that runs
+        logging.getLogger(__name__).exception("reload: failed")
 
 
 def _allow_many_sockets() -> None:

@@ -116,21 +116,17 @@ class Account:
             and self.kv.num_new_tokens(need.request.prefix, need.num_own_tokens) <= free
         )
 
+    def alone_s(self, need: Need) -> float:
+        """Service of a call here if nothing else ran."""
+        prefill_s, _, _ = self._prefill(need)
+        step_s = self.instance.latency.decode_step_s(1, need.context)
+        return self.drift * (prefill_s + need.num_decoded * step_s)
+
     def predict(self, need: Need, now: float) -> Candidate:
         """Say what a call would cost here."""
         instance, kv, drift = self.instance, self.kv, self.drift
         latency, num_ahead = instance.latency, len(self.reserved)
-        num_prompt_tokens = need.request.num_prompt_tokens
-        num_cached, num_new = 0, need.num_own_tokens
-        if need.request.prefix:
-            num_held, num_new = kv.probe(need.request.prefix, num_new)
-            num_cached = int(self.hit_share * min(num_held, num_prompt_tokens - 1))
-        key = (id(latency), num_cached)
-        prefill_s = need.prefills.get(key)
-        if prefill_s is None:
-            prefill_s = need.prefills[key] = latency.prefill_s(
-                num_prompt_tokens - num_cached, num_cached_tokens=num_cached
-            )
+        prefill_s, num_cached, num_new = self._prefill(need)
         queue_s, num_beside = 0.0, num_ahead
         # An idle instance takes any call: no other will end and make more room.
         if num_ahead and (num_ahead >= instance.max_num_seqs or num_new > kv.num_free_tokens):
@@ -154,6 +150,22 @@ class Account:
             stretch,
         )
 
+    def _prefill(self, need: Need) -> tuple[float, int, float]:
+        """Seconds of its prefill here, tokens that need none, KV tokens that it would take."""
+        latency = self.instance.latency
+        num_prompt_tokens = need.request.num_prompt_tokens
+        num_cached, num_new = 0, need.num_own_tokens
+        if need.request.prefix:
+            num_held, num_new = self.kv.probe(need.request.prefix, num_new)
+            num_cached = int(self.hit_share * min(num_held, num_prompt_tokens - 1))
+        key = (id(latency), num_cached)
+        prefill_s = need.prefills.get(key)
+        if prefill_s is None:
+            prefill_s = need.prefills[key] = latency.prefill_s(
+                num_prompt_tokens - num_cached, num_cached_tokens=num_cached
+            )
+        return prefill_s, num_cached, num_new
+
     def _room_s(self, num_new_tokens: float, now: float) -> tuple[float, int]:
         """Seconds until a call finds a seat and KV room, and how many calls then run beside it.
 
@@ -165,7 +177,12 @@ class Account:
         free = self.kv.num_free_tokens
         left = len(self.reserved)
         until = now
-        for end_time, num_tokens in sorted([_end(r, now) for r in self.reserved.values()]):
+        ends = [
+            (end if end > now else now + _OVERDUE_SHARE * (now - start), num_tokens)
+            for _, start, end, num_tokens in self.reserved.values()
+        ]
+        ends.sort()
+        for end_time, num_tokens in ends:
             if left < seats and num_new_tokens <= free:
                 break
             until = end_time
@@ -185,11 +202,3 @@ def num_own_tokens(request: StageRequest) -> float:
 
 def _capacity(instance: Instance) -> float:
     return math.inf if instance.num_kv_tokens is None else instance.num_kv_tokens
-
-
-def _end(reserved: Reserved, now: float) -> tuple[float, float]:
-    """When a call ends as far as is known now, and the KV tokens that it then gives back."""
-    end_time = reserved.end_time
-    if end_time <= now:
-        end_time = now + _OVERDUE_SHARE * (now - reserved.start_time)
-    return end_time, reserved.num_tokens

@@ -148,20 +148,23 @@ class Dispatcher:
         if request.request_id in self._sent:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
-        candidates = self.fleet.candidates(request, now=now, exclude=excluded)
-        if not candidates:
-            raise NoInstanceError(self._why_none(request, excluded))
         decision: Decision | None
         if self.config.late_binding:
-            alone_s = sum(c.alone_s for c in candidates) / len(candidates)
-            request = request._replace(service_s=alone_s)
+            request, candidates = self._placed(request, now, excluded)
             waiting = self.waiting.enter(
-                request, num_prompt_bytes, excluded, now, idle_s=self._idle_s(candidates)
+                request, num_prompt_bytes, excluded, now, idle_s=self._idle_s(request, candidates)
             )
             if waiting is not None or self.waiting.has_news:
                 self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
         else:
+            # The others are what they are called: least of all, each in turn.
+            shortlist = self.config.dispatch == "predicted-finish"
+            candidates = self.fleet.candidates(
+                request, now=now, exclude=excluded, shortlist=shortlist
+            )
+            if not candidates:
+                raise NoInstanceError(self._why_none(request, excluded))
             costs = self._policy.costs(request, candidates)
             best = min(range(len(costs)), key=costs.__getitem__)
             decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
@@ -177,6 +180,23 @@ class Dispatcher:
                 )
             )
         return decision
+
+    def _placed(
+        self, request: StageRequest, now: float, exclude: tuple[str, ...]
+    ) -> tuple[StageRequest, tuple[Candidate, ...]]:
+        """Fill in what its place in the queue depends on, and return what was predicted for it."""
+        fleet = self.fleet
+        candidates: tuple[Candidate, ...] = ()
+        # Where it will have to wait, what each instance would take is worked out later.
+        if fleet.is_large or not fleet.has_room(request.model, exclude):
+            alone_s = fleet.mean_alone_s(request, exclude)
+        else:
+            candidates = fleet.candidates(request, now=now, exclude=exclude)
+            each = [c.alone_s for c in candidates]
+            alone_s = sum(each) / len(each) if each else None
+        if alone_s is None:
+            raise NoInstanceError(self._why_none(request, exclude))
+        return request._replace(service_s=alone_s), candidates
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions on calls that waited, now that something may have changed.
@@ -264,16 +284,16 @@ class Dispatcher:
         )
         self.fleet.forget(instance_id)
 
-    def _idle_s(self, candidates: Sequence[Candidate]) -> float:
+    def _idle_s(self, request: StageRequest, candidates: Sequence[Candidate]) -> float:
         """Service of a call on an idle fleet, by configured speeds, mean over instances.
 
-        What was learned of the speed of an instance is mostly how busy it is.
+        What was learned of the speed of an instance is mostly how busy it is. It stays in where
+        nothing was predicted for each instance.
         """
-        if not self.config.relegate:
-            return 0.0
-        return sum(c.alone_s / self.fleet.drift(c.instance_id) for c in candidates) / len(
-            candidates
-        )
+        if not self.config.relegate or not candidates:
+            return request.service_s
+        each = [c.alone_s / self.fleet.drift(c.instance_id) for c in candidates]
+        return sum(each) / len(each)
 
     @property
     def num_in_flight(self) -> int:

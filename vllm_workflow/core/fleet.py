@@ -7,8 +7,9 @@ is needed and no decision can interleave with another.
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from itertools import islice
 
 from vllm_workflow.core.account import (
     Account,
@@ -18,6 +19,7 @@ from vllm_workflow.core.account import (
     num_own_tokens,
 )
 from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
 __all__ = ["Fleet", "Instance"]
@@ -27,6 +29,10 @@ _MIN_DRIFT_WEIGHT = 0.05
 _PRIOR_DRIFT_WEIGHT = 4.0
 """Calls that the configured latency counts for until then."""
 _MAX_DRIFT = 8.0
+LARGE_FLEET = 16
+"""Instances of a fleet up to which every decision looks at all of them."""
+_MAX_HOLDERS = 1 << 16
+"""Pieces of prompts whose last instance is remembered: prompts come from clients."""
 
 
 class Fleet:
@@ -36,8 +42,9 @@ class Fleet:
         self._accounts: dict[str, Account] = {}
         self._leaving: set[str] = set()
         """Those of them that were removed, but for the calls in flight there."""
-        self._with_room: dict[str, Account] = {}
-        """Those of them that can start a further call, if it is a small one."""
+        self._rooms = Rooms()
+        self._last_holder: dict[int, str] = {}
+        """Instance that got a prompt's piece last, by its chain hash; in a large fleet."""
         self._capacities: list[tuple[tuple[str, ...], float]] = []
         """(models, KV tokens), each once."""
         self.version = 0
@@ -53,7 +60,7 @@ class Fleet:
         else:
             account.replace(instance)
         self._leaving.discard(instance.instance_id)
-        self._note_room(account)
+        self._rooms.note(account)
         self._note_capacities()
 
     def remove(self, instance_id: str) -> None:
@@ -65,7 +72,7 @@ class Fleet:
         account.healthy = False
         self._leaving.add(instance_id)
         self.version += 1
-        self._note_room(account)
+        self._rooms.note(account)
         self._note_capacities()
         self.forget(instance_id)
 
@@ -80,14 +87,8 @@ class Fleet:
         return instance_id in self._accounts and instance_id not in self._leaving
 
     def _note_capacities(self) -> None:
-        each = (a for i, a in self._accounts.items() if i not in self._leaving)
-        self._capacities = list(dict.fromkeys((a.instance.models, a.kv.num_tokens) for a in each))
-
-    def _note_room(self, account: Account) -> None:
-        if account.has_room:
-            self._with_room[account.instance.instance_id] = account
-        else:
-            self._with_room.pop(account.instance.instance_id, None)
+        each = [a for i, a in self._accounts.items() if i not in self._leaving]
+        self._capacities = list(dict.fromkeys([(a.instance.models, a.kv.num_tokens) for a in each]))
 
     def _sharing_latency(self, instance: Instance) -> Instance:
         """Equal latency models become one object, so that each is asked once per call."""
@@ -103,7 +104,7 @@ class Fleet:
             account.kv.clear()  # it may have been restarted
         account.healthy = healthy
         self.version += 1
-        self._note_room(account)
+        self._rooms.note(account)
 
     def is_healthy(self, instance_id: str) -> bool:
         account = self._accounts.get(instance_id)
@@ -114,32 +115,77 @@ class Fleet:
         return self._accounts[instance_id].instance
 
     def __iter__(self) -> Iterator[Instance]:
-        return (a.instance for i, a in self._accounts.items() if i not in self._leaving)
+        return iter([a.instance for i, a in self._accounts.items() if i not in self._leaving])
 
     def serves(self, model: str) -> bool:
         """Whether any instance, healthy or not, serves `model`."""
         return any(instance.serves(model) for instance in self)
 
     def candidates(
-        self, request: StageRequest, *, now: float = 0.0, exclude: Collection[str] = ()
+        self,
+        request: StageRequest,
+        *,
+        now: float = 0.0,
+        exclude: Collection[str] = (),
+        shortlist: bool = False,
     ) -> tuple[Candidate, ...]:
-        """Predict `request` on every healthy instance that serves its model and can hold it."""
+        """Predict `request` on every healthy instance that serves its model and can hold it.
+
+        Args:
+            request: The call.
+            now: Instant.
+            exclude: Instances that are left out.
+            shortlist: Of more than `LARGE_FLEET` instances, predict it on some of those that can
+                start it, spread over the fleet, and on those that got its prompt's head last.
+        """
         need = Need(request, self._num_at_most(request))
-        model, num_at_most = request.model, need.num_at_most
-        return tuple(
-            [
-                account.predict(need, now)
-                for account in self._accounts.values()
-                if account.healthy
-                and num_at_most <= account.kv.num_tokens
-                and account.instance.serves(model)
-                and account.instance.instance_id not in exclude
-            ]
-        )
+        accounts: Iterable[Account] = self._accounts.values()
+        if shortlist and self.is_large:
+            accounts = self._shortlist(need, exclude)
+        return tuple([a.predict(need, now) for a in accounts if _is_eligible(a, need, exclude)])
+
+    @property
+    def is_large(self) -> bool:
+        """Whether decisions look at a part of it."""
+        return len(self._accounts) > LARGE_FLEET
+
+    def mean_alone_s(self, request: StageRequest, exclude: Collection[str] = ()) -> float | None:
+        """Service of a call alone on an instance, mean over instances spread over the fleet.
+
+        None if no healthy instance outside `exclude` serves its model and can hold it.
+        """
+        need = Need(request, self._num_at_most(request))
+        everyone = list(self._accounts.values())
+        each = [a.alone_s(need) for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+        if not each:
+            each = [a.alone_s(need) for a in everyone if _is_eligible(a, need, exclude)]
+        return sum(each) / len(each) if each else None
+
+    def _shortlist(self, need: Need, exclude: Collection[str]) -> Iterable[Account]:
+        """Instances of a large fleet to look at: all that can start a call, if they are few."""
+
+        def able(accounts: Iterable[Account]) -> list[Account]:
+            return [a for a in accounts if a.can_start(need) and _is_eligible(a, need, exclude)]
+
+        fitting = list(self._rooms.at_least(need.num_own_tokens))
+        found = able(_spread(fitting)) or able(fitting)[:LARGE_FLEET]
+        if not found:
+            everyone = list(self._accounts.values())
+            found = [a for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+            return found or everyone
+        chosen = {account.instance.instance_id: account for account in found}
+        for segment in need.request.prefix:
+            instance_id = self._last_holder.get(segment.chain_hash, "")
+            account = self._accounts.get(instance_id)
+            if account is not None and account.has_room and account.can_start(need):
+                chosen[instance_id] = account
+        return chosen.values()
 
     def has_room(self, model: str = "", exclude: Collection[str] = ()) -> bool:
         """Whether a healthy instance of a model can start a further call, if it is a small one."""
-        for account in self._with_room.values():
+        if not model and not exclude:
+            return len(self._rooms) > 0
+        for account in self._rooms.at_least(0.0):
             if account.instance.serves(model) and account.instance.instance_id not in exclude:
                 return True
         return False
@@ -156,13 +202,8 @@ class Fleet:
     def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
         need = Need(request, self._num_at_most(request))
-        for account in self._with_room.values():
-            if (
-                account.can_start(need)
-                and need.num_at_most <= account.kv.num_tokens
-                and account.instance.serves(request.model)
-                and account.instance.instance_id not in exclude
-            ):
+        for account in self._rooms.at_least(need.num_own_tokens):
+            if account.can_start(need) and _is_eligible(account, need, exclude):
                 return True
         return False
 
@@ -190,6 +231,10 @@ class Fleet:
             account = self._accounts[instance_id]
             share = min(max(actual / predicted, 0.0), 1.0)
             account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
+
+    @property
+    def num_instances(self) -> int:
+        return len(self._accounts)
 
     def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
         """Service of one such call on an idle instance, mean over those that serve `model`.
@@ -233,6 +278,8 @@ class Fleet:
             num_own = num_own_tokens(request)
             num_tokens = account.kv.num_new_tokens(request.prefix, num_own)
             account.kv.admit(request_id, request.prefix, num_own)
+            if self.is_large:
+                self._note_holder(request, candidate.instance_id)
         account.reserved[request_id] = Reserved(
             candidate.service_s,
             now,
@@ -240,7 +287,14 @@ class Fleet:
             num_tokens,
         )
         account.outstanding_s += candidate.service_s
-        self._note_room(account)
+        self._rooms.note(account)
+
+    def _note_holder(self, request: StageRequest, instance_id: str) -> None:
+        for segment in request.prefix:
+            self._last_holder.pop(segment.chain_hash, None)
+            self._last_holder[segment.chain_hash] = instance_id
+        while len(self._last_holder) > _MAX_HOLDERS:
+            del self._last_holder[next(iter(self._last_holder))]
 
     def release(self, request_id: str, instance_id: str, *, ran: bool = True) -> None:
         """Stop counting a call, however it ended. Safe to call twice.
@@ -257,7 +311,7 @@ class Fleet:
             account.kv.release(request_id, keep=ran)
             left_s = account.outstanding_s - reserved.service_s
             account.outstanding_s = max(0.0, left_s) if account.reserved else 0.0
-            self._note_room(account)
+            self._rooms.note(account)
 
     def observe(self, instance_id: str, *, predicted_s: float, actual_s: float) -> None:
         """Correct an instance's speed by one finished call.
@@ -302,3 +356,19 @@ def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens
     return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
         max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
     )
+
+
+def _is_eligible(account: Account, need: Need, exclude: Collection[str]) -> bool:
+    """Whether an instance may get a call, now or later."""
+    return (
+        account.healthy
+        and need.num_at_most <= account.kv.num_tokens
+        and account.instance.serves(need.request.model)
+        and account.instance.instance_id not in exclude
+    )
+
+
+def _spread(accounts: list[Account]) -> list[Account]:
+    """At most `LARGE_FLEET` of them, evenly spread."""
+    step = -(-len(accounts) // LARGE_FLEET) or 1
+    return list(islice(accounts, 0, None, step))

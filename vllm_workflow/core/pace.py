@@ -102,7 +102,7 @@ class Pace:
 
         Args:
             candidate: Where it starts.
-            num_instances: Those that it could have gone to.
+            num_instances: Those there are.
         """
         self._num_instances = num_instances
         if candidate.num_outstanding > 0 and candidate.alone_s > 0.0:

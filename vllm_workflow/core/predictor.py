@@ -3,20 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import NamedTuple
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
 
 from vllm_workflow.core.fleet import Fleet
-from vllm_workflow.core.lengths import Lengths
+from vllm_workflow.core.learned import Learned
+from vllm_workflow.core.lengths import (
+    CLIENT,
+    DECLARED,
+    LEARNED,
+    PRIOR,
+    Expected,
+    Lengths,
+    StageKey,
+)
 from vllm_workflow.core.prefix import Segment
-from vllm_workflow.core.remaining import RemainingTime
 from vllm_workflow.core.runs import Attained, AttainedService
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
-from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
+from vllm_workflow.core.workflow import WorkflowProfile
 
 _REST_KEPT_FOR = 32
 """Outcomes after which the rest of a run is predicted anew: it changes slowly, costs time."""
 
+_FINAL: Expected = 0.0, CLIENT
+_UNKNOWN: Expected = 0.0, PRIOR
 _MAX_TEXT_BYTES = 1 << 20
 """Bodies beyond this say nothing about tokens per byte."""
 
@@ -43,16 +54,34 @@ class Predictor:
     """
 
     def __init__(self, fleet: Fleet, workflows: Iterable[WorkflowProfile] = ()) -> None:
-        self.lengths = Lengths()
+        self.learned = Learned()
         self._fleet = fleet
         self._workflows = {w.name: w for w in workflows}
-        self._remaining = RemainingTime()
-        self._rests: dict[tuple[str, str, str], float] = {}
+        self._rests: dict[tuple[str, str, str, str], Expected] = {}
         self._attained = AttainedService()
         self._num_settled = 0
+        self.num_predicted: defaultdict[tuple[str, str], int] = defaultdict(int)
+        """Predictions by where length and rest came from, see `lengths.Expected`."""
+        self._declare(self.learned)
+
+    @property
+    def lengths(self) -> Lengths:
+        return self.learned.lengths
+
+    def restore(self, data: Mapping[str, Any], *, source: str) -> None:
+        """Begin with what an earlier process had learned, see `Learned.from_mapping`.
+
+        Raises:
+            ConfigError: `data` is not that; nothing is changed.
+        """
+        learned = Learned.from_mapping(data, source=source)
+        self._declare(learned)
+        self.learned = learned
+
+    def _declare(self, learned: Learned) -> None:
         for workflow in self._workflows.values():
             for stage in workflow.stages:
-                self.lengths.declare(workflow.name, stage.name, stage.output_tokens)
+                learned.lengths.declare(workflow.name, stage.name, stage.output_tokens)
 
     def fleet_changed(self) -> None:
         """Forget what was computed for the fleet as it was."""
@@ -75,17 +104,24 @@ class Predictor:
             head: `(chain hash, bytes)` of the pieces of the prompt that others may share.
         """
         attained = self._attained.of(request)
+        lengths = self.learned.lengths
+        num_prompt_tokens = lengths.prompt_tokens(num_prompt_bytes)
+        output_tokens, output_from = lengths.output_tokens(
+            (request.tenant_id, request.workflow, request.stage), num_prompt_tokens, max_tokens
+        )
+        rest_s, rest_from = _FINAL if request.final else self._rest_s(request)
+        self.num_predicted[output_from, rest_from] += 1
         return request._replace(
-            num_prompt_tokens=self.lengths.prompt_tokens(num_prompt_bytes),
-            expected_output_tokens=self.lengths.output_tokens(
-                request.workflow, request.stage, max_tokens
-            ),
+            num_prompt_tokens=num_prompt_tokens,
+            expected_output_tokens=output_tokens,
+            expected_from=output_from,
             max_output_tokens=max_tokens,
-            rest_s=0.0 if request.final else self._rest_s(request),
+            rest_s=rest_s,
+            rest_from=rest_from,
             attained_s=attained.total_s,
             attained_path_s=attained.path_s,
             prefix=tuple(
-                Segment(chain_hash, self.lengths.prompt_tokens(num_bytes))
+                Segment(chain_hash, lengths.prompt_tokens(num_bytes))
                 for chain_hash, num_bytes in head
             ),
         )
@@ -97,11 +133,11 @@ class Predictor:
     def began(self, request: StageRequest) -> None:
         """Note that a call has been made."""
         self._attained.begin(request)
-        self._remaining.began(request)
+        self.learned.remaining.began(request)
 
     def gave_up(self, request: StageRequest) -> None:
         """Note that a call was given up before it was sent."""
-        self._remaining.ended(request, end_time=math.nan, alone_s=math.nan, ok=False)
+        self.learned.remaining.ended(request, end_time=math.nan, alone_s=math.nan, ok=False)
 
     def ended(self, sent: Sent, outcome: Outcome) -> None:
         """Learn from a call that has ended, well or not."""
@@ -111,7 +147,7 @@ class Predictor:
                 predicted=sent.decision.chosen.num_cached_tokens,
                 actual=outcome.num_cached_tokens,
             )
-        self._remaining.ended(
+        self.learned.remaining.ended(
             sent.request,
             end_time=sent.time + outcome.e2el_s,
             alone_s=self.idle_s(sent, outcome),
@@ -139,16 +175,15 @@ class Predictor:
         )
         if request.workflow_id:
             self._attained.end(request, self._prefill_s(sent, outcome) + decode_s)
-        tokens_per_byte = None
         # Larger bodies are mostly images, whose bytes are not text.
         if outcome.num_prompt_tokens and 0 < sent.num_prompt_bytes <= _MAX_TEXT_BYTES:
-            tokens_per_byte = outcome.num_prompt_tokens / sent.num_prompt_bytes
-        self.lengths.observe(
-            request.workflow,
-            request.stage,
-            output_tokens=outcome.num_output_tokens,
-            tokens_per_byte=tokens_per_byte,
-        )
+            self.lengths.observe_prompt(outcome.num_prompt_tokens / sent.num_prompt_bytes)
+        if outcome.num_output_tokens is not None:
+            self.lengths.observe(
+                _stage(request),
+                num_prompt_tokens=request.num_prompt_tokens,
+                output_tokens=outcome.num_output_tokens,
+            )
         self._num_settled += 1
         if self._num_settled % _REST_KEPT_FOR == 0:
             self._rests.clear()
@@ -168,37 +203,40 @@ class Predictor:
             outcome.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
         )
 
-    def _rest_s(self, request: StageRequest) -> float:
+    def _rest_s(self, request: StageRequest) -> Expected:
         """What was learned from runs, else what was declared, else nothing."""
-        learned_s = self._remaining.after(request)
+        learned_s = self.learned.remaining.after(request)
         if learned_s is not None:
-            return learned_s
+            return learned_s, LEARNED
         workflow = self._workflows.get(request.workflow)
-        if workflow is None:
-            return 0.0
-        after = workflow.after(request.stage)
-        if not after:
-            return 0.0
-        key = (request.workflow, request.stage, request.model)
-        rest_s = self._rests.get(key)
-        if rest_s is None:
+        if workflow is None or not workflow.has(request.stage):
+            return _UNKNOWN
+        key = (request.tenant_id, request.workflow, request.stage, request.model)
+        rest = self._rests.get(key)
+        if rest is None:
             if len(self._rests) >= _MAX_RESTS:
                 self._rests.clear()
-            rest_s = self._rests[key] = self._predict_rest_s(workflow, after, request.model)
-        return rest_s
+            rest_s = self._declared_rest_s(request, workflow)
+            rest = self._rests[key] = rest_s, DECLARED
+        return rest
 
-    def _predict_rest_s(
-        self, workflow: WorkflowProfile, after: Iterable[StageProfile], model: str
-    ) -> float:
+    def _declared_rest_s(self, request: StageRequest, workflow: WorkflowProfile) -> float:
+        """Rounds and prompts as declared; answers as counted, where there were any."""
         return sum(
             stage.rounds
             * self._fleet.mean_service_s(
-                model,
+                request.model,
                 stage.prompt_tokens,
-                self.lengths.output_tokens(workflow.name, stage.name),
+                self.lengths.output_tokens(
+                    (request.tenant_id, workflow.name, stage.name), stage.prompt_tokens
+                )[0],
             )
-            for stage in after
+            for stage in workflow.after(request.stage)
         )
+
+
+def _stage(request: StageRequest) -> StageKey:
+    return request.tenant_id, request.workflow, request.stage
 
 
 def _decode_s(sent: Sent, outcome: Outcome) -> float:

@@ -1,87 +1,119 @@
 """How long runs go on after each of their stages, learned from the runs themselves.
 
-A run is seen as a walk from one ended call to the next that ends later, which is its critical
-path as it turns out. When a run is over, each stage that it passed learns how much longer it
-went on. Nothing is inferred from stages that are themselves not known yet, so what is believed
-is right from the first runs on; no graph is declared.
-Times are those of an idle fleet: service as it would be alone, and gaps between calls. What a
-loaded fleet adds is for the policy to decide.
+What a run still had to do after a call is the longest path of calls and gaps that followed it, of
+an idle fleet: service as it would be alone, and what the client does between calls. It is known
+when the run is over, see `run_path`. What a loaded fleet adds is for the policy to decide.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
 
+from vllm_workflow.core.histogram import Histogram
+from vllm_workflow.core.lengths import Mean
+from vllm_workflow.core.run_path import RunPath
 from vllm_workflow.core.types import StageRequest
 
 MAX_RUNS = 20_000
 """Runs followed at a time: their names come from clients."""
+MAX_CALLS = 1 << 17
+"""Ended calls of those runs that are kept."""
 MAX_STAGES = 4_096
 """Of all workflows; the one longest without news is forgotten."""
-MAX_STAGES_OF_RUN = 64
 MAX_ROUND = 3
 """A stage entered again is another state, up to so many rounds: loops tire."""
 MIN_ENDED = 8
-"""Runs seen to pass a state and end before its value is believed."""
+"""Calls whose rest is known before it is believed."""
 OVER_AFTER_S = 60.0
 """A run without a call in flight for this long is taken to be over."""
-_MIN_RATE = 0.05
 
-_State = tuple[str, str, str, int]
-"""Tenant, workflow, stage, and which round of it in the run."""
-_RunKey = tuple[str, str]
+State = tuple[str, str, str, int]
+"""Tenant, workflow, stage, and how many calls of the stage come before on the path."""
+_RunKey = tuple[str, str, str]
+"""Tenant, workflow, run."""
+_RECOMPUTED_EVERY = 16
+"""Values after which a quantile is computed anew: it changes slowly, costs time."""
 
-
-@dataclass(slots=True)
-class _Node:
-    num_ended: float = 0.0
-    """Runs that have been in the state and ended, faded."""
-    rest_s: float = 0.0
-    """Mean of what they went on for."""
+Learn = Callable[[str, str, RunPath], None]
+"""Gets tenant, workflow and calls of each run that is over."""
 
 
-@dataclass(slots=True)
-class _Run:
-    end_time: float
-    """Of the call that ended last."""
-    num_in_flight: int = 0
-    rounds: dict[str, int] = field(default_factory=dict)
-    total_s: float = 0.0
-    """Idle-fleet time from its beginning to the call that ended last."""
-    passed: list[tuple[_State, float]] = field(default_factory=list)
-    """States it has been in, and `total_s` then."""
+class _Rest:
+    """What was left of runs in one state."""
+
+    __slots__ = ("_asked", "_quantile_s", "mean", "values")
+
+    def __init__(self, values: Histogram, mean: Mean) -> None:
+        self.values = values
+        self.mean = mean
+        """The same number as `values.mean` would be, at hand for every call."""
+        self._asked: tuple[float, int] | None = None
+        self._quantile_s = 0.0
+
+    def add(self, rest_s: float) -> None:
+        self.values.add(rest_s)
+        self.mean.add(rest_s)
+
+    def expected_s(self, quantile: float | None) -> float:
+        """Return the mean, or what a share `quantile` of the runs did not exceed."""
+        if quantile is None:
+            return self.mean.value
+        asked = quantile, self.values.num_values // _RECOMPUTED_EVERY
+        if asked != self._asked:
+            self._asked = asked
+            self._quantile_s = self.values.quantile(quantile) or 0.0
+        return self._quantile_s
 
 
 class RemainingTime:
-    """Learns from calls in the order in which they are settled."""
+    """Learns from calls in the order in which they are settled.
 
-    def __init__(self) -> None:
-        self._nodes: OrderedDict[_State, _Node] = OrderedDict()
-        self._runs: OrderedDict[_RunKey, _Run] = OrderedDict()
+    Args:
+        learn: Called with each run that is over.
+    """
 
-    def after(self, request: StageRequest) -> float | None:
-        """Seconds that a run is expected to go on after a call; None if too little is known."""
+    def __init__(self, learn: Learn | None = None) -> None:
+        self._rests: OrderedDict[State, _Rest] = OrderedDict()
+        self._runs: OrderedDict[_RunKey, RunPath] = OrderedDict()
+        self._num_calls = 0
+        self._learn_run = learn
+
+    def after(self, request: StageRequest, quantile: float | None = None) -> float | None:
+        """Seconds that a run is expected to go on after a call; None if too little is known.
+
+        Args:
+            request: The call, about to be made.
+            quantile: None for the mean, else what that share of the runs did not exceed.
+        """
         if not request.workflow:
             return None
-        run = self._runs.get((request.tenant_id, request.workflow_id))
-        node = self._nodes.get(_state(request, run))
-        if node is None or node.num_ended < MIN_ENDED:
+        run = self._runs.get((request.tenant_id, request.workflow, request.workflow_id))
+        num_before = run.num_before(request.stage) if run is not None else 0
+        state = (request.tenant_id, request.workflow, request.stage, min(num_before, MAX_ROUND))
+        rest = self._rests.get(state)
+        if rest is None or rest.values.num_values < MIN_ENDED:
             return None
-        return node.rest_s
+        return rest.expected_s(quantile)
 
     def began(self, request: StageRequest) -> None:
         """Note that a call of a run has been made."""
         if not request.workflow_id or not request.workflow:
             return  # sessions have no stages to learn from
-        key = (request.tenant_id, request.workflow_id)
+        key = (request.tenant_id, request.workflow, request.workflow_id)
         run = self._runs.get(key)
+        if run is not None and (
+            not run.in_flight and request.arrival_time - run.end_time > OVER_AFTER_S
+        ):
+            # Somebody came back to it: another run, as far as time goes.
+            self._over(key)
+            run = None
         if run is None:
-            run = self._runs[key] = _Run(request.arrival_time)
-            if len(self._runs) > MAX_RUNS:
-                _, oldest = self._runs.popitem(last=False)
-                self._over(oldest)
-        run.num_in_flight += 1
+            run = self._runs[key] = RunPath(request.arrival_time)
+            if len(self._runs) > MAX_RUNS or self._num_calls > MAX_CALLS:
+                self._over(next(iter(self._runs)))
+        run.began(request.request_id, request.stage, request.arrival_time)
 
     def ended(self, request: StageRequest, *, end_time: float, alone_s: float, ok: bool) -> None:
         """Note that a call of a run has ended.
@@ -92,34 +124,20 @@ class RemainingTime:
             alone_s: Its service on its instance, had it been alone there.
             ok: It ended well.
         """
-        key = (request.tenant_id, request.workflow_id)
+        key = (request.tenant_id, request.workflow, request.workflow_id)
         run = self._runs.get(key)
         if run is None:
             return
-        run.num_in_flight -= 1
         if not ok:
+            run.failed(request.request_id)
             return
-        if end_time > run.end_time:
-            gap_s = request.arrival_time - run.end_time
-            if gap_s > OVER_AFTER_S:  # somebody came back to it: another run, as far as time goes
-                self._over(run)
-                run.end_time, run.total_s = request.arrival_time, 0.0
-                run.rounds.clear()
-                run.passed.clear()
-                gap_s = 0.0
-            state = _state(request, run)
-            # Of a call that ran beside the last one, only what it took longer counts.
-            took_s = gap_s + alone_s if gap_s >= 0.0 else min(alone_s, end_time - run.end_time)
-            run.total_s += took_s
-            run.end_time = end_time
-            if len(run.passed) < MAX_STAGES_OF_RUN:
-                run.passed.append((state, run.total_s))
-        if request.stage in run.rounds or len(run.rounds) < MAX_STAGES_OF_RUN:
-            run.rounds[request.stage] = run.rounds.get(request.stage, 0) + 1
-        self._runs.move_to_end(key)
-        if request.final:
-            self._over(run)
-            del self._runs[key]
+        self._num_calls -= len(run.ended)
+        run.finished(request.request_id, end_time=end_time, alone_s=alone_s)
+        self._num_calls += len(run.ended)
+        if request.final and not run.in_flight:
+            self._over(key)
+        else:
+            self._runs.move_to_end(key)
         self._forget_idle(end_time - OVER_AFTER_S)
 
     def _forget_idle(self, before: float) -> None:
@@ -129,26 +147,52 @@ class RemainingTime:
             if key is None:
                 return
             run = self._runs[key]
-            if run.num_in_flight > 0:
+            if run.in_flight:
                 self._runs.move_to_end(key)
             elif run.end_time < before:
-                del self._runs[key]
-                self._over(run)
+                self._over(key)
+            else:
+                return
 
-    def _over(self, run: _Run) -> None:
-        """Learn from a run that has ended."""
-        for state, total_s in run.passed:
-            node = self._nodes.get(state)
-            if node is None:
-                node = self._nodes[state] = _Node()
-                if len(self._nodes) > MAX_STAGES:
-                    self._nodes.popitem(last=False)
-            self._nodes.move_to_end(state)
-            node.num_ended += 1.0
-            rate = max(_MIN_RATE, 1.0 / node.num_ended)
-            node.rest_s += rate * (run.total_s - total_s - node.rest_s)
+    def _over(self, key: _RunKey) -> None:
+        """Learn from a run and forget it."""
+        run = self._runs.pop(key)
+        self._num_calls -= len(run.ended)
+        tenant, workflow, _ = key
+        for call, rest_s in zip(run.ended, run.rests_s()):
+            self._learn((tenant, workflow, call.stage, min(call.num_before, MAX_ROUND)), rest_s)
+        if self._learn_run is not None:
+            self._learn_run(tenant, workflow, run)
 
+    def _learn(self, state: State, rest_s: float) -> None:
+        rest = self._rests.get(state)
+        if rest is None:
+            rest = self._rests[state] = _Rest(Histogram(), Mean(0.0, weight=0.0))
+            if len(self._rests) > MAX_STAGES:
+                self._rests.popitem(last=False)
+        else:
+            self._rests.move_to_end(state)
+        rest.add(rest_s)
 
-def _state(request: StageRequest, run: _Run | None) -> _State:
-    num_before = run.rounds.get(request.stage, 0) if run else 0
-    return (request.tenant_id, request.workflow, request.stage, min(num_before, MAX_ROUND))
+    def items(self) -> Iterator[tuple[State, Histogram]]:
+        """What was learned, the state longest without news first."""
+        return ((state, rest.values) for state, rest in self._rests.items())
+
+    def to_rows(self) -> list[list[Any]]:
+        """Return what `restore` takes, one row per state."""
+        return [
+            [*state, {**rest.values.to_mapping(), "mean": [rest.mean.value, rest.mean.weight]}]
+            for state, rest in self._rests.items()
+        ]
+
+    def restore(self, state: State, row: Mapping[str, Any]) -> None:
+        """Take in what an earlier process had learned.
+
+        Raises:
+            KeyError, TypeError, ValueError: `row` is not from `to_rows`.
+        """
+        value, weight = row["mean"]
+        mean = Mean(float(value), float(weight))
+        self._rests[state] = _Rest(Histogram.from_mapping(row), mean)
+        if len(self._rests) > MAX_STAGES:
+            self._rests.popitem(last=False)

@@ -53,6 +53,10 @@ class StageRequest(NamedTuple):
     """Head of the prompt, as far as other prompts may share it."""
     final: bool = False
     """The client said that this is the run's last call."""
+    expected_from: str = ""
+    """Where `expected_output_tokens` comes from: `prior`, `declared`, `learned`."""
+    rest_from: str = ""
+    """Where `rest_s` comes from: as above, or `client`, who said that this call is the last."""
 
     @property
     def has_deadline(self) -> bool:

@@ -243,7 +243,7 @@ class WaitingRoom:
             now: Instant.
             newest: A call that has just come. If nothing else has changed since all were looked
                 at, no other can start.
-            newest_candidates: What has just been predicted of it.
+            newest_candidates: What has just been predicted of it, if anything has.
         """
         fleet = self._fleet
         if newest is None and self._config.relegate:
@@ -274,17 +274,16 @@ class WaitingRoom:
                 blocked.setdefault(kind, waiting)
                 num_in_vain += 1
                 continue
-            if waiting is newest and not num_started:
+            if waiting is newest and newest_candidates and not num_started:
                 candidates = newest_candidates
             else:
-                candidates = fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+                candidates = self._candidates(waiting, now)
             if blocked and claims is None:
                 claims = self._claims(blocked, now)
             costs = self._policy.costs(waiting.request, candidates)
             able = _able(candidates, claims or {})
             if not able:
                 blocked.setdefault(kind, waiting)
-            if not able:
                 num_in_vain += 1
                 continue
             num_started += 1
@@ -294,7 +293,9 @@ class WaitingRoom:
                 self._num_since_relegated = 0
             chosen = min(able, key=costs.__getitem__)
             if self._config.relegate:
-                self.paces[waiting.request.model].bound(candidates[chosen], len(candidates))
+                self.paces[waiting.request.model].bound(
+                    candidates[chosen], self._fleet.num_instances
+                )
             yield Choice(waiting, candidates, costs, chosen)
         self._looked_at_version = fleet.version
 
@@ -320,8 +321,8 @@ class WaitingRoom:
         if not self._config.relegate:
             return self.backlog.walk(passed_over)
         first = self._goes_first
-        hopeless = (w for w in self.relegated.walk(passed_over) if w is not first)
-        return chain([first] if first else [], self.backlog.walk(passed_over), hopeless)
+        hopeful, hopeless = self.backlog.walk(passed_over), self.relegated.walk(passed_over)
+        return chain([first] if first else [], hopeful, _without(first, hopeless))
 
     def _ahead_of(self, newest: Waiting) -> dict[Kind, Waiting]:
         """The first call of each kind of those that go before `newest`, in order."""
@@ -337,15 +338,26 @@ class WaitingRoom:
             ahead.setdefault(waiting.kind, waiting)
         return ahead
 
+    def _candidates(self, waiting: Waiting, now: float) -> tuple[Candidate, ...]:
+        return self._fleet.candidates(
+            waiting.request, now=now, exclude=waiting.exclude, shortlist=True
+        )
+
     def _claims(self, blocked: Mapping[Kind, Waiting], now: float) -> dict[str, float]:
         """Instances that the first blocked call of each kind waits for, and for how long."""
         claims: dict[str, float] = {}
         for waiting in blocked.values():
-            candidates = self._fleet.candidates(waiting.request, now=now, exclude=waiting.exclude)
+            candidates = self._candidates(waiting, now)
             first = min(candidates, key=lambda c: c.queue_s, default=None)
             if first is not None and first.queue_s > 0.0:
                 claims.setdefault(first.instance_id, first.queue_s)
         return claims
+
+
+def _without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting]:
+    for waiting in calls:
+        if waiting is not first:
+            yield waiting
 
 
 def _able(candidates: Sequence[Candidate], claims: Mapping[str, float]) -> list[int]:

@@ -48,6 +48,9 @@ class WorkflowProfile:
         }
         object.__setattr__(self, "_after", MappingProxyType(after))
 
+    def has(self, stage: str) -> bool:
+        return stage in self._after
+
     def after(self, stage: str) -> tuple[StageProfile, ...]:
         """What follows one call of `stage`; nothing is known of an undeclared one: empty.
 

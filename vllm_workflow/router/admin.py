@@ -69,6 +69,7 @@ class Admin:
             logger=logging.getLogger(__name__),
         )
         app.router.add_get("/admin/status", answering(self._status))
+        app.router.add_get("/admin/profiles", answering(self._profiles))
         app.router.add_post("/admin/instances", answering(self._add))
         app.router.add_delete("/admin/instances/{id}", answering(self._remove))
         app.router.add_post("/admin/reload", answering(self._do_reload))
@@ -92,6 +93,10 @@ class Admin:
                 "instances": [self._instance(upstream) for upstream in self._upstreams],
             }
         )
+
+    async def _profiles(self, request: web.Request) -> web.Response:
+        """Tell what was learned of the stages that were seen last."""
+        return web.json_response({"stages": self._dispatcher.predictor.learned.summary()})
 
     def _instance(self, upstream: Upstream) -> dict[str, Any]:
         instance_id, fleet = upstream.config.id, self._dispatcher.fleet

@@ -23,6 +23,7 @@ from vllm_workflow.router.board import Board
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
+from vllm_workflow.router.discovery import Discovery, sources
 from vllm_workflow.router.forward import Sessions
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
@@ -99,6 +100,7 @@ async def serve(
             lambda: dispatcher.waiting.num_held, lambda: dispatcher.waiting.num_relegated
         )
         metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
+        metrics.count_predictions(dispatcher.predictor.num_predicted)
         upstreams = Upstreams(
             config.instances, dispatcher, session, metrics, binder.instances_changed
         )
@@ -121,8 +123,15 @@ async def serve(
         reload = Reloader(
             config, read, access=access, bodies=bodies, proxy=proxy, upstreams=upstreams, tls=tls
         )
+        discovery = _discovery(config, session, upstreams)
+        await discovery.look()
         await upstreams.probe_all()
-        watchers = [upstreams.run(), _expire_runs(proxy), *([log.run()] if log else [])]
+        watchers = [
+            upstreams.run(),
+            discovery.run(),
+            _expire_runs(proxy),
+            *([log.run()] if log else []),
+        ]
         watchers += _tuning(config, PolicySwitch(dispatcher, binder, metrics), store)
         await stack.enter_async_context(_beside(*watchers))
         operator = KeyCheck(config.admin.hashed()) if config.admin else None
@@ -159,6 +168,13 @@ def _tuning(
     log = Path(config.tuned_log)
     tuning = Tuning(config.tuner, log, switch, file, workflows=workflows, store=store)
     return [file.run(), tuning.run()]
+
+
+def _discovery(
+    config: RouterConfig, session: aiohttp.ClientSession, upstreams: Upstreams
+) -> Discovery:
+    found = sources(config.discovery, session) if config.discovery else []
+    return Discovery(found, upstreams)
 
 
 def _dashboard(

@@ -11,6 +11,7 @@ from pydantic import Field, model_validator
 from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
+from vllm_workflow.router.discovery_config import DiscoveryConfig
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import LimitsConfig
 from vllm_workflow.router.recorder import StoreConfig
@@ -23,7 +24,9 @@ from vllm_workflow.yaml_config import Strict, read_yaml, validated
 class RouterConfig(Strict):
     """Everything in `router.yaml`."""
 
-    instances: Annotated[list[InstanceConfig], Field(min_length=1)]
+    instances: list[InstanceConfig] = Field(default_factory=list)
+    """At least one, unless `discovery` finds them."""
+    discovery: DiscoveryConfig | None = None
     host: str = "127.0.0.1"
     port: Annotated[int, Field(ge=0, le=65535)] = 8080
     """0 takes a free one."""
@@ -66,6 +69,8 @@ class RouterConfig(Strict):
 
     @model_validator(mode="after")
     def _unique(self) -> RouterConfig:
+        if not self.instances and self.discovery is None:
+            raise ValueError("instances: expected at least one, or `discovery`, got neither")
         for kind, names in (
             ("instances", [i.id for i in self.instances]),
             ("workflows", [w.name for w in self.workflows]),
@@ -143,6 +148,7 @@ _FILES: Mapping[str, Sequence[str]] = {
     "auth.keys": ("key_file",),
     "admin": ("key_file",),
     "store": ("path",),
+    "discovery.files": ("path",),
     "tuner": ("policy_file", "history_file"),
 }
 """Fields that name files, by the section they stand in."""

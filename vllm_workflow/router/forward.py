@@ -158,7 +158,6 @@ class Forwarder:
                 first = await answer.content.readany()
             except BROKEN_OFF:
                 raise LostError("disconnected") from None
-            attempt.first_byte_time = time.monotonic()
             silence.heard(attempt)
             yield answer, first
         finally:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily
@@ -52,6 +52,24 @@ class _StoreCollector(Collector):
             ),
         ):
             yield CounterMetricFamily(f"{_PREFIX}store_{name}", text, value)
+
+
+class _PredictionCollector(Collector):
+    """What predictions were made from."""
+
+    def __init__(self, num_predicted: Mapping[tuple[str, str], int]) -> None:
+        self._num_predicted = num_predicted
+
+    def collect(self) -> Iterator[Metric]:
+        family = CounterMetricFamily(
+            f"{_PREFIX}predictions",
+            "Calls whose length and remaining run were predicted, by where each came from: prior "
+            "(a guess), declared (router.yaml), learned (earlier calls), client (its last call).",
+            labels=("length", "rest"),
+        )
+        for (length, rest), number in sorted(self._num_predicted.items()):
+            family.add_metric((length, rest), number)
+        yield family
 
 
 class Metrics:
@@ -203,6 +221,14 @@ class Metrics:
     def count_store(self, store: Store) -> None:
         """Show how the store keeps up, asked whenever somebody looks."""
         self.registry.register(_StoreCollector(store))
+
+    def count_predictions(self, num_predicted: Mapping[tuple[str, str], int]) -> None:
+        """Show what predictions were made from, looked at whenever somebody asks.
+
+        Args:
+            num_predicted: Calls by source of their length and of their remaining run.
+        """
+        self.registry.register(_PredictionCollector(num_predicted))
 
     def dispatched(self, decision: Decision, queue_s: float) -> None:
         self._in_flight.labels(decision.chosen.instance_id).inc()

@@ -94,7 +94,7 @@ class Reloader:
         self._proxy.log_prompts = config.log_prompts
         wanted = {instance.id: instance for instance in config.instances}
         for upstream in list(self._upstreams):
-            if upstream.config.id not in wanted:
+            if not upstream.source and upstream.config.id not in wanted:
                 self._upstreams.drain(upstream.config.id)
         for instance in wanted.values():
             there = self._upstreams.get(instance.id)

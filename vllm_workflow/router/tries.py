@@ -29,7 +29,7 @@ class Tries:
 
     Args:
         give_up_time: Instant from which on it is not tried again; None: `max_wait_s` after the
-            call was first left without an instance.
+            call was left without an instance.
         max_wait_s: For a call without a deadline.
         generation: How often an instance has come back.
     """
@@ -46,6 +46,8 @@ class Tries:
         """Whether the next attempt must not take a kept connection."""
         self._give_up_time = give_up_time
         self._max_wait_s = max_wait_s
+        self._left_time: float | None = None
+        """Instant since which no instance could take it."""
         self._generation = generation
         self._excluded: dict[str, _Exclusion] = {}
         self._num_risky = 0
@@ -58,9 +60,11 @@ class Tries:
 
     def give_up_time(self, now: float) -> float:
         """Instant until which the call waits, now that no instance can take it."""
-        if self._give_up_time is None:
-            self._give_up_time = now + self._max_wait_s
-        return self._give_up_time
+        if self._give_up_time is not None:
+            return self._give_up_time
+        if self._left_time is None:
+            self._left_time = now
+        return self._left_time + self._max_wait_s
 
     def excluded(self, now: float) -> list[str]:
         """Instances that the call is not sent to now."""
@@ -90,6 +94,8 @@ class Tries:
         # Or it was not, and the process has gone since.
         was_killed = reason == "refused" and self._maybe_stale == instance_id
         self._num_risky += reason != "refused" or was_killed
+        if reason != "refused":
+            self._left_time = None  # one had taken it
         self._exclude(instance_id, now + self._pause_s())
 
     def refused(self, refusal: Refusal, now: float) -> None:

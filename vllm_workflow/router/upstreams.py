@@ -13,7 +13,6 @@ import aiohttp
 from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.expectation import first_byte_s
 from vllm_workflow.router.attempt import Attempt
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
@@ -39,6 +38,8 @@ class Upstream:
         self.reconfigure(config)
         self.refuses_key = False
         """Whether it last said so of the key that the router has for it."""
+        self.source = ""
+        """Who found it; empty if it was configured."""
         self.leaving = False
         """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
@@ -108,7 +109,7 @@ class Upstreams:
         for config in configs:
             self.add(config)
 
-    def add(self, config: InstanceConfig) -> None:
+    def add(self, config: InstanceConfig, *, source: str = "") -> None:
         """Take in an instance, or take one that is there for what `config` says now.
 
         It is sent calls from its next good probe on; those under way on it go on. One that was
@@ -121,6 +122,7 @@ class Upstreams:
         else:
             upstream.reconfigure(config)
         upstream.leaving = False
+        upstream.source = source
         self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
         if moved:
             self._dispatcher.mark(config.id, healthy=False)
@@ -180,15 +182,11 @@ class Upstreams:
     def watched(self, attempt: Attempt) -> Iterator[Silence]:
         """Watch the instance of an attempt on its behalf; `heard` is to be told of each byte."""
         silence = self._upstreams[attempt.instance_id].silence
-        ahead_s = sum(a.decision.chosen.prefill_s for a in silence.attempts if not a.has_first_byte)
-        attempt.first_byte_s = first_byte_s(
-            attempt.decision.chosen, stream=attempt.stream, ahead_s=ahead_s
-        )
         silence.begin(attempt)
         try:
             yield silence
         finally:
-            silence.attempts.discard(attempt)
+            silence.end(attempt)
 
     def refused(self, instance_id: str) -> None:
         """Note that a connection for a call could not be made."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterable
 
 from vllm_workflow.core.expectation import (
     answer_at_most_s,
+    first_byte_s,
     hopeless_after_s,
     next_byte_s,
     overdue_after_s,
@@ -23,7 +24,7 @@ from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.router.attempt import Attempt
 
 TICK_S = 0.05
-MAX_SILENCE_S = 0.5
+MAX_SILENCE_S = 0.4
 """With calls under way; then it is probed, whatever was predicted of them."""
 PROBE_PATIENCE_S = 1.0
 OVERDUE_PROBE_PATIENCE_S = 0.5
@@ -61,13 +62,30 @@ class Silence:
         self._heard_at = clock.now
         self._call_heard_at = clock.now
         self._probe_sent_at: float | None = None
+        self._ahead_s = 0.0
+        """Prefill of calls without a first byte."""
         self._slowest_probe_s = 0.0
         self._longest_gap_s = 0.0
         self._num_gaps = 0
 
+    def begin(self, attempt: Attempt) -> None:
+        """Note that a call is being sent, `end` must follow; predicts its first byte."""
+        if not self.attempts:
+            # An instance with nothing to do has nothing to say.
+            self._heard_at = self._call_heard_at = self._clock.now
+            self._ahead_s = 0.0
+        chosen = attempt.decision.chosen
+        attempt.first_byte_s = first_byte_s(chosen, stream=attempt.stream, ahead_s=self._ahead_s)
+        attempt.heard_at = self._clock.now
+        self._ahead_s += chosen.prefill_s
+        self.attempts.add(attempt)
+
     def heard(self, attempt: Attempt) -> None:
         """Note bytes of an answer."""
-        if attempt.stream and attempt.has_first_byte:
+        if not attempt.has_first_byte:
+            attempt.first_byte_time = time.monotonic()
+            self._ahead_s -= attempt.decision.chosen.prefill_s
+        elif attempt.stream:
             self._num_gaps += 1
             gap_s = self._clock.now - attempt.heard_at
             self._longest_gap_s = max(gap_s, _FORGET_GAPS * self._longest_gap_s)
@@ -77,13 +95,10 @@ class Silence:
         """Note that bytes are asked for again, after a client that took its time."""
         attempt.heard_at = self._clock.now
 
-    def begin(self, attempt: Attempt) -> None:
-        """Note that a call is being sent."""
-        if not self.attempts:
-            # An instance with nothing to do has nothing to say.
-            self._heard_at = self._call_heard_at = self._clock.now
-        attempt.heard_at = self._clock.now
-        self.attempts.add(attempt)
+    def end(self, attempt: Attempt) -> None:
+        self.attempts.discard(attempt)
+        if not attempt.has_first_byte:
+            self._ahead_s -= attempt.decision.chosen.prefill_s
 
     def probe_sent(self) -> None:
         self._probe_sent_at = self._clock.now

@@ -1,9 +1,7 @@
 """Level 1: one vLLM engine as a chain of events, with closed forms between them.
 
-The engine does what vLLM's V1 scheduler does: running calls first, in order, then the head of
-the queue while there are seats, tokens and KV blocks; prompts in chunks; the last of the running
-loses its blocks when they run out, and computes again. Order and seat preemption are those of
-the engine plug-in.
+The engine does what vLLM's V1 scheduler does, see `sim.batch`. Order and seat preemption are those
+of the engine plug-in.
 
 A step with prompt tokens in it is an event of its own. Between two such steps nothing but
 decoding happens: the n-th of these steps takes `first_s + n · B · per_kv_token_s`, an
@@ -18,22 +16,17 @@ once more and keep their seat and blocks as long.
 from __future__ import annotations
 
 import math
-from bisect import insort
-from collections.abc import Sequence
-from operator import attrgetter
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.latency import LatencyModel, prefill_attention
-from vllm_workflow.sim.decode_batch import DecodeBatch
-from vllm_workflow.sim.live import LiveCall, Ranking, WaitingLine
+from vllm_workflow.sim.batch import Batch
+from vllm_workflow.sim.live import LiveCall, Ranking
 from vllm_workflow.sim.prefix_cache import BlockPool
-from vllm_workflow.sim.seats import SeatPreemption
 from vllm_workflow.sim.step_series import StepSeries
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
 DEFAULT_BLOCK_SIZE = 16
-_BY_RANK = attrgetter("rank")
 
 
 class EventEngine:
@@ -70,42 +63,29 @@ class EventEngine:
         self.instance_id = instance_id
         self.pool = BlockPool(num_kv_blocks - 1, block_size)
         self._ranking = Ranking(config)
-        self._reorders = self._ranking.reorders
-        self._max_num_seqs = max_num_seqs
-        self._max_tokens = int(latency.max_num_batched_tokens)
         self._block_size = block_size
-        self._prefill_cap = config.prefill_chunk_cap
-        self._urgent_slack_s = config.urgent_slack_s
-        self._cooldown_s = config.preempt_cooldown_s
+        self._is_async = async_scheduling
+        self._batch = Batch(
+            config,
+            self.pool,
+            max_num_seqs=max_num_seqs,
+            max_num_tokens=int(latency.max_num_batched_tokens),
+            is_async=async_scheduling,
+            reorders=self._ranking.reorders,
+        )
+        self._running = self._batch.running
+        self._waiting = self._batch.waiting
+        self._queued = self._waiting.places
+        self._decoding = self._batch.decoding
         self._set_latency(latency)
         self._calls: dict[str, LiveCall] = {}
-        self._running: list[LiveCall] = []
-        self._waiting = WaitingLine()
-        self._queued = self._waiting.places
         self._num_aborted = 0
-        self._is_async = async_scheduling
         self._unseen: list[LiveCall] = []
         """Calls that came too late for the next step, which is planned already."""
-        self._lingering: list[LiveCall] = []
-        """Calls that have ended but take part in the step that was planned before."""
-        self._decoding = DecodeBatch(block_size)
-        self._seats = None
-        if config.preempt:
-            self._seats = SeatPreemption(
-                config,
-                self._running,
-                self._waiting,
-                self.pool,
-                max_num_seqs,
-                self._preempt,
-                self._decoding.num_computed,
-            )
-        self._prefilling: list[LiveCall] = []
         # The steps under way: none of them, `inf`; one with prompt tokens; or several without.
         self._end = math.inf
         self._steps = StepSeries()
         self._num_steps = 0
-        self._chunks: list[LiveCall] = []
         self.num_prefill_tokens = 0
         """Tokens of prompts computed; of answers too, where a preempted call resumed."""
 
@@ -178,7 +158,8 @@ class EventEngine:
     @property
     def num_preempted_for_urgent(self) -> int:
         """Calls that lost their seat to an urgent one."""
-        return self._seats.num_preempted if self._seats else 0
+        seats = self._batch.seats
+        return seats.num_preempted if seats else 0
 
     # The step that ends.
 
@@ -188,14 +169,14 @@ class EventEngine:
         if self._num_steps > 1:  # the blocks of the first step were taken when it began
             self.pool.take(decoding.num_blocks(1, self._num_steps - 1))
         decoding.num_steps += self._num_steps
-        seats = self._seats
+        seats, chunks = self._batch.seats, self._batch.chunks
         if seats:
             seats.learn()  # of the step before this one
-            if self._chunks:
-                num_tokens = sum(call.chunk for call in self._chunks) - len(self._chunks)
+            if chunks:
+                num_tokens = sum(call.chunk for call in chunks) - len(chunks)
                 seats.note_prefill(now - self._steps.start, num_tokens)
-        done = self._complete_prefills(now, events) if self._chunks else []
-        if self._lingering:
+        done = self._complete_prefills(now, events) if chunks else []
+        if self._batch.lingering:
             self._release()
         for call in decoding.finished():
             if not call.is_aborted:
@@ -211,7 +192,7 @@ class EventEngine:
                 seats.note_departure(now)
             if self._is_async:
                 self._decoding.linger(call)
-                self._lingering.append(call)
+                self._batch.lingering.append(call)
             else:
                 self._running.remove(call)
                 self.pool.free(call.table, call.num_computed)
@@ -219,11 +200,11 @@ class EventEngine:
     def _complete_prefills(self, now: float, events: list[EngineEvent]) -> list[LiveCall]:
         """Count the prompt tokens of the step that ends; return the calls of one output token."""
         done: list[LiveCall] = []
-        for call in self._chunks:
+        for call in self._batch.chunks:
             self.num_prefill_tokens += call.chunk
             call.num_computed += call.chunk
             if call.num_computed == call.prefill_end and not call.is_aborted:
-                self._prefilling.remove(call)
+                self._batch.prefilling.remove(call)
                 if not call.num_generated:
                     events.append(_event(call, now, EventKind.FIRST_TOKEN))
                 call.num_generated += 1
@@ -234,47 +215,29 @@ class EventEngine:
         return done
 
     def _drop_aborted(self) -> None:
-        self._lingering = [c for c in self._running if c.is_aborted]
+        self._batch.lingering = [c for c in self._running if c.is_aborted]
         if not self._is_async:
             self._release()
         self._num_aborted = 0
 
     def _release(self) -> None:
         """Let go of the seats and blocks of calls that have ended."""
-        for call in self._lingering:
+        for call in self._batch.lingering:
             if call.is_decoding:
                 self._decoding.leave(call)
-            elif call in self._prefilling:
-                self._prefilling.remove(call)
+            elif call in self._batch.prefilling:
+                self._batch.prefilling.remove(call)
             self._running.remove(call)
             self.pool.free(call.table, call.num_computed)
-        self._lingering = []
-
-    def _preempt(self, call: LiveCall) -> None:
-        """Send a running call back to the queue; what it computed is lost but for the cache."""
-        self._running.remove(call)
-        if call.is_decoding:
-            self._decoding.leave(call)
-        else:
-            self._prefilling.remove(call)
-        # The token of a step that is still under way when the next one is planned.
-        num_unknown = int(self._is_async and call.num_computed > call.prefill_end)
-        self.pool.free(call.table, call.num_computed, may_return=True, num_unknown=num_unknown)
-        call.prefill_end = call.num_prompt + call.num_generated
-        call.num_computed = 0
-        call.num_preemptions += 1
-        call.is_running = False
-        if call in self._lingering:
-            self._lingering.remove(call)
-        else:
-            self._waiting.prepend(call)
+        self._batch.lingering = []
 
     # The step that begins.
 
     def _begin(self, now: float) -> None:
         """Make the next step, and find out how many like it follow."""
-        self._chunks = []
-        queued, seats, planned_at = self._queued, self._seats, now
+        self._batch.chunks = []
+        batch, queued, planned_at = self._batch, self._queued, now
+        seats = batch.seats
         if not self._running and not queued:
             if not self._unseen:
                 self._num_steps = 0
@@ -283,7 +246,7 @@ class EventEngine:
             self._see()
         elif self._is_async and self._num_steps:
             planned_at = self._steps.end(self._num_steps - 1)
-        is_special, cap = bool(self._unseen or self._lingering), 0
+        is_special = bool(self._unseen or batch.lingering)
         if queued:
             self._put_off_late(planned_at)
         if seats:
@@ -291,15 +254,14 @@ class EventEngine:
                 seats.learn()
             if queued and self._running:
                 is_special |= seats.make_room(planned_at) or seats.has_news
-        if self._prefill_cap and self._is_urgent_one_present(planned_at):
-            cap = self._prefill_cap
-        num_preempted, tokens_left, num_idle = self._schedule_running(planned_at, cap)
+        cap = batch.cap(planned_at)
+        num_preempted, tokens_left, num_idle = batch.schedule_running(planned_at, cap)
         if queued and not num_preempted:
-            tokens_left = self._admit_waiting(planned_at, tokens_left, cap)
+            tokens_left = batch.admit_waiting(planned_at, tokens_left, cap)
         if seats and (queued or seats.starved):
             is_special |= seats.note_step(planned_at, has_token_budget=tokens_left > 0)
         num_decoding = self._decoding.num_calls - num_idle
-        if self._is_async and self._num_steps and not num_decoding and not self._chunks:
+        if self._is_async and self._num_steps and not num_decoding and not batch.chunks:
             # Nothing could be planned ahead: it is planned when the step before has ended.
             self._release()
             self._see()
@@ -309,7 +271,7 @@ class EventEngine:
         steps = self._steps
         steps.start = now
         steps.first_s = first_s = self._step_s(num_decoding)
-        if self._chunks or num_preempted or num_idle or is_special:
+        if batch.chunks or num_preempted or num_idle or is_special:
             self._num_steps = 1
             self._end = now + first_s
         else:
@@ -340,106 +302,6 @@ class EventEngine:
             self._waiting.append(call)
         self._unseen = []
 
-    def _schedule_running(self, now: float, cap: int) -> tuple[int, int, int]:
-        """Give the running calls their tokens and blocks.
-
-        Returns:
-            How many were preempted for it; tokens left of the budget; how many decoding calls
-            got none.
-        """
-        tokens_left = self._max_tokens - self._decoding.num_calls
-        num_needed = self._decoding.num_blocks_next()
-        if not self._prefilling and tokens_left >= 0 and num_needed <= self.pool.num_free:
-            if num_needed:
-                self.pool.take(num_needed)
-            return 0, tokens_left, 0
-        return self._walk_running(now, cap)
-
-    def _walk_running(self, now: float, cap: int) -> tuple[int, int, int]:
-        """`_schedule_running`, call by call."""
-        pool, running, size = self.pool, self._running, self._block_size
-        tokens_left, num_preempted, index = self._max_tokens, 0, 0
-        while index < len(running) and tokens_left > 0:
-            call = running[index]
-            if call.is_decoding:
-                num_tokens = 1
-                num_needed = int(self._decoding.begins_block(call))
-            else:
-                num_tokens = min(call.prefill_end - call.num_computed, tokens_left)
-                if 0 < cap < num_tokens and not call.is_urgent(now, self._urgent_slack_s):
-                    num_tokens = cap
-                num_needed = -(-(call.num_computed + num_tokens) // size) - call.table.num_blocks
-            while num_needed > pool.num_free:
-                victim = running[-1]
-                self._preempt(victim)
-                num_preempted += 1
-                if victim is call:
-                    break
-            if not call.is_running:
-                break
-            if call.is_decoding:
-                pool.take(num_needed)
-            else:
-                call.chunk = num_tokens
-                pool.grow(call.table, call.num_computed + num_tokens)
-                self._chunks.append(call)
-            tokens_left -= num_tokens
-            index += 1
-        return num_preempted, tokens_left, self._skip(running[index:])
-
-    def _skip(self, calls: Sequence[LiveCall]) -> int:
-        """Let decoding calls miss the step that begins."""
-        num_idle = self._idle_base = 0
-        for call in calls:
-            if call.is_decoding:
-                num_idle += 1
-                self._decoding.miss(call)
-                self._idle_base += call.base
-        return num_idle
-
-    def _admit_waiting(self, now: float, tokens_left: int, cap: int) -> int:
-        """Take calls from the queue while there are seats, tokens and blocks."""
-        waiting, running, pool = self._waiting, self._running, self.pool
-        size = self._block_size
-        while self._queued and tokens_left > 0 and len(running) < self._max_num_seqs:
-            call = waiting.head()
-            table, end = call.table, call.prefill_end
-            # At least one token is computed, whose logits give the next one.
-            hits, num_hit, num_hit_free = pool.lookup(table, (end - 1) // size)
-            if -(-end // size) - num_hit + num_hit_free > pool.num_free:
-                break
-            waiting.pop()
-            num_tokens = min(end - num_hit * size, tokens_left)
-            if 0 < cap < num_tokens and not call.is_urgent(now, self._urgent_slack_s):
-                num_tokens = cap
-            pool.touch(table, hits, num_hit)
-            call.num_computed = num_hit * size
-            call.chunk = num_tokens
-            pool.grow(table, call.num_computed + num_tokens)
-            tokens_left -= num_tokens
-            self._seat(call, now)
-        return tokens_left
-
-    def _seat(self, call: LiveCall, now: float) -> None:
-        if call.was_admitted:
-            call.protected_until = now + self._cooldown_s
-        else:
-            call.num_cached = call.num_computed
-            call.was_admitted = True
-        call.is_running = True
-        self._chunks.append(call)
-        self._prefilling.append(call)
-        if self._reorders:
-            insort(self._running, call, key=_BY_RANK)
-        else:
-            self._running.append(call)
-
-    def _is_urgent_one_present(self, now: float) -> bool:
-        calls = self._running[:1]
-        if self._waiting:
-            calls.append(self._waiting.head())
-        return any(call.is_urgent(now, self._urgent_slack_s) for call in calls)
-
     # How long it takes.
 
     def _set_latency(self, latency: LatencyModel) -> None:
@@ -450,17 +312,17 @@ class EventEngine:
         self._per_seq_s = latency.per_seq_s
         self._per_kv_token_s = latency.per_kv_token_s
         self._per_prefill_kv_token_s = latency.per_prefill_kv_token_s
-        self._idle_base = 0
 
     def _step_s(self, num_decoding: int) -> float:
         """Seconds of the step that begins; `LatencyModel.step_s` without its calls."""
         context = self._decoding.sum_base + num_decoding * (self._decoding.num_steps + 1)
-        if self._idle_base:
-            context -= self._idle_base
-            self._idle_base = 0
+        batch = self._batch
+        if batch.idle_base:
+            context -= batch.idle_base
+            batch.idle_base = 0
         num_tokens = num_decoding
         attention = 0.0
-        for call in self._chunks:
+        for call in batch.chunks:
             num_tokens += call.chunk
             if call.chunk == 1 and call.num_computed >= call.num_prompt:
                 # Back from the queue with all but its last token cached: as good as decoding.
@@ -492,9 +354,9 @@ class EventEngine:
             return 1
         num_steps = self._decoding.num_steps_with_blocks(num_steps, self.pool.num_free)
         if self._queued:
-            until = self._ranking.put_off_from(self._waiting.head())
-            if self._seats:
-                until = min(until, self._seats.quiet_until(now))
+            until, seats = self._ranking.put_off_from(self._waiting.head()), self._batch.seats
+            if seats:
+                until = min(until, seats.quiet_until(now))
             if until < self._steps.end(num_steps):
                 num_steps = min(num_steps, self._steps.num_steps_until(until))
         return num_steps

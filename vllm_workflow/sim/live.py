@@ -177,7 +177,7 @@ class WaitingLine:
         self.places.pop(call.request_id, None)
 
     def first(self, n: int) -> list[LiveCall]:
-        live = (e for e in self._heap if self._is_live(e))
+        live = [e for e in self._heap if self._is_live(e)]
         return [entry[2] for entry in heapq.nsmallest(n, live)]
 
     def __len__(self) -> int:

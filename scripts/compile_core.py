@@ -1,0 +1,99 @@
+"""Compile the dispatcher and the engines of level 1 to machine code, beside the sources.
+
+    python scripts/compile_core.py
+    PYTHONPATH=out/compiled python benchmarks/sim_speed.py
+
+The package is copied to `out/compiled` and compiled there by mypyc, unchanged. It is used by
+whoever puts that folder on PYTHONPATH and by nobody else, so an edited source is never shadowed by
+an old binary; run this again after an edit. Needs mypy, a C compiler and Python's headers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = "vllm_workflow"
+CORE = (
+    *("account", "backlog", "deadline", "dispatch", "dispatcher", "fleet", "handover", "latency"),
+    *("lengths", "predictor", "prefix", "remaining", "rooms", "runs", "types", "waiting_room"),
+)
+SIM = (
+    *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),
+    *("run_state", "seats", "simulator", "step_series", "types"),
+)
+STAMP = "compiled_from"
+_BUILD = """
+import sys
+from mypyc.build import mypycify
+from setuptools import setup
+
+flags = ["--ignore-missing-imports", "--follow-imports=silent"]
+setup(
+    name="compiled",
+    packages=[],
+    ext_modules=mypycify([*flags, *sys.argv[1:]], opt_level="3", debug_level="0"),
+    script_args=["-q", "build_ext", "--inplace"],
+)
+"""
+
+
+def main() -> None:
+    """Copy what has changed; compile, unless what is compiled has not."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=ROOT / "out" / "compiled", metavar="DIR")
+    out: Path = parser.parse_args().out.resolve()
+    modules = [f"{PACKAGE}/core/{name}.py" for name in CORE]
+    modules += [f"{PACKAGE}/sim/{name}.py" for name in SIM]
+    stamp = _stamp(modules)
+    is_current = (out / STAMP).is_file() and (out / STAMP).read_text(encoding="utf-8") == stamp
+    if not is_current:
+        _require_tools()
+        if out.exists() and not (out / PACKAGE).is_dir() and any(out.iterdir()):
+            sys.exit(f"{out}: expected an empty folder or an earlier one of this script")
+        shutil.rmtree(out, ignore_errors=True)
+    left_out = shutil.ignore_patterns("__pycache__")
+    shutil.copytree(ROOT / PACKAGE, out / PACKAGE, ignore=left_out, dirs_exist_ok=True)
+    if is_current:
+        print(f"{out} is up to date")
+        return
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    command = [sys.executable, "-c", _BUILD, *modules]
+    if subprocess.run(command, cwd=out, env=environment, check=False).returncode:
+        sys.exit(f"mypyc could not compile the package, see above; {out} is of no use")
+    shutil.rmtree(out / "build")
+    (out / STAMP).write_text(stamp, encoding="utf-8")
+    print(f"compiled; use it with PYTHONPATH={out}")
+
+
+def _stamp(modules: list[str]) -> str:
+    """Return what tells one compilation from another."""
+    digest = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
+    for module in modules:
+        digest.update((ROOT / module).read_bytes())
+    return digest.hexdigest()
+
+
+def _require_tools() -> None:
+    try:
+        import mypyc.build  # noqa: F401
+        import setuptools  # noqa: F401
+    except ImportError as e:
+        sys.exit(f"compiling needs mypy and setuptools in this environment: {e}")
+    header = Path(sysconfig.get_paths()["include"]) / "Python.h"
+    if not header.is_file():
+        sys.exit(f"compiling needs Python's headers (python3-dev): {header} is not there")
+    compiler = (os.environ.get("CC") or sysconfig.get_config_var("CC") or "cc").split()[0]
+    if shutil.which(compiler) is None:
+        sys.exit(f"compiling needs a C compiler: {compiler} is not on the PATH; CC names another")
+
+
+if __name__ == "__main__":
+    main()

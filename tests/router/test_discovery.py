@@ -1,0 +1,253 @@
+"""Instances that are found, and what becomes of them when they are found no more."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from aiohttp import web
+
+from tests.fakes import FakeEngine
+from tests.router.conftest import Client, Routing
+from vllm_workflow.core.errors import ConfigError, UpstreamError
+from vllm_workflow.router.config import RouterConfig
+from vllm_workflow.router.discovery import DnsLookup
+from vllm_workflow.router.discovery_config import DnsSource
+
+pytestmark = pytest.mark.anyio
+
+
+async def until(holds: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Wait until something holds; the test's own timeout ends it."""
+    async with asyncio.timeout(15):
+        while True:
+            result = holds()
+            if result if isinstance(result, bool) else await result:
+                return
+            await asyncio.sleep(0.02)
+
+
+def healthy(client: Client) -> set[str]:
+    upstreams = client.router.upstreams
+    return {u.config.id for u in upstreams if upstreams.is_healthy(u)}
+
+
+def names(client: Client) -> set[str]:
+    return {upstream.config.id for upstream in client.router.upstreams}
+
+
+async def answered_by(client: Client) -> str:
+    async with client.post() as response:
+        assert response.status == 200
+        return str(response.headers["X-Workflow-Instance"])
+
+
+def write(path: Path, *instances: dict[str, Any]) -> None:
+    """Replace the file as a whole, as configuration managers do."""
+    new = path.with_suffix(".new")
+    new.write_text(yaml.safe_dump(list(instances)), encoding="utf-8")
+    os.replace(new, path)
+
+
+async def test_a_file_brings_instances_and_takes_them_away(
+    routing: Routing, tmp_path: Path
+) -> None:
+    path = tmp_path / "instances.yaml"
+    async with FakeEngine().serving() as one, FakeEngine(held=True).serving() as two:
+        write(path, {"url": one.url, "id": "one"})
+        found = {"files": [{"path": str(path), "every_s": 0.05}]}
+        async with routing(discovery=found) as client:
+            assert await answered_by(client) == "one"
+
+            write(path, {"url": two.url, "id": "two"})
+            await until(lambda: names(client) == {"two"} == healthy(client))
+            call = asyncio.create_task(answered_by(client))
+            await two.wait_for(received=1)
+            write(path, {"url": one.url, "id": "one"})
+            await until(lambda: healthy(client) >= {"one"})
+            assert await answered_by(client) == "one"
+            two.release()
+            # A call under way on an instance that has left ends there.
+            assert await call == "two"
+            await until(lambda: names(client) == {"one"})
+
+
+async def test_a_file_that_cannot_be_used_changes_nothing_and_is_told_once(
+    routing: Routing, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "instances.yaml"
+    async with FakeEngine().serving() as engine, FakeEngine().serving() as other:
+        write(path, {"url": engine.url, "id": "one"})
+        found = {"files": [{"path": str(path), "every_s": 0.02}]}
+        async with routing(discovery=found) as client:
+            for content, problem in (
+                ("[", "not YAML"),
+                ("a: 1", "expected a list of instances"),
+                ("- {url: 'ftp://a'}", "0: url: expected http"),
+            ):
+                path.write_text(content)
+                await until(lambda problem=problem: problem in caplog.text)
+            path.unlink()
+            await until(lambda: "No such file" in caplog.text)
+            assert names(client) == {"one"}
+            write(path, {"url": other.url, "id": "other"})
+            await until(lambda: names(client) == {"other"})
+
+    told = [record for record in caplog.records if "No such file" in record.getMessage()]
+    assert len(told) == 1
+
+
+@dataclass
+class ApiServer:
+    """As much of Kubernetes as is asked."""
+
+    items: list[dict[str, Any]] = field(default_factory=list)
+    status: int = 200
+    url: str = ""
+    asked: list[tuple[str, str, str]] = field(default_factory=list)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[ApiServer]:
+        app = web.Application()
+        app.router.add_get("/{path:.*}", self._answer)
+        runner = web.AppRunner(app)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
+        try:
+            yield self
+        finally:
+            await runner.cleanup()
+
+    async def _answer(self, request: web.Request) -> web.Response:
+        labels = request.query.get("labelSelector", "")
+        self.asked.append((request.path, labels, request.headers.get("Authorization", "")))
+        return web.json_response({"items": self.items}, status=self.status)
+
+
+def slice_of(*endpoints: tuple[str, FakeEngine, bool | None]) -> list[dict[str, Any]]:
+    """One slice per endpoint, as ports may differ; `None` leaves its readiness out."""
+    return [
+        {
+            "ports": [{"name": "metrics", "port": 9}, {"name": "http", "port": port_of(engine)}],
+            "endpoints": [
+                {
+                    "addresses": ["127.0.0.1"],
+                    "conditions": {} if ready is None else {"ready": ready},
+                    "targetRef": {"kind": "Pod", "name": pod},
+                }
+            ],
+        }
+        for pod, engine, ready in endpoints
+    ]
+
+
+def port_of(engine: FakeEngine) -> int:
+    return int(engine.url.rpartition(":")[2])
+
+
+async def test_ready_pods_of_a_service_are_taken_in(routing: Routing, tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("the-token\n")
+    async with (
+        ApiServer().serving() as api,
+        FakeEngine().serving() as one,
+        FakeEngine().serving() as two,
+    ):
+        api.items = slice_of(("pod-1", one, None), ("pod-2", two, False))
+        found = {
+            "kubernetes": [
+                {
+                    "service": "vllm",
+                    "namespace": "llm",
+                    "port": "http",
+                    "api_url": api.url,
+                    "token_file": str(token),
+                    "every_s": 0.05,
+                    "template": {"max_num_seqs": 7},
+                }
+            ]
+        }
+        async with routing(discovery=found) as client:
+            assert names(client) == healthy(client) == {"pod-1"}
+            assert client.router.dispatcher.fleet.instance("pod-1").max_num_seqs == 7
+            api.items = slice_of(("pod-2", two, True))
+            await until(lambda: names(client) == {"pod-2"} == healthy(client))
+            assert await answered_by(client) == "pod-2"
+
+            # The API server is away, or forbids: what is there stays.
+            api.status = 403
+            num_asked = len(api.asked)
+            await until(lambda: len(api.asked) > num_asked + 2)
+            assert names(client) == {"pod-2"}
+
+    wanted = "/apis/discovery.k8s.io/v1/namespaces/llm/endpointslices"
+    assert set(api.asked) == {(wanted, "kubernetes.io/service-name=vllm", "Bearer the-token")}
+
+
+async def test_a_name_with_several_addresses_is_several_instances() -> None:
+    async def resolve(name: str, port: int) -> list[str]:
+        return {"vllm": ["10.0.0.2", "10.0.0.1", "10.0.0.2", "fd00::1"]}[name]
+
+    template = {"models": ["m"], "api_key_env": ""}
+    lookup = DnsLookup(DnsSource(name="vllm", port=8000, template=template), resolve)
+
+    found = await lookup.find()
+
+    assert [(each.id, each.url) for each in found] == [
+        ("10.0.0.1:8000", "http://10.0.0.1:8000"),
+        ("10.0.0.2:8000", "http://10.0.0.2:8000"),
+        ("[fd00::1]:8000", "http://[fd00::1]:8000"),
+    ]
+    assert found[0].models == ["m"]
+
+
+async def test_a_name_is_looked_up_for_real(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine:
+        found = {"dns": [{"name": "localhost", "port": port_of(engine)}]}
+        async with routing(discovery=found) as client:
+            assert await answered_by(client) == f"127.0.0.1:{port_of(engine)}"
+
+
+async def test_a_name_that_is_not_known_is_an_error_of_the_source() -> None:
+    with pytest.raises(UpstreamError, match=r"dns nowhere\.invalid"):
+        await DnsLookup(DnsSource(name="nowhere.invalid", port=1)).find()
+
+
+async def test_what_is_configured_stays_whatever_is_found(routing: Routing, tmp_path: Path) -> None:
+    path = tmp_path / "instances.yaml"
+    async with FakeEngine().serving() as one, FakeEngine().serving() as two:
+        write(path, {"url": two.url, "id": "a"}, {"url": two.url, "id": "b"})
+        found = {"files": [{"path": str(path), "every_s": 0.05}]}
+        async with routing(one, discovery=found) as client:
+            assert client.router.upstreams["a"].url == one.url
+            write(path)
+            await until(lambda: names(client) == {"a"})
+
+
+@pytest.mark.parametrize(
+    ("data", "problem"),
+    [
+        ({}, "instances: expected at least one, or `discovery`"),
+        ({"discovery": {"dns": [{"name": "a", "port": 0}]}}, r"discovery\.dns\.0\.port"),
+        (
+            {"discovery": {"dns": [{"name": "a", "port": 1, "template": {"url": "x"}}]}},
+            "expected no",
+        ),
+        (
+            {"discovery": {"dns": [{"name": "a", "port": 1, "template": {"seats": 1}}]}},
+            "seats: unknown field",
+        ),
+        ({"discovery": {"kubernetes": [{"service": "A/../b"}]}}, r"kubernetes\.0\.service"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused_at_the_start(data: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ConfigError, match=problem):
+        RouterConfig.from_mapping(data, source="test")

@@ -10,6 +10,7 @@ from vllm_workflow.core.events import Record
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.prefix import Chain
+from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.core.types import Candidate, Outcome, StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
 
@@ -110,8 +111,9 @@ def dispatcher(
     config: PolicyConfig | None = None,
     workflows: tuple[WorkflowProfile, ...] = (),
     record: Record | None = None,
+    tenants: TenantsConfig | None = None,
 ) -> Dispatcher:
-    return Dispatcher(fleet(*instances), config or PolicyConfig(), workflows, record)
+    return Dispatcher(fleet(*instances), config or PolicyConfig(), workflows, record, tenants)
 
 
 def workflow(name: str = "text2sql", **rounds_of_stage: float) -> WorkflowProfile:

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_request, workflow
 from vllm_workflow.core.config import DISPATCH_POLICIES, PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import ConfigError, NoInstanceError
+from vllm_workflow.core.errors import ConfigError, NoInstanceError, QuotaExceededError
 from vllm_workflow.core.events import (
     Added,
     Event,
@@ -24,6 +24,7 @@ from vllm_workflow.core.events import (
 )
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.replay import replay
+from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 
 Step = tuple[str, int, float]
 steps = st.lists(
@@ -49,6 +50,7 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
                 arrival_time=now,
                 deadline=now + value if pick % 2 else math.inf,
                 workflow_id=f"w{pick % 3}",
+                tenant_id=f"t{pick % 4}",
                 workflow="text2sql",
                 final=pick % 7 == 0,
                 stage=("generate", "judge")[pick % 2],
@@ -62,7 +64,7 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             exclude = ["a"] if pick % 5 == 0 else []
             try:
                 decision = brain.submit(call, now=now, num_prompt_bytes=100 * pick, exclude=exclude)
-            except NoInstanceError:
+            except (NoInstanceError, QuotaExceededError):
                 continue
             if decision is not None:
                 in_flight[call.request_id] = decision.chosen.instance_id
@@ -92,7 +94,12 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             in_flight[decision.request_id] = decision.chosen.instance_id
 
 
-def recorded(config: PolicyConfig, script: Iterable[Step], log: list[Event]) -> Dispatcher:
+def recorded(
+    config: PolicyConfig,
+    script: Iterable[Step],
+    log: list[Event],
+    tenants: TenantsConfig | None = None,
+) -> Dispatcher:
     """Do what the script says, with a log; returns the dispatcher that did."""
     brain = dispatcher(
         instance("a", latency=FAST, max_num_seqs=2),
@@ -100,6 +107,7 @@ def recorded(config: PolicyConfig, script: Iterable[Step], log: list[Event]) -> 
         config=config,
         workflows=(workflow(generate=1.0, judge=2.0),),
         record=log.append,
+        tenants=tenants,
     )
     drive(brain, script)
     return brain
@@ -156,6 +164,29 @@ def test_recorded_decisions_replay_identically(config: PolicyConfig, script: lis
 
     for recorded, replayed in replay(from_json(line) for line in lines):
         assert replayed == recorded
+
+
+TENANTS = TenantsConfig(
+    named=(
+        TenantConfig(name="t0", weight=3.0, slo_scale=4.0),
+        TenantConfig(name="t1", max_concurrent_calls=2),
+        TenantConfig(name="t2", max_concurrent_runs=1, tokens_per_minute=6000.0),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    "config", POLICIES, ids=lambda c: f"{c.dispatch}-late={c.late_binding}-relegate={c.relegate}"
+)
+@given(script=steps)
+@settings(max_examples=25)
+def test_decisions_on_tenants_replay_identically(config: PolicyConfig, script: list[Step]) -> None:
+    log: list[Event] = []
+    recorded(config, script, log, TENANTS)
+    lines = [to_json(event) for event in log]
+
+    for before, replayed in replay(from_json(line) for line in lines):
+        assert replayed == before
 
 
 @given(script=steps)

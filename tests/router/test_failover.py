@@ -13,6 +13,7 @@ import vllm_workflow.router.proxy as proxy_module
 import vllm_workflow.router.upstreams as upstreams_module
 from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
+from vllm_workflow.router.instance_config import InstanceConfig
 
 pytestmark = pytest.mark.anyio
 
@@ -343,3 +344,26 @@ async def test_an_instance_that_comes_back_is_asked_anew_what_it_serves(
         await until_healthy(client, "a", True)
         async with client.post({"model": "n"}) as response:
             assert response.status == 200
+
+
+async def test_while_all_instances_are_being_replaced_calls_wait_for_the_new_ones(
+    routing: Routing,
+) -> None:
+    async with (
+        FakeEngine().serving() as old,
+        FakeEngine().serving() as new,
+        routing(old) as client,
+        asyncio.TaskGroup() as tasks,
+    ):
+        upstreams = client.router.upstreams
+        upstreams.drain("a")
+        async with asyncio.timeout(5):
+            while "a" in upstreams:
+                await asyncio.sleep(0.005)
+        call = tasks.create_task(client.post().__aenter__())
+        async with asyncio.timeout(5):
+            while not client.router.proxy._binder.num_stranded:
+                await asyncio.sleep(0.005)
+        upstreams.add(InstanceConfig(id="b", url=new.url))
+
+        assert (await call).headers["X-Workflow-Instance"] == "b"

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
+import os
 import re
+import signal
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -193,6 +196,28 @@ async def test_a_tuning_that_fails_harms_nothing(
     assert metric(of, "tunings_total", verdict="failed") == 1
     assert caplog.records[-1].levelno == logging.ERROR
     assert re.search(f"tuning failed: .*{error}", caplog.records[-1].getMessage(), re.DOTALL)
+
+
+async def test_its_process_runs_when_nothing_else_wants_to() -> None:
+    """It lowers its priority before it reads its job, here one that never comes."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", tuning.PROGRAM, "7", "60", stdin=asyncio.subprocess.PIPE
+    )
+    try:
+        async with asyncio.timeout(20):
+            while os.getpriority(os.PRIO_PROCESS, process.pid) < os.nice(0) + 7:
+                await asyncio.sleep(0.01)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+async def test_its_process_ends_itself_when_nobody_else_does() -> None:
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", tuning.PROGRAM, "0", "-4.9", stdin=asyncio.subprocess.PIPE
+    )
+    async with asyncio.timeout(20):
+        assert await process.wait() == -signal.SIGALRM
 
 
 async def test_a_log_that_cannot_be_used_is_told_of(

@@ -155,7 +155,7 @@ def test_a_log_that_the_simulator_cannot_explain_changes_nothing(tmp_path: Path)
     found = tune_log(read_window(path), points(BLIND, {"alpha": [0.9]}))
 
     assert not found.verdict.swap
-    assert found.verdict.reason.startswith("the replay does not fit: of the worst instance")
+    assert found.verdict.reason.startswith("the replay does not fit: the median call")
 
 
 def test_the_command_prints_writes_and_keeps_a_history(

@@ -39,6 +39,8 @@ class Reserved(NamedTuple):
     end_time: float
     num_tokens: float
     """Of the KV cache, that nobody else needed then."""
+    max_stretch: float
+    """By which its instance may be slower than for one call alone without making it late."""
 
 
 class Need:
@@ -179,7 +181,7 @@ class Account:
         until = now
         ends = [
             (end if end > now else now + _OVERDUE_SHARE * (now - start), num_tokens)
-            for _, start, end, num_tokens in self.reserved.values()
+            for _, start, end, num_tokens, _ in self.reserved.values()
         ]
         ends.sort()
         for end_time, num_tokens in ends:
@@ -198,6 +200,17 @@ def num_own_tokens(request: StageRequest) -> float:
         num_head_tokens += segment.num_tokens
     num_rest = request.num_prompt_tokens - num_head_tokens
     return (num_rest if num_rest > 0 else 0) + request.expected_output_tokens
+
+
+def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> float:
+    """How much slower than alone a call's run may go from `now` on, and still be on time.
+
+    `inf` without a deadline, and for a run that cannot be on time anyway: nobody has to make
+    room for it.
+    """
+    needed_s = candidate.alone_s + request.rest_s
+    left_s = request.deadline - now
+    return left_s / needed_s if 0.0 < needed_s <= left_s else math.inf
 
 
 def _capacity(instance: Instance) -> float:

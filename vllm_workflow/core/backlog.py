@@ -62,9 +62,12 @@ class Backlog:
         waiting = Waiting(
             request.priority, level, key, self._num_added, request, num_prompt_bytes, exclude, kind
         )
-        insort(self._by_kind.setdefault(kind, []), waiting)
-        self._by_id[request.request_id] = waiting
+        self._insert(waiting)
         return waiting
+
+    def _insert(self, waiting: Waiting) -> None:
+        insort(self._by_kind.setdefault(waiting.kind, []), waiting)
+        self._by_id[waiting.request.request_id] = waiting
 
     def remove(self, request_id: str) -> Waiting | None:
         """Take a call out; None if it does not wait."""

@@ -81,7 +81,8 @@ class PolicyConfig:
     """Engine, `slack` only: a waiting call that can no longer be on time is ranked as if its
     deadline were so much later, >= 0; 0 leaves it in front."""
     prefill_chunk_cap: int = 0
-    """Engine: tokens per step of a slack-rich prefill while an urgent call decodes; 0 is off."""
+    """Engine: tokens per step of a slack-rich prefill while an urgent call is there; 0 is off. It
+    evens out decoding, and costs runs their deadlines: see docs/policies/engine.md."""
 
     def __post_init__(self) -> None:
         _require(

@@ -28,7 +28,11 @@ from vllm_workflow.core.events import (
     Withdrawn,
 )
 from vllm_workflow.core.fleet import Fleet, Instance
+from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.predictor import Predictor, Sent
+from vllm_workflow.core.tenant_ledger import TenantLedger
+from vllm_workflow.core.tenant_room import TenantWaitingRoom
+from vllm_workflow.core.tenants import TenantsConfig, promised
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.core.waiting_room import WaitingRoom
 from vllm_workflow.core.workflow import WorkflowProfile
@@ -42,6 +46,7 @@ class Dispatcher:
         config: The policy, until `swap`.
         workflows: Declared ones.
         record: Called with everything that a replay needs, in order.
+        tenants: Their shares, quotas and SLOs; None: nobody asks whose a call is.
     """
 
     def __init__(
@@ -50,21 +55,29 @@ class Dispatcher:
         config: PolicyConfig,
         workflows: Iterable[WorkflowProfile] = (),
         record: Record | None = None,
+        tenants: TenantsConfig | None = None,
     ) -> None:
         self.fleet = fleet
         self.config = config
         self.predictor = Predictor(fleet, workflows)
         self._policy = build(config)
-        self.waiting = WaitingRoom(fleet, self._policy, config)
+        self.tenants = None if tenants is None else TenantLedger(tenants)
+        self._paces: dict[str, Pace] = {}
+        self.waiting = self._waiting_room()
         self._record = record
         self._due: dict[str, Decision] = {}
         self._sent: dict[str, Sent] = {}
         if record is not None:
-            record(Started(policy=config, fingerprint=config.fingerprint))
+            record(Started(policy=config, fingerprint=config.fingerprint, tenants=tenants))
             for instance in fleet:
                 record(Added(instance=instance))
                 if not fleet.is_healthy(instance.instance_id):
                     record(Marked(instance_id=instance.instance_id, healthy=False))
+
+    def _waiting_room(self) -> WaitingRoom:
+        if self.tenants is None:
+            return WaitingRoom(self.fleet, self._policy, self.config, self._paces)
+        return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants)
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; a new one counts as healthy."""
@@ -99,7 +112,7 @@ class Dispatcher:
         waiting = self.waiting.by_arrival()
         self.config = config
         self._policy = build(config)
-        self.waiting = WaitingRoom(self.fleet, self._policy, config, self.waiting.paces)
+        self.waiting = self._waiting_room()
         for each in waiting:
             self.waiting.enter(each.request, each.num_prompt_bytes, each.exclude, now)
 
@@ -111,10 +124,14 @@ class Dispatcher:
         max_tokens: int | None,
         head: Iterable[tuple[int, int]] = (),
     ) -> StageRequest:
-        """Fill in what can only be predicted, see `Predictor.predict`."""
-        return self.predictor.predict(
+        """Fill in what can only be predicted, see `Predictor.predict`, and the deadline that
+        its tenant is promised if its run has none."""
+        request = self.predictor.predict(
             request, num_prompt_bytes=num_prompt_bytes, max_tokens=max_tokens, head=head
         )
+        if self.tenants is None or request.has_deadline:
+            return request
+        return promised(request, self.tenants.config.of(request.tenant_id), self.fleet)
 
     def submit(
         self,
@@ -133,11 +150,12 @@ class Dispatcher:
             exclude: Instances that this call has already failed on.
 
         Returns:
-            None with `late_binding` if no instance can start it now: a later `poll` decides,
-            unless `withdraw` comes first.
+            None with `late_binding` if no instance can start it now, and if a quota of its
+            tenant holds it: a later `poll` decides, unless `withdraw` comes first.
 
         Raises:
             NoInstanceError: No healthy instance outside `exclude` serves the model.
+            QuotaExceededError: Its tenant has no tokens for it before its deadline.
             ValueError: The request is already in flight or waiting, or has no prompt tokens.
         """
         if request.num_prompt_tokens < 1:
@@ -148,12 +166,16 @@ class Dispatcher:
         if request.request_id in self._sent:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
+        if self.tenants is not None:
+            self.tenants.require(request, now)
         decision: Decision | None
-        if self.config.late_binding:
+        if self.config.late_binding or self.tenants is not None:
             request, candidates = self._placed(request, now, excluded)
             waiting = self.waiting.enter(
                 request, num_prompt_bytes, excluded, now, idle_s=self._idle_s(request, candidates)
             )
+            if self.tenants is not None:
+                self.tenants.entered(request, self._work_s(request, candidates))
             if waiting is not None or self.waiting.has_news:
                 self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
@@ -201,9 +223,10 @@ class Dispatcher:
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions on calls that waited, now that something may have changed.
 
-        To be asked after each `submit`, `settle`, `withdraw`, `add` and `mark`.
+        To be asked after each `submit`, `settle`, `withdraw`, `add` and `mark`, and at
+        `waiting.held_until`.
         """
-        looked = self.waiting.has_news
+        looked = self.waiting.has_news or self.waiting.held_until <= now
         if looked:
             self._bind_waiting(now)
         decisions = tuple(self._due.values())
@@ -218,6 +241,8 @@ class Dispatcher:
         if request is None:
             return False
         self.predictor.gave_up(request)
+        if self.tenants is not None:
+            self.tenants.left(request)
         if self._record is not None:
             self._record(Withdrawn(request_id=request_id))
         return True
@@ -233,6 +258,18 @@ class Dispatcher:
             self._due[waiting.request.request_id] = self._bind(
                 waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
             )
+            if self.tenants is not None:
+                work_s = self.tenants.work_s(waiting.request.request_id)
+                self.tenants.began(waiting.request, work_s, now)
+                self.tenants.left(waiting.request)
+
+    def _work_s(self, request: StageRequest, candidates: Sequence[Candidate]) -> float:
+        """Service of a call alone, mean over instances, whatever they are busy with now."""
+        drift = self.fleet.drift
+        if candidates:
+            return sum(c.alone_s / drift(c.instance_id) for c in candidates) / len(candidates)
+        drifts = [drift(i.instance_id) for i in self.fleet if i.serves(request.model)]
+        return request.service_s * len(drifts) / sum(drifts)
 
     def _bind(
         self,
@@ -275,13 +312,17 @@ class Dispatcher:
         # Without a first byte the prompt may never have been computed.
         ran = outcome.ok or not math.isnan(outcome.ttft_s)
         self.fleet.release(outcome.request_id, instance_id, ran=ran)
-        self.predictor.ended(sent, outcome)
+        alone_s = self.predictor.ended(sent, outcome)
         self.waiting.ended(
             sent.request,
             end_time=sent.time + outcome.e2el_s,
-            idle_s=self.predictor.idle_s(sent, outcome),
+            idle_s=alone_s / self.fleet.drift(instance_id),
             ok=outcome.ok,
         )
+        if self.tenants is not None:
+            predicted_s = sent.decision.chosen.alone_s
+            ratio = alone_s / predicted_s if predicted_s > 0.0 else 1.0
+            self.tenants.ended(sent.request, outcome, ratio)
         self.fleet.forget(instance_id)
 
     def _idle_s(self, request: StageRequest, candidates: Sequence[Candidate]) -> float:

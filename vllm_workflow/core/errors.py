@@ -19,6 +19,19 @@ class BudgetExceededError(WorkflowError, TimeoutError):
     """Nothing of the run's budget is left."""
 
 
+class QuotaExceededError(WorkflowError, RuntimeError):
+    """A tenant asks for more than it may use, and waiting does not help.
+
+    Args:
+        message: Which quota, and how far.
+        retry_after_s: When it would help to ask again; None: never.
+    """
+
+    def __init__(self, message: str, *, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+
+
 class UpstreamError(WorkflowError, ConnectionError):
     """An instance did not answer, or not as an OpenAI-compatible server does."""
 

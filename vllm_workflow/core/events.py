@@ -17,6 +17,7 @@ from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.prefix import Segment
+from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 
 
@@ -26,6 +27,8 @@ class Started:
 
     policy: PolicyConfig
     fingerprint: str
+    tenants: TenantsConfig | None = None
+    """None: nobody asks whose a call is."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -108,9 +111,15 @@ _NESTED: Mapping[str, type[Any]] = {
     "decision": Decision,
     "chosen": Candidate,
     "outcome": Outcome,
+    "tenants": TenantsConfig,
+    "default": TenantConfig,
+}
+_ITEMS: Mapping[str, type[Any]] = {
+    "candidates": Candidate,
+    "decisions": Decision,
+    "named": TenantConfig,
 }
 _NAMED_TUPLES = (Candidate, Decision, Outcome, StageRequest)
-_ITEMS: Mapping[str, type[Any]] = {"candidates": Candidate, "decisions": Decision}
 
 
 def to_json(event: Event) -> str:

@@ -16,13 +16,14 @@ from vllm_workflow.core.account import (
     Instance,
     Need,
     Reserved,
+    max_stretch,
     num_own_tokens,
 )
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
-__all__ = ["Fleet", "Instance"]
+__all__ = ["Fleet", "Instance", "max_stretch"]
 
 _MIN_DRIFT_WEIGHT = 0.05
 """Share of one call in the drift factor: about the last twenty calls decide."""
@@ -219,6 +220,18 @@ class Fleet:
                 return num_tokens
         return 0
 
+    def bears(self, candidate: Candidate, *, margin: float) -> bool:
+        """Whether the calls on an instance can bear one more without being made late by it.
+
+        Args:
+            candidate: With its `stretch`.
+            margin: Kept in reserve, as a share of what is predicted: prompts of later calls
+                and wrong guesses of lengths come on top.
+        """
+        reserved = self._accounts[candidate.instance_id].reserved.values()
+        limit = min((r.max_stretch for r in reserved), default=math.inf)
+        return candidate.stretch * (1.0 + margin) <= limit
+
     def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
         """Learn how far an instance's prefix cache holds what it is believed to hold.
 
@@ -285,6 +298,7 @@ class Fleet:
             now,
             now + candidate.finish_s,
             num_tokens,
+            math.inf if request is None else max_stretch(request, candidate, now),
         )
         account.outstanding_s += candidate.service_s
         self._rooms.note(account)

@@ -139,31 +139,27 @@ class Predictor:
         """Note that a call was given up before it was sent."""
         self.learned.remaining.ended(request, end_time=math.nan, alone_s=math.nan, ok=False)
 
-    def ended(self, sent: Sent, outcome: Outcome) -> None:
-        """Learn from a call that has ended, well or not."""
+    def ended(self, sent: Sent, outcome: Outcome) -> float:
+        """Learn from a call that has ended, well or not; returns its service as it would have
+        been alone, as far as its tokens are known."""
         if outcome.num_cached_tokens is not None:
             self._fleet.observe_cached(
                 outcome.instance_id,
                 predicted=sent.decision.chosen.num_cached_tokens,
                 actual=outcome.num_cached_tokens,
             )
+        stretch = sent.decision.chosen.stretch
+        alone_s = self._prefill_s(sent, outcome) + _decode_s(sent, outcome) / stretch
+        # What was learned of the speed of an instance is mostly how busy it is.
         self.learned.remaining.ended(
             sent.request,
             end_time=sent.time + outcome.e2el_s,
-            alone_s=self.idle_s(sent, outcome),
+            alone_s=alone_s / self._fleet.drift(outcome.instance_id),
             ok=outcome.ok,
         )
         if outcome.ok:
             self._learn(sent, outcome)
-
-    def idle_s(self, sent: Sent, outcome: Outcome) -> float:
-        """Service of a call that has ended, had nothing else run on its instance.
-
-        By the configured speed of the instance: what was learned of it is mostly how busy it is.
-        """
-        alone_s = self._prefill_s(sent, outcome)
-        alone_s += _decode_s(sent, outcome) / sent.decision.chosen.stretch
-        return alone_s / self._fleet.drift(outcome.instance_id)
+        return alone_s
 
     def _learn(self, sent: Sent, outcome: Outcome) -> None:
         request, chosen = sent.request, sent.decision.chosen

@@ -43,7 +43,7 @@ def replay(
     dispatcher: Dispatcher | None = None
     for event in events:
         if isinstance(event, Started):
-            dispatcher = Dispatcher(Fleet(), policy or event.policy)
+            dispatcher = Dispatcher(Fleet(), policy or event.policy, tenants=event.tenants)
             continue
         if dispatcher is None:
             raise ConfigError("decision log: the first event is not 'started'")

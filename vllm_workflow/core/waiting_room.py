@@ -42,6 +42,9 @@ class WaitingRoom:
         paces: What was learned of the runs of each model.
     """
 
+    held_until: float = math.inf
+    """Instant from which a call may start that could not although there was room."""
+
     def __init__(
         self,
         fleet: Fleet,
@@ -57,6 +60,8 @@ class WaitingRoom:
         self._fleet = fleet
         self._policy = policy
         self._config = config
+        self._has_guests = False
+        self._relegates = config.relegate and config.late_binding
         self._ordering = config.build_ordering()
         self._num_since_relegated = 0
         self._looked_at_version = -1
@@ -104,7 +109,7 @@ class WaitingRoom:
             ValueError: It waits already.
         """
         held = Held(request, num_prompt_bytes, exclude)
-        if not self._config.relegate:
+        if not self._relegates:
             return self._line_up(held, now)
         admission = self._admission_of(request)
         if request.request_id in admission:
@@ -204,7 +209,7 @@ class WaitingRoom:
     def _line_up(self, held: Held, now: float) -> Waiting:
         """Let a call of a run under way wait for an instance."""
         request, num_prompt_bytes, exclude = held
-        if self._config.relegate:
+        if self._relegates:
             admission = self._admission_of(request)
             admission.pace.opened(run_key(request), request, now)
             if is_hopeless(request, now):
@@ -246,11 +251,11 @@ class WaitingRoom:
             newest_candidates: What has just been predicted of it, if anything has.
         """
         fleet = self._fleet
-        if newest is None and self._config.relegate:
+        if newest is None and self._relegates:
             for admission in self._admissions.values():
                 for _ in self._begin(admission, now):
                     pass
-        if self._config.relegate:
+        if self._relegates:
             self._relegate(now)
         full: set[Kind] = set()
         blocked: dict[Kind, Waiting] = {}
@@ -284,6 +289,9 @@ class WaitingRoom:
             able = _able(candidates, claims or {})
             if not able:
                 blocked.setdefault(kind, waiting)
+            elif self._has_guests and self._is_guest(waiting):
+                able = [i for i in able if self._bears(waiting, candidates[i], now)]
+            if not able:
                 num_in_vain += 1
                 continue
             num_started += 1
@@ -292,7 +300,7 @@ class WaitingRoom:
                 self.relegated.remove(waiting.request.request_id)
                 self._num_since_relegated = 0
             chosen = min(able, key=costs.__getitem__)
-            if self._config.relegate:
+            if self._relegates:
                 self.paces[waiting.request.model].bound(
                     candidates[chosen], self._fleet.num_instances
                 )
@@ -318,7 +326,7 @@ class WaitingRoom:
 
     def _in_turn(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
         """All calls in order; now and then a relegated one goes first."""
-        if not self._config.relegate:
+        if not self._relegates:
             return self.backlog.walk(passed_over)
         first = self._goes_first
         hopeful, hopeless = self.backlog.walk(passed_over), self.relegated.walk(passed_over)
@@ -352,6 +360,14 @@ class WaitingRoom:
             if first is not None and first.queue_s > 0.0:
                 claims.setdefault(first.instance_id, first.queue_s)
         return claims
+
+    def _is_guest(self, waiting: Waiting) -> bool:
+        """Whether a call may only go where it makes no other late."""
+        return False
+
+    def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
+        """Whether a guest may join others on an instance."""
+        return True
 
 
 def _without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting]:

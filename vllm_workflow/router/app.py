@@ -33,6 +33,7 @@ from vllm_workflow.router.recorder import recorder
 from vllm_workflow.router.reload import Reloader
 from vllm_workflow.router.routes import Routes, check_operator
 from vllm_workflow.router.store import Store
+from vllm_workflow.router.tenants import TenantMetrics
 from vllm_workflow.router.tuning import PolicyFile, PolicySwitch, Tuning
 from vllm_workflow.router.upstreams import Upstreams
 
@@ -83,8 +84,11 @@ async def serve(
         config.policy_config(),
         [workflow.build() for workflow in config.workflows],
         record=recorder(watching, store, config.store),
+        tenants=config.tenants_config(),
     )
     metrics = Metrics()
+    if dispatcher.tenants is not None:
+        metrics.tenants = TenantMetrics(dispatcher.tenants, metrics.registry)
     async with AsyncExitStack() as stack:
         if store:
             stack.push_async_callback(asyncio.to_thread, store.close)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -24,11 +25,21 @@ class Binder:
         self._dispatcher = dispatcher
         self._waiting: dict[str, asyncio.Future[Decision | None]] = {}
         self._stranded: dict[str, tuple[StageRequest, asyncio.Future[None]]] = {}
+        self._look: asyncio.TimerHandle | None = None
+        self._look_time = math.inf
 
     @property
     def num_stranded(self) -> int:
         """Calls that wait for an instance to come back."""
         return len(self._stranded)
+
+    def is_gone(self, model: str) -> bool:
+        """Whether waiting for a model is in vain: there are instances, and none is for it.
+
+        None at all means that they are found later, or are all being replaced.
+        """
+        fleet = self._dispatcher.fleet
+        return any(True for _ in fleet) and not fleet.serves(model)
 
     def poll(self) -> None:
         """Wake the calls that can start now."""
@@ -39,6 +50,22 @@ class Binder:
                     self._release(decision)
                 else:
                     future.set_result(decision)
+        self._look_at(self._dispatcher.waiting.held_until)
+
+    def _look_at(self, time_: float) -> None:
+        """Poll again when a quota has room for a call that it holds."""
+        if time_ == self._look_time:
+            return
+        if self._look is not None:
+            self._look.cancel()
+        self._look_time, self._look = time_, None
+        if time_ < math.inf:
+            delay_s = max(0.0, time_ - time.monotonic())
+            self._look = asyncio.get_running_loop().call_later(delay_s, self._look_now)
+
+    def _look_now(self) -> None:
+        self._look_time, self._look = math.inf, None
+        self.poll()
 
     def instances_changed(self) -> None:
         """Wake the calls for which this may change something, in the order of the policy."""
@@ -71,6 +98,7 @@ class Binder:
         Raises:
             NoInstanceError: It could go nowhere for so long, or none had room in time.
             OverloadedError: It is the first of a run that would begin too late.
+            QuotaExceededError: Its tenant has no tokens for it before its deadline.
         """
         while True:
             try:
@@ -104,7 +132,8 @@ class Binder:
         """
         now = time.monotonic()
         serving = [i for i in self._dispatcher.fleet if i.serves(request.model)]
-        if all(tries.is_hopeless_on(instance.instance_id) for instance in serving):
+        is_hopeless = serving and all(tries.is_hopeless_on(i.instance_id) for i in serving)
+        if is_hopeless or self.is_gone(request.model):
             raise NoInstanceError(f"no instance can serve model {request.model!r}")
         until = tries.give_up_time(now)
         if now >= until:

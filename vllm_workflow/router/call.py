@@ -95,7 +95,7 @@ def forwarded_body(
         return call.body.raw
     info, request = call.info, call.request
     xargs: dict[str, str | int] = {}
-    if info.names_run:
+    if info.names_run or request.has_deadline:
         xargs = _xargs(info, request, decision, now)
     priority = info.priority
     if "X-Vllm-Priority" in call.headers:

@@ -10,6 +10,7 @@ from pydantic import Field, model_validator
 
 from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
 from vllm_workflow.router.discovery_config import DiscoveryConfig
 from vllm_workflow.router.instance_config import InstanceConfig
@@ -32,6 +33,9 @@ class RouterConfig(Strict):
     """0 takes a free one."""
     policy: str | dict[str, Any] = DEFAULT_POLICY
     """A preset, `DISPATCH+ORDERING`, the path of a `policy.json`, or the fields of a policy."""
+    tenants: dict[str, Any] | None = None
+    """Shares, quotas and SLOs of tenants, see `core.tenants`; without it nobody asks whose a call
+    is."""
     workflows: list[WorkflowConfig] = Field(default_factory=list)
     auth: AuthConfig | None = None
     """Keys of clients; without it everybody who can reach the port may call."""
@@ -100,6 +104,16 @@ class RouterConfig(Strict):
             return PolicyConfig.from_file(self.policy)
         return PolicyConfig.from_mapping(self.policy, source="policy")
 
+    def tenants_config(self) -> TenantsConfig | None:
+        """Return the tenants.
+
+        Raises:
+            ConfigError: Unknown field or a value out of range, with the path to it.
+        """
+        if self.tenants is None:
+            return None
+        return TenantsConfig.from_mapping(self.tenants, source="tenants")
+
     @classmethod
     def from_mapping(cls, data: object, *, source: str) -> RouterConfig:
         """Check what YAML gave.
@@ -112,6 +126,7 @@ class RouterConfig(Strict):
             policy = config.policy_config()
             if config.tuner is not None:
                 config.tuner.check(policy)
+            config.tenants_config()
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from None
         return config

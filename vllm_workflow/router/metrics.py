@@ -13,6 +13,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router.runs import Run
 from vllm_workflow.router.store import Store
+from vllm_workflow.router.tenants import TenantMetrics
 
 _PREFIX = "vllm_workflow:router_"
 _SECONDS = (0.005, 0.02, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 20.0, 40.0, 80.0, 160.0, 320.0)
@@ -78,6 +79,8 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self._stage, self._workflow = Capped(), Capped()
+        self.tenants: TenantMetrics | None = None
+        """Set where tenants are told apart."""
         self._requests = Counter(
             f"{_PREFIX}requests",
             "Calls answered, by the HTTP status the client got; 499: the client left. "
@@ -258,6 +261,8 @@ class Metrics:
         self._disconnects.inc()
 
     def run_ended(self, run: Run) -> None:
+        if self.tenants is not None:
+            self.tenants.run_ended(run)
         if math.isfinite(run.deadline):
             outcome = "met" if run.met else "missed"
             self._runs.labels(self._workflow(run.workflow), outcome).inc()

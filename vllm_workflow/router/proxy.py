@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import NoInstanceError, OverloadedError
+from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
@@ -31,6 +31,7 @@ from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.once import Once, key_of
 from vllm_workflow.router.prefixes import head_of
 from vllm_workflow.router.runs import Run, Runs
+from vllm_workflow.router.tenants import quota_error
 from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
@@ -135,8 +136,8 @@ class Proxy:
         info = admitted(caller, info, request.headers, body.members, body.model)
         if self.log_prompts:
             _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
-        fleet = self._dispatcher.fleet
-        if not fleet.serves(body.model):
+        if self._binder.is_gone(body.model):
+            fleet = self._dispatcher.fleet
             served = sorted({model for instance in fleet for model in instance.models})
             raise RequestError(
                 f"model: {body.model!a:.256} is not served here; served are {served}",
@@ -208,6 +209,7 @@ class Proxy:
                 max_tokens=call.body.max_tokens if call.takes_xargs else 1,
                 head=head_of(call.body.members) if call.takes_xargs else (),
             )
+            run.deadline = predicted.deadline  # its own, or what its tenant is promised
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
                 predicted = predicted._replace(
@@ -248,6 +250,10 @@ class Proxy:
             except OverloadedError as e:
                 self._metrics.run_refused(call.request.workflow)
                 return _refusal(call, e), False
+            except QuotaExceededError as e:
+                if self._metrics.tenants is not None:
+                    self._metrics.tenants.refused(call.request.tenant_id)
+                raise quota_error(e) from None
             with self._reserved(call, decision) as attempt:
                 try:
                     answer = await self._forwarder.forward(
@@ -286,11 +292,13 @@ class Proxy:
             outcome = attempt.outcome(time.monotonic())
             self._binder.settle(outcome)
             self._metrics.settled(decision, outcome)
+            if self._metrics.tenants is not None:
+                self._metrics.tenants.used(call.request.tenant_id, outcome)
 
     def _give_up(self, call: Call, tries: Tries) -> web.Response:
         """Answer for a fleet of which no instance could: with its own last word, if any."""
         model = call.body.model
-        if tries.refusal is None and not self._dispatcher.fleet.serves(model):
+        if tries.refusal is None and self._binder.is_gone(model):
             return error_response(
                 404,
                 f"model: {model!a:.256} is not served here any more",

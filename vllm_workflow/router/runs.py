@@ -23,6 +23,7 @@ class Run:
     workflow: str
     arrival_time: float
     """Instant of the first call."""
+    tenant_id: str = ""
     deadline: float = math.inf
     num_open: int = 0
     """Calls under way."""
@@ -72,7 +73,7 @@ class Runs:
         key = (info.tenant_id, info.workflow_id)
         run = self._runs.get(key) if info.workflow_id else None
         if run is None:
-            run = Run(workflow=info.workflow, arrival_time=now)
+            run = Run(workflow=info.workflow, arrival_time=now, tenant_id=info.tenant_id)
             if info.workflow_id:
                 self._runs[key] = run
         if info.workflow:

@@ -40,7 +40,7 @@ class TunerConfig(Strict):
     history_file: str | None = None
     """Every verdict, as JSON lines; the oldest beyond `max_history` go."""
     max_history: Annotated[int, Field(ge=1, le=10**6)] = 1000
-    timeout_s: Annotated[float, Field(gt=0, le=1e5)] = 120.0
+    timeout_s: Annotated[float, Field(gt=0, le=1e5)] = 300.0
     """A tuning that takes longer is given up."""
     nice: Annotated[int, Field(ge=0, le=19)] = 19
     """Niceness of its process: 19 runs when nothing else wants to."""

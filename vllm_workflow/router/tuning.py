@@ -166,6 +166,8 @@ class Tuning:
             sys.executable,
             "-m",
             PROGRAM,
+            str(self._config.nice),
+            str(self._config.timeout_s),
             stdin=asyncio.subprocess.PIPE,
             stdout=asyncio.subprocess.PIPE,
             stderr=asyncio.subprocess.PIPE,
@@ -212,8 +214,6 @@ class Tuning:
             "policy_file": config.policy_file,
             "history_file": config.history_file,
             "max_history": config.max_history,
-            "timeout_s": config.timeout_s,
-            "nice": config.nice,
         }
 
     def _state(self) -> list[Event]:

@@ -132,6 +132,8 @@ def _request(call: LoggedCall, request_id: str, now: float) -> EngineRequest:
             workflow=call.workflow,
             stage=call.stage,
             deadline=now + call.deadline - call.sent_time,
+            rest_s=call.rest_s,
+            service_s=call.service_s,
             num_prompt_tokens=call.num_prompt_tokens,
         ),
         num_prompt_tokens=call.num_prompt_tokens,

@@ -46,9 +46,10 @@ class Fit:
 
     @property
     def error(self) -> float:
-        """Median share by which calls are off, of the worst instance; 0 if none is known."""
-        known = [each.error for each in self.speeds.values() if math.isfinite(each.error)]
-        return max(known, default=0.0)
+        """Share by which the median call of an instance is off, mean over calls; 0 if unknown."""
+        known = [each for each in self.speeds.values() if math.isfinite(each.error)]
+        num_calls = sum(each.num_calls for each in known)
+        return sum(e.error * e.num_calls for e in known) / num_calls if known else 0.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,7 +97,7 @@ def tune_log(
     window, fit = fitted(log, window)
     if fit.error > MAX_ERROR:
         reason = (
-            f"the replay does not fit: of the worst instance, the median call is off by "
+            f"the replay does not fit: the median call of an instance is off by "
             f"{fit.error:.0%}, at most {MAX_ERROR:.0%} would do"
         )
         verdict = Verdict(swap=False, reason=reason, policy=incumbent, incumbent=incumbent)

@@ -18,6 +18,7 @@ class RunState:
 
     __slots__ = (
         "arrival_time",
+        "deadline",
         "end_time",
         "final",
         "is_refused",
@@ -30,6 +31,8 @@ class RunState:
     def __init__(self, trace: TraceRun, now: float) -> None:
         self.trace = trace
         self.arrival_time = now
+        self.deadline = math.inf if trace.slo_s is None else now + trace.slo_s
+        """Its own, or what the router says that its tenant is promised."""
         self.end_time = math.nan
         self.is_refused = False
         self.num_open = len(trace.calls)
@@ -41,11 +44,6 @@ class RunState:
             for before in call.after:
                 self.then.setdefault(before, []).append(call)
         self.final = announced_as_final(trace, self.then)
-
-    @property
-    def deadline(self) -> float:
-        slo_s = self.trace.slo_s
-        return math.inf if slo_s is None else self.arrival_time + slo_s
 
 
 def announced_as_final(trace: TraceRun, then: dict[str, list[TraceCall]]) -> str:
@@ -109,13 +107,16 @@ class PromptHeads:
 
 
 def run_result(run: RunState) -> RunResult:
+    slo_s = run.trace.slo_s
+    if slo_s is None and run.deadline < math.inf:
+        slo_s = run.deadline - run.arrival_time
     return RunResult(
         run_id=run.trace.run_id,
         workflow=run.trace.workflow,
         tenant=run.trace.tenant,
         arrival_time=run.arrival_time,
         end_time=run.end_time,
-        slo_s=run.trace.slo_s,
+        slo_s=slo_s,
         num_calls=len(run.trace.calls),
     )
 

@@ -14,10 +14,16 @@ from dataclasses import dataclass
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import ConfigError, NoInstanceError, OverloadedError
+from vllm_workflow.core.errors import (
+    ConfigError,
+    NoInstanceError,
+    OverloadedError,
+    QuotaExceededError,
+)
 from vllm_workflow.core.events import Record
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.handover import handover
+from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
@@ -70,6 +76,7 @@ def simulate(
     until_s: float = math.inf,
     record: Record | None = None,
     time_decisions: bool = False,
+    tenants: TenantsConfig | None = None,
 ) -> SimResult:
     """Simulate `runs` on `fleet`. Equal arguments give equal results.
 
@@ -87,10 +94,11 @@ def simulate(
         until_s: Instant at which to stop; what has not ended by then is unfinished.
         record: Gets the dispatcher's log.
         time_decisions: Fill in `SimResult.decision_us`.
+        tenants: Shares, quotas and SLOs of the runs' tenants; None: nobody asks whose a run is.
 
     Raises:
         ConfigError: Runs without arrivals, two of one name, an outage of an unknown instance,
-            or a call longer than an engine's KV cache.
+            or a call longer than an engine's KV cache or than its tenant may ever make.
     """
     simulation = _Simulation(
         fleet,
@@ -101,6 +109,7 @@ def simulate(
         rest=rest,
         record=record,
         time_decisions=time_decisions,
+        tenants=tenants,
     )
     simulation.announce(_arriving(runs, arrivals), outages)
     simulation.kernel.run(until_s)
@@ -137,6 +146,7 @@ class _Simulation:
         rest: RestHint | None,
         record: Record | None,
         time_decisions: bool,
+        tenants: TenantsConfig | None,
     ) -> None:
         self.kernel = Kernel()
         self._policy = policy
@@ -151,9 +161,11 @@ class _Simulation:
             self._engines.append(engines(each, policy))
         if not self._engines:
             raise ConfigError("fleet: expected at least one instance, got none")
-        self._dispatcher = Dispatcher(ledger, policy, workflows, record)
+        self._dispatcher = Dispatcher(ledger, policy, workflows, record, tenants)
         self._wakes = [math.inf] * len(self._engines)
-        self._binds_late = policy.late_binding
+        self._lets_wait = policy.late_binding or tenants is not None
+        self._poll_at = math.inf
+        """Instant at which it is announced that a quota has room."""
         self._hint = hint
         self._rest = rest
         self._runs: list[RunState] = []
@@ -255,6 +267,9 @@ class _Simulation:
         if self._rest is not None:
             request = request._replace(rest_s=self._rest(call.run.trace, trace))
         call.predicted = request
+        if request.has_deadline and not call.request.has_deadline:
+            call.run.deadline = request.deadline
+            call.request = call.request._replace(deadline=request.deadline)
         self._bound_later[request.request_id] = call
         try:
             decision = dispatcher.submit(request, now=now, num_prompt_bytes=num_bytes)
@@ -267,11 +282,17 @@ class _Simulation:
         except OverloadedError:
             self._refuse(call.run)
             return
+        except QuotaExceededError as e:
+            del self._bound_later[request.request_id]
+            if e.retry_after_s is None:
+                raise ConfigError(f"call {request.request_id!r}: {e}") from None
+            self.kernel.at(now + e.retry_after_s, self._decide, call, _THEN)  # as clients do
+            return
         if self._decision_us is not None:
             self._decision_us.append(1e6 * (clock.perf_counter() - begin))
         if decision is not None:
             self._send(decision)
-        if self._binds_late:
+        if self._lets_wait:
             self._poll()
 
     def _refuse(self, run: RunState) -> None:
@@ -285,6 +306,14 @@ class _Simulation:
         """Send what the dispatcher has let wait until now."""
         for decision in self._dispatcher.poll(self.kernel.now):
             self._send(decision)
+        held_until = self._dispatcher.waiting.held_until
+        if held_until < self._poll_at:
+            self._poll_at = held_until
+            self.kernel.at(held_until, self._poll_held, None, _THEN)
+
+    def _poll_held(self, _: None) -> None:
+        self._poll_at = math.inf
+        self._poll()
 
     def _send(self, decision: Decision) -> None:
         """Forward a call to its instance, with what the engine plug-in would read of it."""
@@ -365,7 +394,7 @@ class _Simulation:
                 num_output_tokens=trace.num_output_tokens,
             )
         )
-        if self._binds_late:
+        if self._lets_wait:
             self._poll()
         run.num_open -= 1
         if not run.num_open:

@@ -44,6 +44,9 @@ class LoggedCall:
     num_prompt_tokens: int
     num_output_tokens: int
     prefix: tuple[PrefixPart, ...]
+    rest_s: float
+    service_s: float
+    """This and the line before as predicted when it was forwarded, which engines order by."""
     final: bool
 
 
@@ -79,6 +82,8 @@ class _Reading:
     """The router was started this often; each time its clock may begin anew."""
     open: dict[str, tuple[float, Mapping[str, Any], Place]] = field(default_factory=dict)
     """Request id -> instant of forwarding, the request, where it stands."""
+    service_s: dict[str, float] = field(default_factory=dict)
+    """Request id -> predicted duration, of the calls forwarded."""
     num_part_tokens: dict[int, int] = field(default_factory=dict)
     """Hash of a part -> its tokens, as first predicted: predictions change, the part does not."""
     calls: list[LoggedCall] = field(default_factory=list)
@@ -174,6 +179,7 @@ def _without_cut_line(text: str) -> tuple[str, bool]:
 def _restart(reading: _Reading) -> None:
     reading.num_failed += len(reading.open)
     reading.open.clear()
+    reading.service_s.clear()
     reading.life += 1
 
 
@@ -182,6 +188,9 @@ def _submitted(reading: _Reading, data: Mapping[str, Any], place: Place) -> None
     request = an_object(required(data, "request", place), place / "request")
     request_id = _request_id(request, place / "request")
     reading.open[request_id] = (now, request, place / "request")
+    if data.get("decision") is not None:
+        decision = an_object(data["decision"], place / "decision")
+        reading.service_s[request_id] = _service_s(decision, place / "decision")
 
 
 def _polled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
@@ -189,9 +198,18 @@ def _polled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
     now = a_time(required(data, "now", place), place / "now")
     place = place / "decisions"
     for i, item in enumerate(a_list(data.get("decisions", []), place, of="decisions")):
-        request_id = _request_id(an_object(item, place[i]), place[i])
+        decision = an_object(item, place[i])
+        request_id = _request_id(decision, place[i])
         if request_id in reading.open:
+            reading.service_s[request_id] = _service_s(decision, place[i])
             reading.open[request_id] = (now, *reading.open[request_id][1:])
+
+
+def _service_s(decision: Mapping[str, Any], place: Place) -> float:
+    chosen = an_object(required(decision, "chosen", place), place / "chosen")
+    return sum(
+        a_time(chosen.get(name, 0.0), place / "chosen" / name) for name in ("prefill_s", "decode_s")
+    )
 
 
 def _withdrawn(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
@@ -209,7 +227,9 @@ def _request_id(data: Mapping[str, Any], place: Place) -> str:
 def _settled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
     outcome = an_object(required(data, "outcome", place), place / "outcome")
     place = place / "outcome"
-    submitted = reading.open.pop(_request_id(outcome, place), None)
+    request_id = _request_id(outcome, place)
+    submitted = reading.open.pop(request_id, None)
+    service_s = reading.service_s.pop(request_id, 0.0)
     if submitted is None:
         return  # the log begins after the call
     if required(outcome, "ok", place) is not True or outcome.get("e2el_s") is None:
@@ -217,7 +237,7 @@ def _settled(reading: _Reading, data: Mapping[str, Any], place: Place) -> None:
         return
     if outcome.get("num_prompt_tokens") is None or outcome.get("num_output_tokens") is None:
         reading.num_uncounted += 1
-    reading.calls.append(_call(reading, *submitted, outcome, place))
+    reading.calls.append(_call(reading, *submitted, outcome, place, service_s))
 
 
 def _call(
@@ -227,6 +247,7 @@ def _call(
     asked: Place,
     outcome: Mapping[str, Any],
     answered: Place,
+    service_s: float,
 ) -> LoggedCall:
     arrival_time = a_time(required(request, "arrival_time", asked), asked / "arrival_time")
     ended = now + a_time(outcome["e2el_s"], answered / "e2el_s")
@@ -251,6 +272,8 @@ def _call(
         num_prompt_tokens=num_prompt_tokens,
         num_output_tokens=_num_output_tokens(request, asked, outcome, answered),
         prefix=_prefix(reading.num_part_tokens, request, asked, num_prompt_tokens),
+        rest_s=a_time(request.get("rest_s", 0.0), asked / "rest_s"),
+        service_s=service_s,
         final=request.get("final") is True,
     )
 

@@ -1,6 +1,6 @@
-"""One online tuning as a process of its own: a job on stdin, a verdict on stdout.
+"""The process of one online tuning: a job on stdin, a verdict on stdout.
 
-    python -m vllm_workflow.sim.tuner_process < job.json
+    python -m vllm_workflow.sim.tuner_process NICE TIMEOUT_S < job.json
 
 Started by a router, see `router.tuning`, which also says what a job has in it. Writes
 `policy_file` only if there is a better policy. Exits with status 2 and one line on stderr if the
@@ -14,63 +14,26 @@ import math
 import os
 import signal
 import sys
-from collections.abc import Mapping
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
-
-from vllm_workflow.core.errors import WorkflowError
-from vllm_workflow.core.policy_grid import default_grid, points
-from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
-from vllm_workflow.sim.log_tuner import tune_log
-from vllm_workflow.sim.log_window import tail_window
-from vllm_workflow.sim.policy_files import append_history, write_policy
-from vllm_workflow.sim.tuner import TunerSettings
-from vllm_workflow.sim.tuner_report import as_json
 
 _GRACE_S = 5.0
 
 
 def main() -> int:
     """Do the job on stdin; return the exit status."""
-    job: Mapping[str, Any] = json.load(sys.stdin)
-    os.nice(job["nice"])
+    os.nice(int(sys.argv[1]))
     if hasattr(signal, "SIGALRM"):  # not on Windows
-        signal.alarm(math.ceil(job["timeout_s"] + _GRACE_S))
+        signal.alarm(math.ceil(float(sys.argv[2]) + _GRACE_S))
+    # Importing takes longer than all before: it too is done when nothing else wants to run.
+    from vllm_workflow.core.errors import WorkflowError
+    from vllm_workflow.sim.tuner_job import tuned
+
     try:
-        verdict = tuned(job)
+        verdict = tuned(json.load(sys.stdin))
     except WorkflowError as e:
         sys.stderr.write(f"{e}\n")
         return 2
     sys.stdout.write(json.dumps(verdict, allow_nan=False) + "\n")
     return 0
-
-
-def tuned(job: Mapping[str, Any]) -> dict[str, Any]:
-    """Do a job; returns the verdict, after writing what it says to write.
-
-    Raises:
-        ConfigError: The log cannot be read, or a file cannot be written.
-    """
-    log = tail_window(Path(job["log"]), job["state"], window_s=job["window_s"])
-    workflows = [
-        WorkflowProfile(name=each["name"], stages=tuple(StageProfile(**s) for s in each["stages"]))
-        for each in job["workflows"]
-    ]
-    found = tune_log(
-        log,
-        points(log.policy, job["grid"] or default_grid(log.policy), source="tuner.grid"),
-        TunerSettings(**job["settings"]),
-        workflows=workflows or None,
-        max_runs=job["max_runs"],
-    )
-    now = datetime.now(UTC).isoformat(timespec="seconds")
-    verdict = {"time": now, **as_json(found)}
-    if job["history_file"]:
-        append_history(Path(job["history_file"]), verdict, max_entries=job["max_history"])
-    if found.verdict.swap:
-        write_policy(Path(job["policy_file"]), found.verdict.policy)
-    return verdict
 
 
 if __name__ == "__main__":

@@ -1,0 +1,364 @@
+"""What each tenant has had of the fleet: virtual time, quotas, runs under way.
+
+Virtual time is start-time fair queueing (Goyal et al. 1996) with service in seconds as its unit,
+as VTC (arXiv 2401.00588) has tokens: a tenant's grows by work / weight when a call of it is sent,
+as predicted, and is corrected when the call has ended. No clock: `now` comes in, and nothing
+depends on how often it was asked.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from vllm_workflow.core.errors import QuotaExceededError
+from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
+from vllm_workflow.core.types import Outcome, StageRequest
+
+RUN_IDLE_S = 60.0
+"""A run without a call at an instance for this long is no longer counted as under way."""
+GUEST_RATIO = 2.0
+"""Work that a tenant wants, waiting and in flight, over what the others want, per weight, from
+which on it is taken to flood the fleet."""
+STAY_GUEST_RATIO = 1.5
+"""The same for one whose calls wait: once held back it is so until the flood has passed."""
+GUEST_MARGIN = 0.5
+"""What others on an instance must have to spare for a call of such a tenant to join them, as a
+share of what they are predicted to need: later calls come on top, and wrong predictions."""
+_ROUNDING = 1e-9
+
+OnDelay = Callable[[str, str, float], None]
+"""Called with tenant, quota and the seconds that it held a call back."""
+
+
+@dataclass(slots=True)
+class _Run:
+    num_in_flight: int = 0
+    over_at: float = math.inf
+    """Instant from which it no longer counts; `inf` while a call of it is in flight."""
+
+
+@dataclass(slots=True)
+class Account:
+    """One tenant's."""
+
+    config: TenantConfig
+    virtual_time: float = 0.0
+    """Seconds of service per weight."""
+    num_waiting: int = 0
+    waiting_tokens: float = 0.0
+    demand_s: float = 0.0
+    """Predicted service of its calls that wait and of those in flight."""
+    num_in_flight: int = 0
+    runs: dict[str, _Run] = field(default_factory=dict)
+    spent_tokens: float = 0.0
+    """What its bucket lacked to be full at `spent_at`."""
+    spent_at: float = 0.0
+
+    @property
+    def is_active(self) -> bool:
+        return self.num_waiting > 0 or self.num_in_flight > 0
+
+    def missing_tokens(self, now: float) -> float:
+        """What its bucket lacks to be full."""
+        rate = self.config.token_rate
+        if rate is None:
+            return 0.0
+        return max(0.0, self.spent_tokens - rate * max(0.0, now - self.spent_at))
+
+    def spend(self, num_tokens: float, now: float) -> None:
+        self.spent_tokens = self.missing_tokens(now) + num_tokens
+        self.spent_at = max(now, self.spent_at)
+
+    def end_idle_runs(self, now: float) -> None:
+        for over in [i for i, run in self.runs.items() if run.over_at <= now]:
+            del self.runs[over]
+
+    def ready_time(self, request: StageRequest, now: float) -> tuple[float, str]:
+        """When a call may be sent as far as quotas go, and which of them holds it until then.
+
+        `inf` means: not before another call has ended.
+        """
+        config = self.config
+        if config.max_concurrent_calls is not None and (
+            self.num_in_flight >= config.max_concurrent_calls
+        ):
+            return math.inf, "calls"
+        if config.max_concurrent_runs is not None:
+            time = self._run_time(request, config.max_concurrent_runs, now)
+            if time > now:
+                return time, "runs"
+        if config.token_rate is not None:
+            burst = config.token_burst
+            excess = self.missing_tokens(now) + min(num_tokens(request), burst) - burst
+            if excess > _ROUNDING * burst:
+                return now + excess / config.token_rate, "tokens"
+        return now, ""
+
+    def _run_time(self, request: StageRequest, most: int, now: float) -> float:
+        known = self.runs.get(_run_id(request))
+        if known is not None and known.over_at > now:
+            return now
+        ends = sorted(run.over_at for run in self.runs.values() if run.over_at > now)
+        return now if len(ends) < most else ends[len(ends) - most]
+
+
+@dataclass(frozen=True, slots=True)
+class _Sent:
+    tenant_id: str
+    run_id: str
+    work_s: float
+    """Predicted service, mean over the fleet."""
+    tokens: float
+    time: float
+
+
+class TenantLedger:
+    """Keeps account of tenants, from their first call until it no longer matters.
+
+    Args:
+        config: All tenants.
+    """
+
+    def __init__(self, config: TenantsConfig) -> None:
+        self.config = config
+        self.on_delay: OnDelay | None = None
+        self._configs = {tenant.name: tenant for tenant in config.named}
+        self._accounts: dict[str, Account] = {}
+        self._sent: dict[str, _Sent] = {}
+        self._waiting: dict[str, float] = {}
+        self._in_flight_s = 0.0
+        self._held: dict[str, tuple[str, float]] = {}
+        self._now = -math.inf
+        """Latest instant heard of."""
+
+    def __len__(self) -> int:
+        """Tenants whose past still matters."""
+        return len(self._accounts)
+
+    def __iter__(self) -> Iterator[tuple[str, Account]]:
+        return iter(self._accounts.items())
+
+    def account(self, tenant_id: str) -> Account:
+        """Return a tenant's account; a new one begins level with the tenant furthest behind."""
+        account = self._accounts.get(tenant_id)
+        if account is None:
+            config = self._configs.get(tenant_id, self.config.default)
+            account = self._accounts[tenant_id] = Account(config)
+        return account
+
+    def virtual_time(self, tenant_id: str) -> float:
+        """Seconds of service per weight; only differences between tenants mean anything."""
+        account = self._accounts.get(tenant_id)
+        return 0.0 if account is None else account.virtual_time
+
+    # Quotas.
+
+    def require(self, request: StageRequest, now: float) -> None:
+        """Check that waiting can bring a call within its tenant's tokens before its deadline.
+
+        Raises:
+            QuotaExceededError: It cannot.
+        """
+        config = self._configs.get(request.tenant_id, self.config.default)
+        rate, burst = config.token_rate, config.token_burst
+        if rate is None:
+            return
+        whose = f"tenant {request.tenant_id!r}"
+        if request.num_prompt_tokens > burst:
+            raise QuotaExceededError(
+                f"{whose}: a prompt of about {request.num_prompt_tokens} tokens is more than its "
+                f"{burst:.0f} at once"
+            )
+        account = self._accounts.get(request.tenant_id)
+        if account is None:
+            return
+        missing = account.missing_tokens(now) + account.waiting_tokens
+        wait_s = (missing + min(num_tokens(request), burst) - burst) / rate
+        if wait_s > 0.0 and now + wait_s > request.deadline:
+            raise QuotaExceededError(
+                f"{whose}: used its {config.tokens_per_minute:.0f} tokens per minute, and this "
+                f"call's deadline is before there are more",
+                retry_after_s=wait_s,
+            )
+
+    def hold(self, request: StageRequest, quota: str, now: float) -> None:
+        """Note that a quota keeps a call from being sent."""
+        if self.on_delay is not None:
+            self._held.setdefault(request.request_id, (quota, now))
+
+    # Calls come and go.
+
+    def entered(self, request: StageRequest, work_s: float) -> None:
+        """Note that a call waits.
+
+        Args:
+            request: The call.
+            work_s: See `began`.
+        """
+        account = self._activate(request.tenant_id)
+        self._waiting[request.request_id] = work_s
+        account.demand_s += work_s
+        if not account.num_waiting:
+            most = max(
+                (a.virtual_time for a in self._accounts.values() if a.is_active),
+                default=-math.inf,
+            )
+            floor = most - self.config.credit * self._unit_s()
+            account.virtual_time = max(account.virtual_time, floor)
+        account.num_waiting += 1
+        account.waiting_tokens += num_tokens(request)
+
+    def left(self, request: StageRequest) -> None:
+        """Note that a call no longer waits; of one that is sent, `began` comes first, so that
+        its tenant does not look idle in between."""
+        account = self._accounts[request.tenant_id]
+        account.num_waiting -= 1
+        account.demand_s -= self._waiting.pop(request.request_id)
+        account.waiting_tokens -= num_tokens(request)
+        if not account.num_waiting:
+            account.waiting_tokens = 0.0
+        self._held.pop(request.request_id, None)
+        self._forget(request.tenant_id)
+
+    def began(self, request: StageRequest, work_s: float, now: float) -> None:
+        """Charge a call that is sent; `ended` must follow.
+
+        Args:
+            request: The call.
+            work_s: Its predicted service alone, mean over the instances that it could run on: it
+                costs a tenant the same wherever and beside whatever it runs.
+            now: Instant.
+        """
+        self._now = max(self._now, now)
+        account = self._activate(request.tenant_id)
+        run_id = _run_id(request)
+        sent = _Sent(request.tenant_id, run_id, work_s, num_tokens(request), now)
+        self._sent[request.request_id] = sent
+        account.num_in_flight += 1
+        account.demand_s += work_s
+        account.virtual_time += work_s / account.config.weight
+        self._in_flight_s += work_s
+        if account.config.max_concurrent_runs is not None:
+            run = account.runs.setdefault(run_id, _Run())
+            run.num_in_flight += 1
+            run.over_at = math.inf
+            account.end_idle_runs(now)
+        if account.config.token_rate is not None:
+            account.spend(sent.tokens, now)
+        held = self._held.pop(request.request_id, None)
+        if held is not None and self.on_delay is not None:
+            self.on_delay(request.tenant_id, held[0], now - held[1])
+
+    def ended(self, request: StageRequest, outcome: Outcome, work_ratio: float) -> None:
+        """Correct what a call was charged by what it turned out to be.
+
+        A call that failed keeps the work that was predicted: whoever leaves early has still
+        kept others waiting. Its tokens are given back unless an answer had begun.
+
+        Args:
+            request: The call.
+            outcome: How it ended.
+            work_ratio: Actual over predicted service; used if it ended well.
+        """
+        sent = self._sent.pop(request.request_id, None)
+        if sent is None:
+            return
+        account = self._accounts[sent.tenant_id]
+        account.num_in_flight -= 1
+        account.demand_s -= sent.work_s
+        self._in_flight_s = max(0.0, self._in_flight_s - sent.work_s) if self._sent else 0.0
+        if outcome.ok and math.isfinite(work_ratio):
+            account.virtual_time += sent.work_s * (work_ratio - 1.0) / account.config.weight
+        end_time = sent.time if math.isnan(outcome.e2el_s) else sent.time + outcome.e2el_s
+        self._now = max(self._now, end_time)
+        run = account.runs.get(sent.run_id)
+        if run is not None:
+            run.num_in_flight -= 1
+            if not request.workflow_id or (request.final and outcome.ok):
+                del account.runs[sent.run_id]
+            elif not run.num_in_flight:
+                run.over_at = end_time + RUN_IDLE_S
+        if account.config.token_rate is not None:
+            account.spend(_actual_tokens(outcome, sent.tokens) - sent.tokens, end_time)
+        self._forget(sent.tenant_id)
+
+    def work_s(self, request_id: str) -> float:
+        """Predicted service of a call that waits."""
+        return self._waiting[request_id]
+
+    # Shares.
+
+    @property
+    def lag_s(self) -> float:
+        """Virtual time that a tenant may be ahead of another one that waits."""
+        return self.config.lag * self._unit_s()
+
+    def is_guest(self, tenant_id: str) -> bool:
+        """Whether a tenant has had more than another active one, and wants far more than others.
+
+        What it gets then is what the others leave: it may not make their runs late. Without
+        the second condition, being ahead is chance.
+        """
+        account = self._accounts.get(tenant_id)
+        if account is None or not account.is_active:
+            return False
+        active = [a for a in self._accounts.values() if a.is_active]
+        ahead_s = account.virtual_time - min(a.virtual_time for a in active)
+        if ahead_s <= 0.0:
+            return False
+        others = [a for a in active if a is not account]
+        weight = sum(a.config.weight for a in others)
+        demand_s = sum(a.demand_s for a in others)
+        ratio = STAY_GUEST_RATIO if account.num_waiting else GUEST_RATIO
+        return account.demand_s * weight > ratio * demand_s * account.config.weight
+
+    def _unit_s(self) -> float:
+        """The work in flight per weight: it grows with the fleet, and so do its fluctuations."""
+        weights = sum(a.config.weight for a in self._accounts.values() if a.is_active)
+        return self._in_flight_s / weights if weights else 0.0
+
+    def _activate(self, tenant_id: str) -> Account:
+        """Nobody saves up service by being idle."""
+        account = self.account(tenant_id)
+        if not account.is_active:
+            least = min(
+                (a.virtual_time for a in self._accounts.values() if a.is_active), default=-math.inf
+            )
+            account.virtual_time = max(account.virtual_time, least)
+        return account
+
+    def _forget(self, tenant_id: str) -> None:
+        """Drop idle accounts that a new one would be equal to."""
+        account = self._accounts[tenant_id]
+        if account.is_active:
+            return
+        account.demand_s = 0.0  # but for rounding
+        least = min(
+            (a.virtual_time for a in self._accounts.values() if a.is_active), default=math.inf
+        )
+        for name, account in list(self._accounts.items()):
+            if account.is_active or account.virtual_time > least:
+                continue
+            if least == math.inf:
+                account.virtual_time = 0.0
+            account.end_idle_runs(self._now)
+            if not account.missing_tokens(self._now) and not account.runs:
+                del self._accounts[name]
+
+
+def num_tokens(request: StageRequest) -> float:
+    """Tokens of a call as far as they can be predicted: its prompt's and its answer's."""
+    return request.num_prompt_tokens + request.expected_output_tokens
+
+
+def _actual_tokens(outcome: Outcome, predicted: float) -> float:
+    if outcome.num_prompt_tokens is not None and outcome.num_output_tokens is not None:
+        return outcome.num_prompt_tokens + outcome.num_output_tokens
+    return predicted if outcome.ok or not math.isnan(outcome.ttft_s) else 0.0
+
+
+def _run_id(request: StageRequest) -> str:
+    """The run a call belongs to; a call that names none is one of its own."""
+    return f"id {request.workflow_id}" if request.workflow_id else f"call {request.request_id}"

@@ -102,6 +102,8 @@ SMUGGLED = b"GET /smuggled HTTP/1.1\r\nHost: x\r\n\r\n"
         (b"\x00" * 64 + b"\r\n\r\n", 400, "request line: expected METHOD"),
         (b"GET / HTTP/9.9\r\n" + HOST + b"\r\n", 400, "request line: expected METHOD"),
         (b"GET / HTTP/1.1\r\nConnection: close\r\n\r\n", 400, "request: expected HTTP/1.1"),
+        (post(b"Expect: \x80"), 417, "header Expect: expected 100-continue"),
+        (post(b"Expect: more"), 417, "header Expect: expected 100-continue"),
         (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "request"),
     ],
     ids=lambda value: repr(value)[:60] if isinstance(value, bytes) else None,
@@ -117,6 +119,14 @@ async def test_what_is_no_http_is_refused_in_openai_s_form(
     assert answer.error["message"].startswith(message)
     assert answer.error["type"] == "invalid_request_error"
     assert len(engine.received) == 1  # the one that shows that it still serves
+
+
+async def test_a_client_that_waits_to_be_asked_for_its_body_is_asked(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        answer = await exchange(client.router.url, post(b"Expect: 100-continue"))
+
+    assert answer.lines[0] == "HTTP/1.1 100 Continue"
+    assert answer.body.startswith(b"HTTP/1.1 200 OK")
 
 
 async def test_ten_megabytes_of_headers_are_refused_before_they_are_held(routing: Routing) -> None:

@@ -18,7 +18,13 @@ from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
-from vllm_workflow.router.routes import Handler, add_fallback, answering, metrics_response
+from vllm_workflow.router.routes import (
+    Handler,
+    add_fallback,
+    answering,
+    expect,
+    metrics_response,
+)
 from vllm_workflow.router.upstreams import Upstream, Upstreams
 from vllm_workflow.yaml_config import validated
 
@@ -68,12 +74,14 @@ class Admin:
             middlewares=[with_key],
             logger=logging.getLogger(__name__),
         )
-        app.router.add_get("/admin/status", answering(self._status))
-        app.router.add_get("/admin/profiles", answering(self._profiles))
-        app.router.add_post("/admin/instances", answering(self._add))
-        app.router.add_delete("/admin/instances/{id}", answering(self._remove))
-        app.router.add_post("/admin/reload", answering(self._do_reload))
-        app.router.add_get("/metrics", answering(self._show_metrics))
+        app.router.add_get("/admin/status", answering(self._status), expect_handler=expect)
+        app.router.add_get("/admin/profiles", answering(self._profiles), expect_handler=expect)
+        app.router.add_post("/admin/instances", answering(self._add), expect_handler=expect)
+        app.router.add_delete(
+            "/admin/instances/{id}", answering(self._remove), expect_handler=expect
+        )
+        app.router.add_post("/admin/reload", answering(self._do_reload), expect_handler=expect)
+        app.router.add_get("/metrics", answering(self._show_metrics), expect_handler=expect)
         add_fallback(app)
         return app
 

@@ -15,7 +15,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.router.admin import package_version
 from vllm_workflow.router.board import Board
 from vllm_workflow.router.errors import RequestError
-from vllm_workflow.router.routes import answering
+from vllm_workflow.router.routes import answering, expect
 from vllm_workflow.router.upstreams import Upstream, Upstreams
 
 Check = Callable[[web.Request], None]
@@ -49,8 +49,8 @@ class Dashboard:
 
     def add_to(self, app: web.Application) -> None:
         """Add the page's routes; before the fallback."""
-        app.router.add_get("/dashboard", self._page)
-        app.router.add_get("/dashboard/state", answering(self._state))
+        app.router.add_get("/dashboard", self._page, expect_handler=expect)
+        app.router.add_get("/dashboard/state", answering(self._state), expect_handler=expect)
 
     async def _page(self, request: web.Request) -> web.Response:
         nonce = secrets.token_urlsafe(16)

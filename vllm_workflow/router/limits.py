@@ -125,10 +125,15 @@ class BodyReader:
         """
         bodies = self._bodies
         bodies.check_length(request.content_length)
+        content = request.content
+        if content.is_eof() and content.exception() is None:  # most are here already
+            body = content.read_nowait()
+            bodies.take(self, len(body))
+            return body
         chunks: list[bytes] = []
         try:
             async with asyncio.timeout(bodies.timeout_s):
-                while chunk := await request.content.readany():
+                while chunk := await content.readany():
                     bodies.take(self, len(chunk))
                     chunks.append(chunk)
         except TimeoutError:

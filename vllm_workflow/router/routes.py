@@ -6,7 +6,7 @@ import logging
 from collections.abc import Awaitable, Callable
 from functools import partial, wraps
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from vllm_workflow.router.auth import Access, KeyCheck, unauthorized, visible
 from vllm_workflow.router.errors import RequestError, error_response
@@ -51,13 +51,17 @@ class Routes:
     def build(self) -> web.Application:
         app = web.Application(logger=logging.getLogger(__name__))
         for path in GENERATION_PATHS:
-            app.router.add_post(path, partial(self._proxy.handle, takes_xargs=True))
+            app.router.add_post(
+                path, partial(self._proxy.handle, takes_xargs=True), expect_handler=expect
+            )
         for path in EMBEDDING_PATHS:
-            app.router.add_post(path, partial(self._proxy.handle, takes_xargs=False))
-        app.router.add_get("/v1/models", answering(self._models))
-        app.router.add_get("/health", answering(self._health))
-        app.router.add_get("/metrics", answering(self._show_metrics))
-        app.router.add_get("/openapi.json", answering(self._openapi))
+            app.router.add_post(
+                path, partial(self._proxy.handle, takes_xargs=False), expect_handler=expect
+            )
+        app.router.add_get("/v1/models", answering(self._models), expect_handler=expect)
+        app.router.add_get("/health", answering(self._health), expect_handler=expect)
+        app.router.add_get("/metrics", answering(self._show_metrics), expect_handler=expect)
+        app.router.add_get("/openapi.json", answering(self._openapi), expect_handler=expect)
         self._more(app)
         add_fallback(app)
         return app
@@ -126,6 +130,21 @@ def answering(handler: Handler) -> Handler:
     return answer
 
 
+async def expect(request: web.Request) -> web.StreamResponse | None:
+    """Ask for the body if the client waits to be asked; None if it may go on.
+
+    aiohttp's own repeats in its answer what the client expects, and fails where that is no text.
+    """
+    if request.headers["Expect"].lower() != "100-continue":
+        return error_response(
+            417, "header Expect: expected 100-continue, got something else", param="Expect"
+        )
+    if request.version == HttpVersion11:
+        await request.writer.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+        request.writer.output_size = 0  # the answer has not begun
+    return None
+
+
 def add_fallback(app: web.Application) -> None:
     """Answer what no route does: 405 for a known path, else 404. To be called last."""
     methods: dict[str, set[str]] = {}
@@ -146,4 +165,4 @@ def add_fallback(app: web.Application) -> None:
             404, f"{request.method:.32} {request.path!a:.256} is not known here", code="not_found"
         )
 
-    app.router.add_route("*", "/{path:.*}", fall_back)
+    app.router.add_route("*", "/{path:.*}", fall_back, expect_handler=expect)

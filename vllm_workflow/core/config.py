@@ -49,7 +49,7 @@ class PolicyConfig:
     relegate: bool = False
     """With `late_binding`: a run begins only if it can be on time beside those under way, see
     `core.admission`; what can no longer be on time waits for all that can."""
-    relegation_margin: float = 0.1
+    relegation_margin: float = 0.25
     """With `relegate`: kept in reserve, as a share of how much slower runs are predicted to
     get by running beside each other, >= 0."""
     relegated_share: float = 0.05

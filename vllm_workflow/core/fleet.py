@@ -265,6 +265,10 @@ class Fleet:
             share = min(max(actual / predicted, 0.0), 1.0)
             account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
 
+    @property
+    def num_instances(self) -> int:
+        return len(self._accounts)
+
     def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
         """Service of one such call on an idle instance, mean over those that serve `model`.
 
@@ -273,7 +277,7 @@ class Fleet:
         serving = [a for a in self._accounts.values() if a.instance.serves(model)]
         serving = [a for a in serving if a.healthy] or serving
         each = [
-            a.drift * _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
+            _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
             for a in serving
         ]
         return sum(each) / len(each) if each else 0.0

@@ -150,8 +150,12 @@ class Predictor:
             )
         stretch = sent.decision.chosen.stretch
         alone_s = self._prefill_s(sent, outcome) + _decode_s(sent, outcome) / stretch
+        # What was learned of the speed of an instance is mostly how busy it is.
         self.learned.remaining.ended(
-            sent.request, end_time=sent.time + outcome.e2el_s, alone_s=alone_s, ok=outcome.ok
+            sent.request,
+            end_time=sent.time + outcome.e2el_s,
+            alone_s=alone_s / self._fleet.drift(outcome.instance_id),
+            ok=outcome.ok,
         )
         if outcome.ok:
             self._learn(sent, outcome)

@@ -101,6 +101,9 @@ async def serve(
         session = await stack.enter_async_context(_session())
         fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
+        metrics.count_held(
+            lambda: dispatcher.waiting.num_held, lambda: dispatcher.waiting.num_relegated
+        )
         metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
         metrics.count_predictions(dispatcher.predictor.num_predicted)
         upstreams = Upstreams(

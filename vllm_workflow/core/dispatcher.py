@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 
 from vllm_workflow.core.backlog import Waiting
 from vllm_workflow.core.config import PolicyConfig
@@ -21,6 +22,8 @@ from vllm_workflow.core.events import (
     Polled,
     Record,
     Removed,
+    Reported,
+    Restored,
     Settled,
     Started,
     Submitted,
@@ -100,6 +103,30 @@ class Dispatcher:
             self.predictor.fleet_changed()
             if self._record is not None:
                 self._record(Marked(instance_id=instance_id, healthy=healthy))
+
+    def report(self, instance_id: str, *, num_others: int, kv_share: float) -> None:
+        """Note what an instance tells of others' calls; see `Fleet.report`."""
+        self.fleet.report(instance_id, num_others=num_others, kv_share=kv_share)
+        if self._record is not None:
+            self._record(
+                Reported(instance_id=instance_id, num_others=num_others, kv_share=kv_share)
+            )
+
+    def restore_speed(
+        self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
+    ) -> None:
+        """Begin with what was learned of an instance earlier; see `Fleet.restore_speed`."""
+        restored = Restored(
+            instance_id=instance_id,
+            latency=latency,
+            drift=drift,
+            num_observed=num_observed,
+            hit_share=hit_share,
+        )
+        if self.fleet.restore_speed(**asdict(restored)):
+            self.predictor.fleet_changed()
+            if self._record is not None:
+                self._record(restored)
 
     def swap(self, config: PolicyConfig, *, now: float) -> None:
         """Let another policy decide from here on; `poll` should follow.
@@ -335,6 +362,11 @@ class Dispatcher:
             return request.service_s
         each = [c.alone_s / self.fleet.drift(c.instance_id) for c in candidates]
         return sum(each) / len(each)
+
+    @property
+    def num_settled(self) -> int:
+        """Calls that ended well and were learned from, ever."""
+        return self.predictor.num_settled
 
     @property
     def num_in_flight(self) -> int:

@@ -59,7 +59,7 @@ class Predictor:
         self._workflows = {w.name: w for w in workflows}
         self._rests: dict[tuple[str, str, str, str], Expected] = {}
         self._attained = AttainedService()
-        self._num_settled = 0
+        self.num_settled = 0
         self.num_predicted: defaultdict[tuple[str, str], int] = defaultdict(int)
         """Predictions by where length and rest came from, see `lengths.Expected`."""
         self._declare(self.learned)
@@ -180,8 +180,8 @@ class Predictor:
                 num_prompt_tokens=request.num_prompt_tokens,
                 output_tokens=outcome.num_output_tokens,
             )
-        self._num_settled += 1
-        if self._num_settled % _REST_KEPT_FOR == 0:
+        self.num_settled += 1
+        if self.num_settled % _REST_KEPT_FOR == 0:
             self._rests.clear()
 
     def _prefill_s(self, sent: Sent, outcome: Outcome) -> float:

@@ -7,15 +7,18 @@ import logging
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 from multidict import CIMultiDict
 
+from vllm_workflow.core.account import Instance
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.router.attempt import Attempt
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.reports import Others, read_report
 from vllm_workflow.router.watch import Silence, WatchClock, watch
 
 PROBE_EVERY_S = 1.0
@@ -26,6 +29,8 @@ PROBE_TIMEOUT_S = 5.0
 _PROBE_CONNECT_TIMEOUT_S = 1.0
 """A host that is away does not answer at all; when it is back it answers at once."""
 _CANARY_TIMEOUT_S = 2.0
+REPORT_EVERY = 2
+"""Probes between two looks at how busy an instance is."""
 MODELS_EVERY = 15
 """Probes between two looks at `/v1/models`, which adapters may change."""
 _logger = logging.getLogger(__name__)
@@ -45,6 +50,11 @@ class Upstream:
         self.cards: list[dict[str, Any]] = []
         """What it last said of its models; empty if it never did."""
         self.num_probes_to_models = 0
+        self.num_probes_to_report = 0
+        self.others = Others()
+        """What it has to do for somebody else."""
+        self.num_kv_tokens: int | None = None
+        """That it says its KV cache holds."""
         self.probe_now = asyncio.Event()
         self.watcher: asyncio.Task[None] | None = None
         self.silence = Silence(clock)
@@ -98,9 +108,12 @@ class Upstreams:
         session: aiohttp.ClientSession,
         metrics: Metrics,
         changed: Callable[[], None],
+        *,
+        reads_load: bool = True,
     ) -> None:
         self._dispatcher = dispatcher
         self._changed = changed
+        self._reads_load = reads_load
         self._session = session
         self._metrics = metrics
         self._clock = WatchClock()
@@ -123,7 +136,9 @@ class Upstreams:
             upstream.reconfigure(config)
         upstream.leaving = False
         upstream.source = source
-        self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
+        if moved:
+            upstream.num_kv_tokens = None
+        self._dispatcher.add(self._built(upstream))
         if moved:
             self._dispatcher.mark(config.id, healthy=False)
             self._metrics.healthy(config.id, False)
@@ -268,6 +283,8 @@ class Upstreams:
         self._mark(upstream, healthy, reason)
         if not answered:
             upstream.silence.abandon()
+        if healthy:
+            await self._ask_load(upstream)
 
     async def _is_moving(self, upstream: Upstream) -> bool:
         """Have an engine that was stuck make one token, at nobody's risk."""
@@ -301,7 +318,7 @@ class Upstreams:
         if cards and cards != upstream.cards:
             upstream.cards = cards
             if not upstream.leaving:
-                self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
+                self._dispatcher.add(self._built(upstream))
                 self._changed()
         elif not (cards or upstream.model_cards() or upstream.refuses_key):
             _logger.warning(
@@ -309,6 +326,55 @@ class Upstreams:
                 "(`models` in its configuration says which)",
                 upstream.config.id,
             )
+
+    async def _ask_load(self, upstream: Upstream) -> None:
+        """Ask now and then for calls that others have sent; an answer that is none means none."""
+        if not self._reads_load or upstream.leaving:
+            return
+        upstream.num_probes_to_report -= 1
+        if upstream.num_probes_to_report > 0:
+            return
+        upstream.num_probes_to_report = REPORT_EVERY
+        instance_id, fleet = upstream.config.id, self._dispatcher.fleet
+        num_before = self.num_in_flight(instance_id)
+        try:
+            async with self._get(upstream, "/metrics") as response:
+                report = read_report(await response.read()) if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            report = None
+        if upstream.leaving or instance_id not in fleet:
+            return
+        if report is None:
+            changed = upstream.others.forget()
+        else:
+            self._take_size(upstream, report.num_kv_tokens)
+            changed = upstream.others.take(
+                report,
+                num_own_calls=max(num_before, self.num_in_flight(instance_id)),
+                own_kv_share=fleet.kv_used(instance_id) or 0.0,
+            )
+        if changed:
+            others = upstream.others
+            self._dispatcher.report(
+                instance_id, num_others=others.num_calls, kv_share=others.kv_share
+            )
+            self._changed()
+
+    def _take_size(self, upstream: Upstream, num_kv_tokens: int | None) -> None:
+        """Believe what an instance says of its KV cache, unless the configuration says."""
+        if num_kv_tokens is None or num_kv_tokens == upstream.num_kv_tokens:
+            return
+        upstream.num_kv_tokens = num_kv_tokens
+        if upstream.config.num_kv_tokens is None:
+            self._dispatcher.add(self._built(upstream))
+            self._changed()
+
+    def _built(self, upstream: Upstream) -> Instance:
+        """Return the core's value, with what the instance has told of itself."""
+        built = upstream.config.build([card["id"] for card in upstream.cards])
+        if upstream.config.num_kv_tokens is None and upstream.num_kv_tokens is not None:
+            built = replace(built, num_kv_tokens=upstream.num_kv_tokens)
+        return built
 
     def _get(self, upstream: Upstream, path: str) -> Any:
         timeout = aiohttp.ClientTimeout(

@@ -72,6 +72,17 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What an earlier process had learned of an instance was taken over."""
+
+    instance_id: str
+    latency: str
+    drift: float
+    num_observed: int
+    hit_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
     """A call came, and was bound to an instance or began to wait."""
 
@@ -112,6 +123,7 @@ Event = (
     | Removed
     | Marked
     | Reported
+    | Restored
     | Submitted
     | Polled
     | Withdrawn
@@ -122,7 +134,7 @@ Record = Callable[[Event], None]
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
     for cls in (
-        *(Started, Swapped, Added, Removed, Marked, Reported),
+        *(Started, Swapped, Added, Removed, Marked, Reported, Restored),
         *(Submitted, Polled, Withdrawn, Settled),
     )
 }

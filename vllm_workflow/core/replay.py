@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import zip_longest
 
 from vllm_workflow.core.config import PolicyConfig
@@ -15,6 +16,7 @@ from vllm_workflow.core.events import (
     Polled,
     Removed,
     Reported,
+    Restored,
     Settled,
     Started,
     Submitted,
@@ -62,6 +64,8 @@ def replay(
                 dispatcher.report(
                     event.instance_id, num_others=event.num_others, kv_share=event.kv_share
                 )
+            case Restored():
+                dispatcher.restore_speed(**asdict(event))
             case Submitted():
                 decision = dispatcher.submit(
                     event.request,

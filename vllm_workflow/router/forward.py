@@ -36,14 +36,15 @@ from vllm_workflow.router.watch import Silence
 
 _LARGE_BODY_BYTES = 1 << 20
 """From here on the client library wants a file, to write it in pieces."""
-_ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+"""To be added to no call; said once to a session, that costs nothing per call."""
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
 """The router's own shortage, which no instance is to blame for."""
 _REFUSED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
 class Sessions(NamedTuple):
-    """Connections to instances."""
+    """Connections to instances; both add none of `ADDED_BY_AIOHTTP`."""
 
     kept: aiohttp.ClientSession
     fresh: aiohttp.ClientSession
@@ -180,7 +181,6 @@ class Forwarder:
             data=body if len(body) < _LARGE_BODY_BYTES else BytesIO(body),
             headers=upstream.headers(call.headers),
             ssl=upstream.ssl,
-            skip_auto_headers=_ADDED_BY_AIOHTTP,
             allow_redirects=False,
         )
 

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from multidict import CIMultiDict
 
 from vllm_workflow.core.account import Instance
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.router.attempt import Attempt
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.reports import Others, read_report
@@ -60,6 +58,7 @@ class Upstream:
         self.asking: asyncio.Task[None] | None = None
         """Asks how busy it is; ends by itself."""
         self.silence = Silence(clock)
+        """Told by each call when it begins, of its bytes, and when it ends."""
         self.generation = 0
         """How often it has come back."""
         self.is_stuck = False
@@ -194,16 +193,6 @@ class Upstreams:
         """How often an instance has come back."""
         upstream = self._upstreams.get(instance_id)
         return upstream.generation if upstream else -1
-
-    @contextmanager
-    def watched(self, attempt: Attempt) -> Iterator[Silence]:
-        """Watch the instance of an attempt on its behalf; `heard` is to be told of each byte."""
-        silence = self._upstreams[attempt.instance_id].silence
-        silence.begin(attempt)
-        try:
-            yield silence
-        finally:
-            silence.end(attempt)
 
     def refused(self, instance_id: str) -> None:
         """Note that a connection for a call could not be made."""

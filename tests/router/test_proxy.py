@@ -392,5 +392,6 @@ async def test_what_an_answer_says_of_its_tokens_is_learned(
         async with client.post(headers=headers, **options) as response:
             await response.read()
 
-        learned = client.router.dispatcher.predictor.lengths.output_tokens("w", "s")
-    assert learned == (USAGE["completion_tokens"] if include_usage else 19)
+        lengths = client.router.dispatcher.predictor.lengths
+        learned, source = lengths.output_tokens(("", "w", "s"), 10)
+    assert (learned, source) == (USAGE["completion_tokens"] if include_usage else 19, "learned")

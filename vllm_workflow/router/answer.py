@@ -24,6 +24,7 @@ MAX_HELD_BYTES = 8 << 20
 """A larger answer is passed on as it comes, so that the memory taken by one is bounded."""
 _ERROR_EVENT = b'data: {"error"'
 _EVENT_END = b"\n\n"
+_LATER_ERROR = _EVENT_END + _ERROR_EVENT
 _EVENT_ENDS = (_EVENT_END, b"\r\n\r\n")
 _MAX_EVENT_BYTES = 1 << 20
 _LAST_WORDS_S = 1.0
@@ -128,13 +129,13 @@ class Passing:
 
         What follows an error event of the engine is cut, for it says that all is well.
         """
-        data = self._begun + chunk
+        data = self._begun + chunk if self._begun else chunk
         end = len(data)
         if not data.endswith(_EVENT_ENDS):
             end = max(data.rfind(mark) + len(mark) * (mark in data) for mark in _EVENT_ENDS)
             end = max(end, 0) if len(data) < _MAX_EVENT_BYTES else len(data)
         data, self._begun = data[:end], data[end:]
-        start = 0 if data.startswith(_ERROR_EVENT) else data.find(_EVENT_END + _ERROR_EVENT)
+        start = 0 if data.startswith(_ERROR_EVENT) else data.find(_LATER_ERROR)
         if start < 0:
             return data
         self._has_error = True

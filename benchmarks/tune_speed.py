@@ -15,12 +15,12 @@ import platform
 import time
 from dataclasses import replace
 
-import vllm_workflow.core.fleet
 from vllm_workflow.core import policy_names
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.policy_grid import default_grid, points
 from vllm_workflow.sim.arrivals import with_arrivals
 from vllm_workflow.sim.bounds import with_slo_scale
+from vllm_workflow.sim.compiled import is_compiled
 from vllm_workflow.sim.declare import declared
 from vllm_workflow.sim.fleet import fleet_of
 from vllm_workflow.sim.tuner import Verdict, Window, tune
@@ -72,11 +72,10 @@ def main() -> None:
     parser.add_argument("--policies", nargs="+", default=["hexgen", "workflow"])
     args = parser.parse_args()
     window = window_of(args)
-    compiled = not vllm_workflow.core.fleet.__file__.endswith(".py")
     print(
         f"level 1; {args.trace}, {args.num_runs} runs at {args.request_rate:g}/s, "
         f"{sum(len(r.calls) for r in window.runs)} calls, {args.fleet} {args.model_shape}; "
-        f"{'compiled' if compiled else 'not compiled'}, Python {platform.python_version()}, "
+        f"{'compiled' if is_compiled() else 'not compiled'}, Python {platform.python_version()}, "
         f"processor seconds, least of {args.repetitions}"
     )
     print(f"{'present policy':20} {'points':>6} {'calls':>7} {'s':>6} {'calls/s':>8}  verdict")

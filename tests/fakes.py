@@ -67,6 +67,12 @@ class FakeEngine:
     api_key: str = ""
     """If given, every request must bring it, but for `open_paths`."""
     open_paths: tuple[str, ...] = ()
+    load: tuple[int, float] | None = None
+    """Calls and share of the KV cache that `/metrics` tells of, as vLLM does; None: not found."""
+    tells_own_load: bool = False
+    """`/metrics` tells of the calls that it is answering."""
+    num_kv_blocks: int | None = None
+    """That `/metrics` tells of, of 16 tokens each."""
     silent: bool = False
     """Accepts connections and never answers anything, like a stopped process."""
 
@@ -98,6 +104,7 @@ class FakeEngine:
         app = web.Application(client_max_size=1 << 30, middlewares=[self._check_key])
         app.router.add_get("/health", self._on_health)
         app.router.add_get("/v1/models", self._on_models)
+        app.router.add_get("/metrics", self._on_metrics)
         app.router.add_post("/v1/{endpoint:.*}", self._on_call)
         runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
         await runner.setup()
@@ -127,6 +134,22 @@ class FakeEngine:
         return web.json_response(
             {"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]}
         )
+
+    async def _on_metrics(self, request: web.Request) -> web.Response:
+        load = (self.num_answering, 0.0) if self.tells_own_load else self.load
+        if load is None:
+            return web.Response(status=404)
+        labels = '{engine="0",model_name="m"}'
+        lines = [
+            "# TYPE vllm:num_requests_running gauge",
+            f"vllm:num_requests_running{labels} {float(load[0])}",
+            f"vllm:num_requests_waiting{labels} 0.0",
+            f"vllm:kv_cache_usage_perc{labels} {load[1]}",
+        ]
+        if self.num_kv_blocks is not None:
+            config = f'block_size="16",engine="0",num_gpu_blocks="{self.num_kv_blocks}"'
+            lines.append(f"vllm:cache_config_info{{{config}}} 1.0")
+        return web.Response(text="\n".join(lines) + "\n")
 
     async def _on_call(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()

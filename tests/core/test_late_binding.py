@@ -1,4 +1,5 @@
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -8,7 +9,7 @@ from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_requ
 from vllm_workflow.core.backlog import Backlog
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import ConfigError, NoInstanceError
+from vllm_workflow.core.errors import ConfigError, NoInstanceError, OverloadedError
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.types import Decision
@@ -290,18 +291,6 @@ def test_a_call_whose_time_runs_out_while_it_waits_is_relegated() -> None:
     assert len(each.waiting.relegated) == 1
 
 
-def test_a_run_that_has_begun_goes_before_one_that_has_not() -> None:
-    each = brain(instance("a", max_num_seqs=1), config=RELEGATING)
-    running = each.submit(stage_request("running"), now=0.0)
-    assert running is not None
-    each.submit(stage_request("new", deadline=50.0), now=0.1)
-    each.submit(stage_request("begun", deadline=90.0, attained_s=3.0), now=0.2)
-
-    end(each, running)
-
-    assert [d.request_id for d in each.poll(1.0)] == ["begun"]
-
-
 def test_a_relegated_call_gets_its_share_however_many_others_wait() -> None:
     config = PolicyConfig(late_binding=True, relegate=True, relegated_share=0.25)
     each = brain(instance("a", max_num_seqs=1), config=config)
@@ -318,36 +307,119 @@ def test_a_relegated_call_gets_its_share_however_many_others_wait() -> None:
     assert order.index("hopeless") <= 4
 
 
-def test_a_new_run_does_not_join_others_that_its_company_would_make_late() -> None:
-    each = brain(instance("a"), config=RELEGATING)
-    tight = stage_request("tight", expected_output_tokens=100.0, attained_s=1.0)
-    (alone,) = each.fleet.candidates(tight)
-    tight = tight._replace(deadline=alone.alone_s * 1.05)
-    assert each.submit(tight, now=0.0) is not None
+def crowded(each: Dispatcher) -> list[Decision]:
+    """Let runs that need little come until one has to wait; its decision is missing."""
+    decisions = list[Decision]()
+    for number in range(1_000):
+        first = stage_request(
+            f"r{number}",
+            workflow_id=f"run-{number}",
+            run_arrival_time=0.0,
+            deadline=0.4,
+            expected_output_tokens=60.0,
+        )
+        decision = each.submit(first, now=0.0)
+        if decision is None:
+            return decisions
+        decisions.append(decision)
+    raise AssertionError("no run ever waits")
 
-    assert each.submit(stage_request("new", deadline=1e4), now=0.0) is None
-    assert each.submit(stage_request("begun", deadline=1e4, attained_s=1.0), now=0.0) is not None
+
+def test_runs_wait_to_begin_when_more_cannot_be_on_time_though_there_are_seats() -> None:
+    each = brain(instance("a", max_num_seqs=5_000), config=RELEGATING)
+
+    decisions = crowded(each)
+
+    assert len(decisions) >= 10
+    assert each.waiting.num_held == 1
+    assert each.fleet.has_room()
 
 
-def test_an_idle_instance_takes_a_run_that_has_nothing_to_spare() -> None:
-    each = brain(instance("a"), config=RELEGATING)
-    (alone,) = each.fleet.candidates(stage_request())
+def test_a_run_under_way_never_waits_to_begin() -> None:
+    each = brain(instance("a", max_num_seqs=5_000), config=RELEGATING)
+    crowded(each)
 
-    tight = stage_request("tight", deadline=1.2 * alone.alone_s)
+    again = stage_request("again", workflow_id="run-0", run_arrival_time=0.0, deadline=0.4)
+    forgotten = stage_request("x", workflow_id="x", deadline=0.4, attained_s=1.0)
 
-    assert each.submit(tight, now=0.0) is not None
+    assert each.submit(again, now=0.01) is not None
+    assert each.submit(forgotten, now=0.01) is not None
+
+
+def test_a_call_without_a_deadline_never_waits_to_begin() -> None:
+    each = brain(instance("a", max_num_seqs=5_000), config=RELEGATING)
+    crowded(each)
+
+    assert each.submit(stage_request("ordinary"), now=0.0) is not None
+
+
+def test_runs_that_wait_begin_as_others_end() -> None:
+    each = brain(instance("a", max_num_seqs=5_000), config=RELEGATING)
+    decisions = crowded(each)
+
+    for decision in decisions:
+        end(each, decision)
+
+    assert len(each.poll(0.1)) == 1
+    assert each.waiting.num_held == 0
+
+
+def test_a_run_that_would_wait_too_long_is_refused_if_so_configured() -> None:
+    config = replace(RELEGATING, admission="reject", max_hold_share=0.0)
+    each = brain(instance("a", max_num_seqs=5_000), config=config)
+    decisions = crowded(each)
+    last = f"r{len(decisions)}"
+    (held,) = each.waiting.by_arrival()
+
+    with pytest.raises(OverloadedError, match="runs are under way, 1 wait to begin") as refused:
+        each.waiting.check(held.request)
+
+    assert refused.value.retry_after_s > 0.0
+    assert each.withdraw(last)
+    assert len(each.waiting) == 0
+
+
+def test_no_run_is_refused_unless_so_configured() -> None:
+    each = brain(instance("a", max_num_seqs=5_000), config=RELEGATING)
+    crowded(each)
+    (held,) = each.waiting.by_arrival()
+
+    each.waiting.check(held.request)
+
+
+def test_only_runs_that_have_not_begun_are_refused() -> None:
+    config = replace(RELEGATING, admission="reject", max_hold_share=0.0)
+    each = brain(instance("a", max_num_seqs=1), config=config)
+    begun = stage_request("first", workflow_id="w", deadline=1.0)
+    assert each.submit(begun, now=0.0) is not None
+    then = stage_request("second", workflow_id="w", deadline=1.0)
+    assert each.submit(then, now=0.0) is None
+
+    each.waiting.check(then)
+
+
+def test_under_another_policy_calls_that_waited_to_begin_go_on_waiting() -> None:
+    each = brain(instance("a", max_num_seqs=5_000), config=RELEGATING)
+    crowded(each)
+
+    each.swap(LATE, now=0.1)
+
+    assert each.waiting.num_held == 0
+    assert len(each.poll(0.1)) == 1
 
 
 @given(
     sizes=st.lists(st.tuples(st.integers(1, 1_500), st.floats(1.0, 400.0)), max_size=40),
     picks=st.lists(st.integers(0, 1_000), min_size=200, max_size=200),
+    config=st.sampled_from([LATE, RELEGATING]),
 )
 def test_every_call_is_bound_once_and_never_do_all_wait(
-    sizes: list[tuple[int, float]], picks: list[int]
+    sizes: list[tuple[int, float]], picks: list[int], config: PolicyConfig
 ) -> None:
     each = brain(
         instance("a", max_num_seqs=3, num_kv_tokens=2_000),
         instance("b", latency=SLOW, max_num_seqs=2, num_kv_tokens=900),
+        config=config,
     )
     now, bound, live = 0.0, list[str](), list[Decision]()
     todo = [

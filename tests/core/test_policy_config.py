@@ -23,7 +23,7 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({"alfa": 0.5}, r"p: unknown field 'alfa'; known fields are \['alpha', "),
+        ({"alfa": 0.5}, r"p: unknown field 'alfa'; known fields are \['admission', 'alpha', "),
         ({"alpha": "0.5"}, "p: alpha: expected float, got '0.5'"),
         ({"alpha": True}, "p: alpha: expected float, got True"),
         ({"alpha": 1.5}, "p: alpha: expected a number from 0 to 1, got 1.5"),
@@ -39,6 +39,11 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ({"dispatch": "random"}, r"p: dispatch: expected one of \('hexgen', .*got 'random'"),
         ({"starvation_ratio": -1}, "p: starvation_ratio: expected a number from 0 to 1e6, got -1"),
         ({"starvation_ratio": float("nan")}, "p: starvation_ratio: expected a number from 0"),
+        (
+            {"admission": "drop"},
+            r"p: admission: expected one of \('accept', 'reject'\), got 'drop'",
+        ),
+        ({"max_hold_share": 1.5}, "p: max_hold_share: expected a number from 0 to 1, got 1.5"),
         ({"seed": -1}, "p: seed: expected an integer from 0, got -1"),
         ({"seed": 1.0}, "p: seed: expected int, got 1.0"),
         ({"ordering": "random"}, r"p: ordering: expected one of \('atlas', .*got 'random'"),

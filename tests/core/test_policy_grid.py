@@ -29,9 +29,11 @@ def test_no_two_points_decide_alike() -> None:
 
 
 def test_what_a_point_changes_is_named() -> None:
-    relegate = PolicyConfig(late_binding=True, relegate=True, relegation_margin=1.0)
+    other = PolicyConfig(
+        late_binding=True, relegate=True, relegation_margin=1.0, ordering="deadline"
+    )
 
-    assert changes(DEFAULT, relegate) == {"relegate": True, "relegation_margin": 1.0}
+    assert changes(DEFAULT, other) == {"ordering": "deadline", "relegation_margin": 1.0}
 
 
 def test_round_robin_does_not_wait_and_so_stands_beside_late_binding() -> None:

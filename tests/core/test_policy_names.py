@@ -29,7 +29,7 @@ def test_any_dispatch_goes_with_any_ordering(dispatch: str, ordering: str) -> No
 
 
 def test_the_default_binds_late_and_its_long_name_says_so() -> None:
-    assert policy_names.parse(DEFAULT_POLICY) == PolicyConfig(late_binding=True)
+    assert policy_names.parse(DEFAULT_POLICY) == PolicyConfig(late_binding=True, relegate=True)
     assert policy_names.parse("predicted-finish") == PolicyConfig()
     assert policy_names.parse("predicted-finish+slack+late+relegate") == PolicyConfig(
         late_binding=True, relegate=True

@@ -12,6 +12,8 @@ from vllm_workflow.core.types import Candidate, StageRequest
 
 _OVERDUE_SHARE = 0.25
 """A call that has outlived its prediction is taken to need this share of its age still."""
+_OTHERS_S = 2.0
+"""Other people's calls are taken to need this long still; about the time between two reports."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,6 +81,7 @@ class Account:
         "instance",
         "kv",
         "num_observed",
+        "num_others",
         "outstanding_s",
         "reserved",
     )
@@ -89,6 +92,8 @@ class Account:
         self.healthy = True
         self.reserved: dict[str, Reserved] = {}
         self.outstanding_s = 0.0
+        self.num_others = 0
+        """Calls there that this ledger has not sent, as far as the instance tells."""
         self.drift = 1.0
         """Actual over predicted service, smoothed."""
         self.num_observed = 0
@@ -101,16 +106,25 @@ class Account:
         self.kv.resize(_capacity(instance))
 
     @property
+    def num_ahead(self) -> int:
+        """Calls there, whoever sent them."""
+        return len(self.reserved) + self.num_others
+
+    @property
+    def is_idle(self) -> bool:
+        return not self.reserved and not self.num_others
+
+    @property
     def has_room(self) -> bool:
         """Whether it can start a further call, if it is a small one; an idle one takes any."""
         return self.healthy and (
-            not self.reserved
-            or (len(self.reserved) < self.instance.max_num_seqs and self.kv.num_free_tokens > 0.0)
+            self.is_idle
+            or (self.num_ahead < self.instance.max_num_seqs and self.kv.num_free_tokens > 0.0)
         )
 
     def can_start(self, need: Need) -> bool:
         """Whether it has a seat and KV blocks for a call now, if it has room at all."""
-        if not self.reserved:
+        if self.is_idle:
             return True
         free = self.kv.num_free_tokens
         return (
@@ -127,7 +141,7 @@ class Account:
     def predict(self, need: Need, now: float) -> Candidate:
         """Say what a call would cost here."""
         instance, kv, drift = self.instance, self.kv, self.drift
-        latency, num_ahead = instance.latency, len(self.reserved)
+        latency, num_ahead = instance.latency, self.num_ahead
         prefill_s, num_cached, num_new = self._prefill(need)
         queue_s, num_beside = 0.0, num_ahead
         # An idle instance takes any call: no other will end and make more room.
@@ -177,19 +191,22 @@ class Account:
         """
         seats = self.instance.max_num_seqs
         free = self.kv.num_free_tokens
-        left = len(self.reserved)
+        left = self.num_ahead
         until = now
         ends = [
-            (end if end > now else now + _OVERDUE_SHARE * (now - start), num_tokens)
+            (end if end > now else now + _OVERDUE_SHARE * (now - start), num_tokens, 1)
             for _, start, end, num_tokens, _ in self.reserved.values()
         ]
+        if self.num_others:
+            # Nobody knows when they end; the next report may say that they have.
+            ends.append((now + _OTHERS_S, self.kv.num_other_tokens, self.num_others))
         ends.sort()
-        for end_time, num_tokens in ends:
+        for end_time, num_tokens, num_calls in ends:
             if left < seats and num_new_tokens <= free:
                 break
             until = end_time
             free += num_tokens
-            left -= 1
+            left -= num_calls
         return until - now, left
 
 

@@ -27,6 +27,8 @@ DISPATCH_POLICIES = (
     "round-robin",
 )
 """Names of the dispatch policies; `dispatch.build` makes them."""
+ADMISSIONS = ("accept", "reject")
+"""What becomes of a run that cannot begin in time."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,14 +47,20 @@ class PolicyConfig:
     """Router: a call waits there, in the order of the policy, until an instance has a seat and
     KV blocks for it. Not with `round-robin`, which takes each instance in turn."""
     relegate: bool = False
-    """With `late_binding`: runs that have begun go before those that have not, and runs that can
-    no longer be on time wait for all that can."""
-    relegation_margin: float = 0.5
-    """With `relegate`: what a run must have to spare to begin, as a share of what it is
-    predicted to need, >= 0."""
+    """With `late_binding`: a run begins only if it can be on time beside those under way, see
+    `core.admission`; what can no longer be on time waits for all that can."""
+    relegation_margin: float = 0.25
+    """With `relegate`: kept in reserve, as a share of how much slower runs are predicted to
+    get by running beside each other, >= 0."""
     relegated_share: float = 0.05
-    """With `relegate`: share of calls taken from those runs whatever waits, so that none
-    starves, above 0, at most 1."""
+    """With `relegate`: share of beginnings and of calls that go to runs that cannot be on time,
+    whatever waits, so that none starves, above 0, at most 1."""
+    max_hold_share: float = 0.2
+    """With `relegate`: share of its SLO that a run waits to begin before runs that came later go
+    first, from 0 to 1."""
+    admission: str = "accept"
+    """With `relegate`: `accept` takes every run, however late it will be; `reject` refuses a
+    run at its first call if it would wait for longer than `max_hold_share`."""
     risk_quantile: float = 0.0
     """What is left of a run is taken to be what this share of earlier runs did not exceed, below 1;
     0 takes their mean."""
@@ -123,6 +131,8 @@ class PolicyConfig:
             "a number above 0, at most 1",
             self,
         )
+        _require(self.admission in ADMISSIONS, "admission", f"one of {ADMISSIONS}", self)
+        _require(0.0 <= self.max_hold_share <= 1.0, "max_hold_share", "a number from 0 to 1", self)
         _require(self.seed >= 0, "seed", "an integer from 0", self)
         _require(self.prefill_chunk_cap >= 0, "prefill_chunk_cap", "an integer from 0", self)
 
@@ -238,7 +248,7 @@ def _typed(value: object, wanted: type, where: str) -> object:
 
 PRESETS: Mapping[str, PolicyConfig] = MappingProxyType(
     {
-        "workflow": PolicyConfig(late_binding=True),
+        "workflow": PolicyConfig(late_binding=True, relegate=True),
         "predicted-finish": PolicyConfig(),
         "hexgen": PolicyConfig(dispatch="hexgen", ordering="urgency", preempt=False),
         "least-outstanding": PolicyConfig(

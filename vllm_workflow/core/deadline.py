@@ -30,17 +30,11 @@ def proportional_budget_s(budget_s: float, service_s: float, rest_s: float) -> f
     return budget_s * service_s / (service_s + rest_s)
 
 
-def is_hopeless(request: StageRequest, now: float, margin: float) -> bool:
-    """Whether a call's run can no longer be on time, as far as is predicted.
+def is_hopeless(request: StageRequest, now: float) -> bool:
+    """Whether a call's run is late, or will be even if this call took no time.
 
     Args:
-        request: With `service_s` and `rest_s`.
+        request: With `rest_s`.
         now: Instant at which it could start at the earliest.
-        margin: What a run that has not had any service yet must have to spare, as a share of
-            what it needs: one that begins with nothing to spare mostly ends late, and takes
-            from others what they need to be on time.
     """
-    needed_s = request.service_s + request.rest_s
-    if request.attained_s <= 0.0:
-        needed_s *= 1.0 + margin
-    return request.deadline - now < needed_s
+    return request.deadline - now <= request.rest_s

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
+from dataclasses import asdict
 
 from vllm_workflow.core.backlog import Waiting
 from vllm_workflow.core.config import PolicyConfig
@@ -21,6 +22,8 @@ from vllm_workflow.core.events import (
     Polled,
     Record,
     Removed,
+    Reported,
+    Restored,
     Settled,
     Started,
     Submitted,
@@ -28,6 +31,7 @@ from vllm_workflow.core.events import (
     Withdrawn,
 )
 from vllm_workflow.core.fleet import Fleet, Instance
+from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.predictor import Predictor, Sent
 from vllm_workflow.core.tenant_ledger import TenantLedger
 from vllm_workflow.core.tenant_room import TenantWaitingRoom
@@ -62,6 +66,7 @@ class Dispatcher:
         self.predictor.risk_quantile = config.risk_quantile
         self._policy = build(config)
         self.tenants = None if tenants is None else TenantLedger(tenants)
+        self._paces: dict[str, Pace] = {}
         self.waiting = self._waiting_room()
         self._record = record
         self._due: dict[str, Decision] = {}
@@ -75,7 +80,7 @@ class Dispatcher:
 
     def _waiting_room(self) -> WaitingRoom:
         if self.tenants is None:
-            return WaitingRoom(self.fleet, self._policy, self.config)
+            return WaitingRoom(self.fleet, self._policy, self.config, self._paces)
         return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants)
 
     def add(self, instance: Instance) -> None:
@@ -99,6 +104,30 @@ class Dispatcher:
             self.predictor.fleet_changed()
             if self._record is not None:
                 self._record(Marked(instance_id=instance_id, healthy=healthy))
+
+    def report(self, instance_id: str, *, num_others: int, kv_share: float) -> None:
+        """Note what an instance tells of others' calls; see `Fleet.report`."""
+        self.fleet.report(instance_id, num_others=num_others, kv_share=kv_share)
+        if self._record is not None:
+            self._record(
+                Reported(instance_id=instance_id, num_others=num_others, kv_share=kv_share)
+            )
+
+    def restore_speed(
+        self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
+    ) -> None:
+        """Begin with what was learned of an instance earlier; see `Fleet.restore_speed`."""
+        restored = Restored(
+            instance_id=instance_id,
+            latency=latency,
+            drift=drift,
+            num_observed=num_observed,
+            hit_share=hit_share,
+        )
+        if self.fleet.restore_speed(**asdict(restored)):
+            self.predictor.fleet_changed()
+            if self._record is not None:
+                self._record(restored)
 
     def swap(self, config: PolicyConfig, *, now: float) -> None:
         """Let another policy decide from here on; `poll` should follow.
@@ -171,10 +200,13 @@ class Dispatcher:
         decision: Decision | None
         if self.config.late_binding or self.tenants is not None:
             request, candidates = self._placed(request, now, excluded)
-            waiting = self.waiting.enter(request, num_prompt_bytes, excluded, now)
+            waiting = self.waiting.enter(
+                request, num_prompt_bytes, excluded, now, idle_s=self._idle_s(request, candidates)
+            )
             if self.tenants is not None:
                 self.tenants.entered(request, self._work_s(request, candidates))
-            self._bind_waiting(now, waiting, candidates)
+            if waiting is not None or self.waiting.has_news:
+                self._bind_waiting(now, waiting, candidates)
             decision = self._due.pop(request.request_id, None)
         else:
             # The others are what they are called: least of all, each in turn.
@@ -234,12 +266,12 @@ class Dispatcher:
 
     def withdraw(self, request_id: str) -> bool:
         """Give up a call that waits; returns whether it did."""
-        waiting = self.waiting.leave(request_id)
-        if waiting is None:
+        request = self.waiting.leave(request_id)
+        if request is None:
             return False
-        self.predictor.gave_up(waiting.request)
+        self.predictor.gave_up(request)
         if self.tenants is not None:
-            self.tenants.left(waiting.request)
+            self.tenants.left(request)
         if self._record is not None:
             self._record(Withdrawn(request_id=request_id))
         return True
@@ -310,11 +342,33 @@ class Dispatcher:
         ran = outcome.ok or not math.isnan(outcome.ttft_s)
         self.fleet.release(outcome.request_id, instance_id, ran=ran)
         alone_s = self.predictor.ended(sent, outcome)
+        self.waiting.ended(
+            sent.request,
+            end_time=sent.time + outcome.e2el_s,
+            idle_s=alone_s / self.fleet.drift(instance_id),
+            ok=outcome.ok,
+        )
         if self.tenants is not None:
             predicted_s = sent.decision.chosen.alone_s
             ratio = alone_s / predicted_s if predicted_s > 0.0 else 1.0
             self.tenants.ended(sent.request, outcome, ratio)
         self.fleet.forget(instance_id)
+
+    def _idle_s(self, request: StageRequest, candidates: Sequence[Candidate]) -> float:
+        """Service of a call on an idle fleet, by configured speeds, mean over instances.
+
+        What was learned of the speed of an instance is mostly how busy it is. It stays in where
+        nothing was predicted for each instance.
+        """
+        if not self.config.relegate or not candidates:
+            return request.service_s
+        each = [c.alone_s / self.fleet.drift(c.instance_id) for c in candidates]
+        return sum(each) / len(each)
+
+    @property
+    def num_settled(self) -> int:
+        """Calls that ended well and were learned from, ever."""
+        return self.predictor.num_settled
 
     @property
     def num_in_flight(self) -> int:

@@ -34,3 +34,11 @@ class QuotaExceededError(WorkflowError, RuntimeError):
 
 class UpstreamError(WorkflowError, ConnectionError):
     """An instance did not answer, or not as an OpenAI-compatible server does."""
+
+
+class OverloadedError(WorkflowError, TimeoutError):
+    """A run is refused, before its first call, because it would begin too late."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s

@@ -63,6 +63,26 @@ class Marked:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Reported:
+    """An instance told of calls that somebody else sent."""
+
+    instance_id: str
+    num_others: int
+    kv_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Restored:
+    """What an earlier process had learned of an instance was taken over."""
+
+    instance_id: str
+    latency: str
+    drift: float
+    num_observed: int
+    hit_share: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Submitted:
     """A call came, and was bound to an instance or began to wait."""
 
@@ -96,12 +116,27 @@ class Settled:
     outcome: Outcome
 
 
-Event = Started | Swapped | Added | Removed | Marked | Submitted | Polled | Withdrawn | Settled
+Event = (
+    Started
+    | Swapped
+    | Added
+    | Removed
+    | Marked
+    | Reported
+    | Restored
+    | Submitted
+    | Polled
+    | Withdrawn
+    | Settled
+)
 Record = Callable[[Event], None]
 
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
-    for cls in (Started, Swapped, Added, Removed, Marked, Submitted, Polled, Withdrawn, Settled)
+    for cls in (
+        *(Started, Swapped, Added, Removed, Marked, Reported, Restored),
+        *(Submitted, Polled, Withdrawn, Settled),
+    )
 }
 _NESTED: Mapping[str, type[Any]] = {
     "policy": PolicyConfig,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
+from hashlib import sha256
 from itertools import islice
+from typing import Any
 
 from vllm_workflow.core.account import (
     Account,
@@ -103,7 +105,25 @@ class Fleet:
         account = self._accounts[instance_id]
         if healthy and not account.healthy:
             account.kv.clear()  # it may have been restarted
+        account.num_others, account.kv.num_other_tokens = 0, 0.0
         account.healthy = healthy
+        self.version += 1
+        self._rooms.note(account)
+
+    def report(self, instance_id: str, *, num_others: int, kv_share: float) -> None:
+        """Note what an instance tells of calls that this ledger has not sent; until the next one.
+
+        Args:
+            instance_id: Which; one that was forgotten is ignored.
+            num_others: Such calls, running and waiting.
+            kv_share: Of its KV cache that they hold; nothing where its size is unknown.
+        """
+        account = self._accounts.get(instance_id)
+        if account is None:
+            return
+        account.num_others = num_others
+        num_tokens = account.kv.num_tokens
+        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < math.inf else 0.0
         self.version += 1
         self._rooms.note(account)
 
@@ -245,6 +265,10 @@ class Fleet:
             share = min(max(actual / predicted, 0.0), 1.0)
             account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
 
+    @property
+    def num_instances(self) -> int:
+        return len(self._accounts)
+
     def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
         """Service of one such call on an idle instance, mean over those that serve `model`.
 
@@ -253,7 +277,7 @@ class Fleet:
         serving = [a for a in self._accounts.values() if a.instance.serves(model)]
         serving = [a for a in serving if a.healthy] or serving
         each = [
-            a.drift * _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
+            _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
             for a in serving
         ]
         return sum(each) / len(each) if each else 0.0
@@ -341,6 +365,44 @@ class Fleet:
             drift = account.drift * math.exp(step)
             account.drift = min(max(drift, 1 / _MAX_DRIFT), _MAX_DRIFT)
 
+    def speeds(self) -> dict[str, dict[str, Any]]:
+        """Return what was learned of each instance, as plain values that `restore_speed` takes."""
+        return {
+            instance_id: {
+                "latency": latency_fingerprint(account.instance.latency),
+                "drift": account.drift,
+                "num_observed": account.num_observed,
+                "hit_share": account.hit_share,
+            }
+            for instance_id, account in self._accounts.items()
+        }
+
+    def restore_speed(
+        self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
+    ) -> bool:
+        """Begin with what an earlier process had learned; returns whether it fits.
+
+        Args:
+            instance_id: Of whom; one that is not there is ignored.
+            latency: Fingerprint of the latency model that `drift` corrects: of another one it
+                says nothing.
+            drift: As `drift` returns.
+            num_observed: Calls that it was learned from.
+            hit_share: As `observe_cached` learns.
+
+        Raises:
+            ValueError: A number that cannot be.
+        """
+        if not (1 / _MAX_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
+            raise ValueError(f"drift, hit_share: got {drift!r}, {hit_share!r}")
+        account = self._accounts.get(instance_id)
+        if account is None or latency_fingerprint(account.instance.latency) != latency:
+            return False
+        account.drift, account.hit_share = drift, hit_share
+        account.num_observed = max(0, num_observed)
+        self.version += 1
+        return True
+
     def drift(self, instance_id: str) -> float:
         """Actual over predicted service of the latest calls; 1 is as predicted."""
         return self._accounts[instance_id].drift
@@ -360,6 +422,11 @@ class Fleet:
     def outstanding_s(self, instance_id: str) -> float:
         """Predicted service of the calls in flight on an instance, summed."""
         return self._accounts[instance_id].outstanding_s
+
+
+def latency_fingerprint(latency: LatencyModel) -> str:
+    """Return what tells one latency model from another."""
+    return sha256(repr(latency).encode()).hexdigest()[:12]
 
 
 def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens: float) -> float:

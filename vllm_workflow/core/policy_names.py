@@ -56,7 +56,7 @@ ORDERING: Mapping[str, About] = MappingProxyType(
 
 PRESET: Mapping[str, About] = MappingProxyType(
     {
-        "workflow": About("predicted-finish+slack+late; the default"),
+        "workflow": About("predicted-finish+slack+late+relegate; the default"),
         "predicted-finish": About("predicted-finish+slack"),
         "hexgen": About("hexgen+urgency", _HEXGEN),
         "least-outstanding": About("least-outstanding+fcfs"),
@@ -103,7 +103,7 @@ ALL: tuple[str, ...] = (
     "least-outstanding+slack",
     *(f"predicted-finish+{ordering}" for ordering in ORDERING),
     *(f"predicted-finish+{ordering}+late" for ordering in ORDERING if ordering != "slack"),
-    "predicted-finish+slack+late+relegate",
+    "predicted-finish+slack+late",
     "least-outstanding+fcfs+late",
 )
 """The default, what others do, and each part of the default with other parts. No two are the
@@ -112,7 +112,7 @@ same policy."""
 OPTION: Mapping[str, About] = MappingProxyType(
     {
         "late": About("calls wait in the router until an instance has room for them"),
-        "relegate": About("runs that can no longer be on time wait for those that can"),
+        "relegate": About("runs that cannot be on time beside those under way wait"),
     }
 )
 """What may follow `DISPATCH+ORDERING`."""

@@ -61,7 +61,7 @@ class Predictor:
         self._workflows = {w.name: w for w in workflows}
         self._rests: dict[tuple[str, str, str, str], Expected] = {}
         self._attained = AttainedService()
-        self._num_settled = 0
+        self.num_settled = 0
         self.num_predicted: defaultdict[tuple[str, str], int] = defaultdict(int)
         """Predictions by where length and rest came from, see `lengths.Expected`."""
         self._declare(self.learned)
@@ -152,8 +152,12 @@ class Predictor:
             )
         stretch = sent.decision.chosen.stretch
         alone_s = self._prefill_s(sent, outcome) + _decode_s(sent, outcome) / stretch
+        # What was learned of the speed of an instance is mostly how busy it is.
         self.learned.remaining.ended(
-            sent.request, end_time=sent.time + outcome.e2el_s, alone_s=alone_s, ok=outcome.ok
+            sent.request,
+            end_time=sent.time + outcome.e2el_s,
+            alone_s=alone_s / self._fleet.drift(outcome.instance_id),
+            ok=outcome.ok,
         )
         if outcome.ok:
             self._learn(sent, outcome)
@@ -178,8 +182,8 @@ class Predictor:
                 num_prompt_tokens=request.num_prompt_tokens,
                 output_tokens=outcome.num_output_tokens,
             )
-        self._num_settled += 1
-        if self._num_settled % _REST_KEPT_FOR == 0:
+        self.num_settled += 1
+        if self.num_settled % _REST_KEPT_FOR == 0:
             self._rests.clear()
 
     def _prefill_s(self, sent: Sent, outcome: Outcome) -> float:

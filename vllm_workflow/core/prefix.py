@@ -48,12 +48,22 @@ class KvLedger:
         num_tokens: Capacity; `inf` where it is not known.
     """
 
-    __slots__ = ("_calls", "_held", "_idle", "_num_idle_tokens", "num_tokens", "num_used_tokens")
+    __slots__ = (
+        "_calls",
+        "_held",
+        "_idle",
+        "_num_idle_tokens",
+        "num_other_tokens",
+        "num_tokens",
+        "num_used_tokens",
+    )
 
     def __init__(self, num_tokens: float) -> None:
         self.num_tokens = num_tokens
         self.num_used_tokens = 0.0
         """Of the calls in flight; more than the capacity if more were sent than fit."""
+        self.num_other_tokens = 0.0
+        """That somebody else's calls hold, as far as the instance tells."""
         self._held: dict[int, _Held] = {}
         self._idle: OrderedDict[int, None] = OrderedDict()
         self._num_idle_tokens = 0.0
@@ -62,7 +72,7 @@ class KvLedger:
     @property
     def num_free_tokens(self) -> float:
         """Room for further calls; unused prefixes give way. Negative if over-committed."""
-        return self.num_tokens - self.num_used_tokens
+        return self.num_tokens - self.num_used_tokens - self.num_other_tokens
 
     def num_cached_tokens(self, chain: Chain) -> int:
         """Tokens of a prompt's head that need no prefill."""

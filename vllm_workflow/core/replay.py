@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from itertools import zip_longest
 
 from vllm_workflow.core.config import PolicyConfig
@@ -14,6 +15,8 @@ from vllm_workflow.core.events import (
     Marked,
     Polled,
     Removed,
+    Reported,
+    Restored,
     Settled,
     Started,
     Submitted,
@@ -57,6 +60,12 @@ def replay(
                 dispatcher.remove(event.instance_id)
             case Marked():
                 dispatcher.mark(event.instance_id, healthy=event.healthy)
+            case Reported():
+                dispatcher.report(
+                    event.instance_id, num_others=event.num_others, kv_share=event.kv_share
+                )
+            case Restored():
+                dispatcher.restore_speed(**asdict(event))
             case Submitted():
                 decision = dispatcher.submit(
                     event.request,

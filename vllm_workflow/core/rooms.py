@@ -25,7 +25,7 @@ class Rooms:
         instance_id = account.instance.instance_id
         size = -1
         if account.has_room:
-            size = _size(account.kv.num_free_tokens) if account.reserved else _IDLE
+            size = _size(account.kv.num_free_tokens) if not account.is_idle else _IDLE
         before = self._size_of.get(instance_id, -1)
         if size == before:
             return

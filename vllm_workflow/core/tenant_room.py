@@ -33,6 +33,8 @@ class TenantWaitingRoom(WaitingRoom):
         self, fleet: Fleet, policy: DispatchPolicy, config: PolicyConfig, ledger: TenantLedger
     ) -> None:
         super().__init__(fleet, policy, config)
+        # Runs begin by their tenants' turns, which an order of runs among all would undo.
+        self._relegates = False
         self._ledger = ledger
         self._turns = TenantBacklog(ledger), TenantBacklog(ledger)
         self.backlog, self.relegated = self._turns
@@ -67,21 +69,12 @@ class TenantWaitingRoom(WaitingRoom):
         return None if first is None else next(self.relegated.walk(()), None)
 
     def _is_guest(self, waiting: Waiting) -> bool:
-        if self._ledger.is_guest(waiting.request.tenant_id):
-            return True
-        return self._config.relegate and super()._is_guest(waiting)
+        return self._ledger.is_guest(waiting.request.tenant_id)
 
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
         """Whether such a call may join others on an instance without making them late."""
-        if (
-            candidate.num_outstanding
-            and self._ledger.is_guest(waiting.request.tenant_id)
-            and not self._fleet.bears(candidate, margin=self._margin(candidate.instance_id))
-        ):
-            return False
-        if self._config.relegate and super()._is_guest(waiting):
-            return super()._bears(waiting, candidate, now)
-        return True
+        margin = self._margin(candidate.instance_id)
+        return not candidate.num_outstanding or self._fleet.bears(candidate, margin=margin)
 
     def _margin(self, instance_id: str) -> float:
         """What others must have to spare: a stretch leaves out what prompts computed beside

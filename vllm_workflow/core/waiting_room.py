@@ -7,11 +7,14 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
+from vllm_workflow.core.admission import Admission, Held, run_key
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
 from vllm_workflow.core.dispatch import DispatchPolicy
-from vllm_workflow.core.fleet import Fleet, max_stretch
+from vllm_workflow.core.errors import OverloadedError
+from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.types import Candidate, StageRequest
 
 _MAX_LOOKED_AT = 16
@@ -36,25 +39,45 @@ class WaitingRoom:
         fleet: What they wait for.
         policy: Chooses among the instances that can start a call.
         config: Order of the calls, and whether runs are relegated.
+        paces: What was learned of the runs of each model.
     """
 
     held_until: float = math.inf
     """Instant from which a call may start that could not although there was room."""
 
-    def __init__(self, fleet: Fleet, policy: DispatchPolicy, config: PolicyConfig) -> None:
+    def __init__(
+        self,
+        fleet: Fleet,
+        policy: DispatchPolicy,
+        config: PolicyConfig,
+        paces: dict[str, Pace] | None = None,
+    ) -> None:
         self.backlog = Backlog()
         self.relegated = Backlog()
-        """Calls of runs that can no longer be on time: they wait for all others."""
+        """Calls of runs under way that can no longer be on time: they wait for all others."""
+        self.paces = {} if paces is None else paces
+        self._admissions: dict[str, Admission] = {}
         self._fleet = fleet
         self._policy = policy
         self._config = config
-        self._has_guests = config.relegate
+        self._has_guests = False
+        self._relegates = config.relegate and config.late_binding
         self._ordering = config.build_ordering()
         self._num_since_relegated = 0
         self._looked_at_version = -1
 
     def __len__(self) -> int:
-        return len(self.backlog) + len(self.relegated)
+        return len(self.backlog) + len(self.relegated) + self.num_held
+
+    @property
+    def num_held(self) -> int:
+        """First calls of runs that have not begun."""
+        return sum(map(len, self._admissions.values()))
+
+    @property
+    def num_relegated(self) -> int:
+        """Runs that have begun although they could not be on time any more."""
+        return sum(a.num_relegated for a in self._admissions.values())
 
     @property
     def has_news(self) -> bool:
@@ -62,35 +85,151 @@ class WaitingRoom:
         return len(self) > 0 and self._fleet.version != self._looked_at_version
 
     def enter(
-        self, request: StageRequest, num_prompt_bytes: int, exclude: tuple[str, ...], now: float
-    ) -> Waiting:
+        self,
+        request: StageRequest,
+        num_prompt_bytes: int,
+        exclude: tuple[str, ...],
+        now: float,
+        *,
+        idle_s: float = 0.0,
+    ) -> Waiting | None:
         """Give a call its place.
+
+        Args:
+            request: The call, with its predictions.
+            num_prompt_bytes: Size of its prompt.
+            exclude: Instances that it is not to go to.
+            now: Instant.
+            idle_s: Its service on an idle fleet.
+
+        Returns:
+            None if its run may not begin yet.
 
         Raises:
             ValueError: It waits already.
         """
-        if self._config.relegate and is_hopeless(request, now, self._config.relegation_margin):
-            return self.relegated.add(request, request.deadline, num_prompt_bytes, exclude)
-        level = 0 if self._config.relegate and request.attained_s > 0.0 else 1
-        key = self._ordering.key(request)
-        return self.backlog.add(request, key, num_prompt_bytes, exclude, level=level)
+        held = Held(request, num_prompt_bytes, exclude)
+        if not self._relegates:
+            return self._line_up(held, now)
+        admission = self._admission_of(request)
+        if request.request_id in admission:
+            raise ValueError(f"request {request.request_id!r} is already waiting")
+        # A run that has been forgotten, or began under another policy, is under way too.
+        if run_key(request) in admission.pace or request.attained_s > 0.0:
+            return self._line_up(held, now)
+        if not request.has_deadline:
+            return self._line_up(held, now)
+        admission.arrived(request, idle_s, now)
+        admission.hold(held)
+        for waiting in self._begin(admission, now):
+            if waiting.request is request:
+                return waiting
+            self._looked_at_version = -1
+        return None
 
-    def leave(self, request_id: str) -> Waiting | None:
+    def leave(self, request_id: str) -> StageRequest | None:
         """Take a call out; None if it does not wait."""
         waiting = self.backlog.remove(request_id) or self.relegated.remove(request_id)
         if waiting is not None:
             self._looked_at_version = -1  # others may have been held up by it
-        return waiting
+            self._closed(waiting.request, end_time=math.nan, idle_s=0.0, ok=False)
+            return waiting.request
+        for admission in self._admissions.values():
+            held = admission.leave(request_id)
+            if held is not None:
+                return held.request
+        return None
 
-    def by_arrival(self) -> list[Waiting]:
+    def ended(self, request: StageRequest, *, end_time: float, idle_s: float, ok: bool) -> None:
+        """Note that a call that had been started has ended.
+
+        Args:
+            request: The call.
+            end_time: When; `nan` unless it ended well.
+            idle_s: Its service on an idle fleet.
+            ok: It ended well.
+        """
+        self._closed(request, end_time=end_time, idle_s=idle_s, ok=ok)
+
+    def check(self, request: StageRequest) -> None:
+        """Refuse a run that has just come, if the policy says so; the caller withdraws it.
+
+        Args:
+            request: Its first call.
+
+        Raises:
+            OverloadedError: It would wait too long to begin.
+        """
+        admission = self._admissions.get(request.model)
+        if (
+            self._config.admission != "reject"
+            or admission is None
+            or request.request_id not in admission
+        ):
+            return
+        wait_s, promised_s = admission.wait_s(), request.deadline - request.arrival_time
+        most_s = self._config.max_hold_share * promised_s
+        if wait_s > most_s:
+            raise OverloadedError(
+                f"model {request.model!r}: run {request.workflow_id!r} would begin in "
+                f"{wait_s:.0f} s: expected at most {most_s:.0f} s of its SLO, {promised_s:.0f} s; "
+                f"{admission.pace.num_runs} runs are under way, {len(admission)} wait to begin",
+                retry_after_s=wait_s,
+            )
+
+    def _closed(self, request: StageRequest, *, end_time: float, idle_s: float, ok: bool) -> None:
+        pace = self.paces.get(request.model)
+        if pace is not None:
+            pace.closed(run_key(request), request, end_time=end_time, idle_s=idle_s, ok=ok)
+
+    def _admission_of(self, request: StageRequest) -> Admission:
+        admission = self._admissions.get(request.model)
+        if admission is None:
+            config = self._config
+            admission = self._admissions[request.model] = Admission(
+                self.paces.setdefault(request.model, Pace()),
+                margin=config.relegation_margin,
+                max_hold_share=config.max_hold_share,
+                relegated_share=config.relegated_share,
+            )
+        return admission
+
+    def _begin(self, admission: Admission, now: float) -> Iterator[Waiting]:
+        """Let the runs begin that may."""
+        if not len(admission):
+            return
+        while True:
+            is_idle = not self.backlog and not self._fleet.num_outstanding()
+            begun = admission.beginning(now, is_idle=is_idle)
+            if not begun:
+                return
+            for held in begun:
+                yield self._line_up(held, now)
+
+    def _line_up(self, held: Held, now: float) -> Waiting:
+        """Let a call of a run under way wait for an instance."""
+        request, num_prompt_bytes, exclude = held
+        if self._relegates:
+            admission = self._admission_of(request)
+            admission.pace.opened(run_key(request), request, now)
+            if is_hopeless(request, now):
+                return self.relegated.add(request, request.deadline, num_prompt_bytes, exclude)
+        key = self._ordering.key(request)
+        return self.backlog.add(request, key, num_prompt_bytes, exclude)
+
+    def by_arrival(self) -> list[Held]:
         """All calls, the one that came first first."""
-        return sorted((*self.backlog, *self.relegated), key=lambda w: w.request.arrival_time)
+        held = (h for admission in self._admissions.values() for h in admission.calls())
+        lined_up = (
+            Held(w.request, w.num_prompt_bytes, w.exclude) for w in (*self.backlog, *self.relegated)
+        )
+        return sorted((*lined_up, *held), key=lambda h: h.request.arrival_time)
 
     def stranded(self) -> list[StageRequest]:
         """Calls that no healthy instance serves any more."""
         return [
             waiting.request
-            for waiting in (*self.backlog, *self.relegated)
+            for waiting in self.by_arrival()
             if not self._fleet.serves_now(waiting.request.model, waiting.exclude)
         ]
 
@@ -112,7 +251,11 @@ class WaitingRoom:
             newest_candidates: What has just been predicted of it, if anything has.
         """
         fleet = self._fleet
-        if self._config.relegate:
+        if newest is None and self._relegates:
+            for admission in self._admissions.values():
+                for _ in self._begin(admission, now):
+                    pass
+        if self._relegates:
             self._relegate(now)
         full: set[Kind] = set()
         blocked: dict[Kind, Waiting] = {}
@@ -156,13 +299,18 @@ class WaitingRoom:
             if self.backlog.remove(waiting.request.request_id) is None:
                 self.relegated.remove(waiting.request.request_id)
                 self._num_since_relegated = 0
-            yield Choice(waiting, candidates, costs, min(able, key=costs.__getitem__))
+            chosen = min(able, key=costs.__getitem__)
+            if self._relegates:
+                self.paces[waiting.request.model].bound(
+                    candidates[chosen], self._fleet.num_instances
+                )
+            yield Choice(waiting, candidates, costs, chosen)
         self._looked_at_version = fleet.version
 
     def _relegate(self, now: float) -> None:
         """Move what can no longer be on time behind all that can."""
         for waiting in self.backlog.first(_MAX_LOOKED_AT):
-            if is_hopeless(waiting.request, now, self._config.relegation_margin):
+            if is_hopeless(waiting.request, now):
                 request = waiting.request
                 self.backlog.remove(request.request_id)
                 self.relegated.add(
@@ -178,7 +326,7 @@ class WaitingRoom:
 
     def _in_turn(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
         """All calls in order; now and then a relegated one goes first."""
-        if not self._config.relegate:
+        if not self._relegates:
             return self.backlog.walk(passed_over)
         first = self._goes_first
         hopeful, hopeless = self.backlog.walk(passed_over), self.relegated.walk(passed_over)
@@ -214,19 +362,12 @@ class WaitingRoom:
         return claims
 
     def _is_guest(self, waiting: Waiting) -> bool:
-        """Whether a call's run has not begun, or is late anyway."""
-        return waiting.request.attained_s <= 0.0 or waiting.request.request_id in self.relegated
+        """Whether a call may only go where it makes no other late."""
+        return False
 
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
-        """Whether such a call may join others on an instance without making them late."""
-        if not candidate.num_outstanding:
-            return True
-        margin = self._config.relegation_margin
-        if not self._fleet.bears(candidate, margin=margin):
-            return False
-        if waiting.request.request_id in self.relegated:
-            return True
-        return candidate.stretch * (1.0 + margin) <= max_stretch(waiting.request, candidate, now)
+        """Whether a guest may join others on an instance."""
+        return True
 
 
 def _without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting]:

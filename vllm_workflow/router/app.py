@@ -25,6 +25,7 @@ from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.discovery import Discovery, sources
 from vllm_workflow.router.forward import Sessions
+from vllm_workflow.router.keeper import Keeper
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.protocol import Listener
@@ -100,10 +101,18 @@ async def serve(
         session = await stack.enter_async_context(_session())
         fresh = await stack.enter_async_context(_session(keep=False))
         binder = Binder(dispatcher)
+        metrics.count_held(
+            lambda: dispatcher.waiting.num_held, lambda: dispatcher.waiting.num_relegated
+        )
         metrics.count_waiting(lambda: len(dispatcher.waiting) + binder.num_stranded)
         metrics.count_predictions(dispatcher.predictor.num_predicted)
         upstreams = Upstreams(
-            config.instances, dispatcher, session, metrics, binder.instances_changed
+            config.instances,
+            dispatcher,
+            session,
+            metrics,
+            binder.instances_changed,
+            reads_load=config.read_load,
         )
         access = Access(config.auth)
         bodies = Bodies(config.max_body_mb, config.limits)
@@ -126,12 +135,15 @@ async def serve(
         )
         discovery = _discovery(config, session, upstreams)
         await discovery.look()
+        keeper = Keeper(dispatcher, store) if store else None
+        if keeper:
+            keeper.restore()
         await upstreams.probe_all()
         watchers = [
             upstreams.run(),
             discovery.run(),
             _expire_runs(proxy),
-            *([log.run()] if log else []),
+            *(each.run() for each in (log, keeper) if each),
         ]
         watchers += _tuning(config, PolicySwitch(dispatcher, binder, metrics), store)
         await stack.enter_async_context(_beside(*watchers))

@@ -7,7 +7,7 @@ import math
 import time
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import NoInstanceError
+from vllm_workflow.core.errors import NoInstanceError, OverloadedError
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.router.tries import Tries
 
@@ -97,6 +97,7 @@ class Binder:
 
         Raises:
             NoInstanceError: It could go nowhere for so long, or none had room in time.
+            OverloadedError: It is the first of a run that would begin too late.
             QuotaExceededError: Its tenant has no tokens for it before its deadline.
         """
         while True:
@@ -113,6 +114,12 @@ class Binder:
             if decision is not None:
                 self.poll()
                 return decision
+            try:
+                self._dispatcher.waiting.check(request)
+            except OverloadedError:
+                self._dispatcher.withdraw(request.request_id)
+                self.poll()
+                raise
             decision = await self._wait_for_room(request, tries)
             if decision is not None:
                 return decision

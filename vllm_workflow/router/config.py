@@ -59,6 +59,8 @@ class RouterConfig(Strict):
     """Database that keeps the decision log, what tenants use and what was learned."""
     tuner: TunerConfig | None = None
     """Online tuning of the policy; without it there is none."""
+    read_load: bool = True
+    """Ask each instance every two seconds, on its /metrics, for calls that others have sent."""
     dashboard: bool = True
     """Serve the live page at /dashboard; with keys its data needs the operators' one."""
     tracing: TracingConfig | None = None

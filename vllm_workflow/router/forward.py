@@ -111,8 +111,9 @@ class Forwarder:
                         reason=upstream.reason,
                         headers=self._headers(upstream.headers, call, attempt),
                     )
-                    await response.prepare(request)
+                    attempt.is_begun = True
                     passing = Passing(attempt, silence, response)
+                    await response.prepare(request)
                     await passing.run(upstream, first, wants_done=_ends_with_done(call, upstream))
             except TimeoutError:
                 if passing is None:

@@ -153,6 +153,12 @@ class Metrics:
             registry=registry,
         )
 
+        self._refused = Counter(
+            f"{_PREFIX}runs_refused",
+            "Runs refused at their first call because they would have begun too late.",
+            ("workflow",),
+            registry=registry,
+        )
         self._policy = Gauge(
             f"{_PREFIX}policy_info",
             "1 for the policy that decides now.",
@@ -190,6 +196,22 @@ class Metrics:
     def tuned(self, verdict: str) -> None:
         """Count a tuning that ended: `swap`, `keep` or `failed`."""
         self._tunings.labels(verdict).inc()
+
+    def run_refused(self, workflow: str) -> None:
+        self._refused.labels(self._workflow(workflow)).inc()
+
+    def count_held(self, num_held: Callable[[], int], num_relegated: Callable[[], int]) -> None:
+        """Show how overload is dealt with, asked whenever somebody looks."""
+        Gauge(
+            f"{_PREFIX}requests_held",
+            "First calls of runs that have not begun because they would make runs late.",
+            registry=self.registry,
+        ).set_function(num_held)
+        Gauge(
+            f"{_PREFIX}runs_relegated",
+            "Runs begun, under the policy that decides now, although they could not be on time.",
+            registry=self.registry,
+        ).set_function(num_relegated)
 
     def count_waiting(self, num_waiting: Callable[[], int]) -> None:
         """Show how many calls wait in the router, asked whenever somebody looks."""

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import NoInstanceError, QuotaExceededError
+from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
@@ -247,6 +247,9 @@ class Proxy:
                 )
             except NoInstanceError:
                 break
+            except OverloadedError as e:
+                self._metrics.run_refused(call.request.workflow)
+                return _refusal(call, e), False
             except QuotaExceededError as e:
                 if self._metrics.tenants is not None:
                     self._metrics.tenants.refused(call.request.tenant_id)
@@ -339,3 +342,16 @@ def _log_call(call: Call | None, instance_id: str, status: int, begin: float) ->
         }
     text = " ".join(f"{name}={value!r}" for name, value in fields.items())
     calls.info("call %s", text, extra=fields)
+
+
+def _refusal(call: Call, error: OverloadedError) -> web.Response:
+    """Answer for a run that is not to begin."""
+    return error_response(
+        503,
+        str(error),
+        code="overloaded",
+        headers={
+            "X-Request-Id": call.request_id,
+            "Retry-After": str(math.ceil(error.retry_after_s)),
+        },
+    )

@@ -7,15 +7,18 @@ import logging
 import ssl
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import aiohttp
 from multidict import CIMultiDict
 
+from vllm_workflow.core.account import Instance
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.router.attempt import Attempt
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.reports import Others, read_report
 from vllm_workflow.router.watch import Silence, WatchClock, watch
 
 PROBE_EVERY_S = 1.0
@@ -23,9 +26,11 @@ PROBE_SICK_EVERY_S = 0.5
 """An instance that is out; it is to be back soon after it is ready."""
 PROBE_TIMEOUT_S = 5.0
 """One that is stopped answers the same probe when it goes on; new ones would only pile up."""
-_PROBE_CONNECT_TIMEOUT_S = 1.0
-"""A host that is away does not answer at all; when it is back it answers at once."""
+_PROBE_CONNECT_TIMEOUT_S = 2.5
+"""A host that is away does not answer at all, and is asked anew; one lost packet costs 1 s."""
 _CANARY_TIMEOUT_S = 2.0
+REPORT_EVERY = 2
+"""Probes between two looks at how busy an instance is."""
 MODELS_EVERY = 15
 """Probes between two looks at `/v1/models`, which adapters may change."""
 _logger = logging.getLogger(__name__)
@@ -45,8 +50,15 @@ class Upstream:
         self.cards: list[dict[str, Any]] = []
         """What it last said of its models; empty if it never did."""
         self.num_probes_to_models = 0
+        self.num_probes_to_report = 0
+        self.others = Others()
+        """What it has to do for somebody else."""
+        self.num_kv_tokens: int | None = None
+        """That it says its KV cache holds."""
         self.probe_now = asyncio.Event()
         self.watcher: asyncio.Task[None] | None = None
+        self.asking: asyncio.Task[None] | None = None
+        """Asks how busy it is; ends by itself."""
         self.silence = Silence(clock)
         self.generation = 0
         """How often it has come back."""
@@ -98,9 +110,12 @@ class Upstreams:
         session: aiohttp.ClientSession,
         metrics: Metrics,
         changed: Callable[[], None],
+        *,
+        reads_load: bool = True,
     ) -> None:
         self._dispatcher = dispatcher
         self._changed = changed
+        self._reads_load = reads_load
         self._session = session
         self._metrics = metrics
         self._clock = WatchClock()
@@ -123,7 +138,9 @@ class Upstreams:
             upstream.reconfigure(config)
         upstream.leaving = False
         upstream.source = source
-        self._dispatcher.add(config.build([card["id"] for card in upstream.cards]))
+        if moved:
+            upstream.num_kv_tokens = None
+        self._dispatcher.add(self._built(upstream))
         if moved:
             self._dispatcher.mark(config.id, healthy=False)
             self._metrics.healthy(config.id, False)
@@ -227,7 +244,7 @@ class Upstreams:
         if not upstream.leaving and self.is_healthy(upstream):
             self._metrics.condemned(instance_id, reason)
         self._mark(upstream, False, reason)
-        upstream.silence.abandon()
+        upstream.silence.abandon(begun=reason == "stuck" or upstream.silence.is_lost)
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
@@ -267,7 +284,14 @@ class Upstreams:
                 healthy, reason = False, "it refuses the router's key (api_key_env, api_key_file)"
         self._mark(upstream, healthy, reason)
         if not answered:
-            upstream.silence.abandon()
+            upstream.silence.abandon(begun=True)
+        if not healthy or not self._reads_load:
+            return
+        if self._watchers is None:
+            await self._ask_load(upstream)
+        elif upstream.asking is None or upstream.asking.done():
+            # Beside the probes, which must go on if this is not answered.
+            upstream.asking = self._watchers.create_task(self._ask_load(upstream))
 
     async def _is_moving(self, upstream: Upstream) -> bool:
         """Have an engine that was stuck make one token, at nobody's risk."""
@@ -301,7 +325,7 @@ class Upstreams:
         if cards and cards != upstream.cards:
             upstream.cards = cards
             if not upstream.leaving:
-                self._dispatcher.add(upstream.config.build([card["id"] for card in cards]))
+                self._dispatcher.add(self._built(upstream))
                 self._changed()
         elif not (cards or upstream.model_cards() or upstream.refuses_key):
             _logger.warning(
@@ -309,6 +333,55 @@ class Upstreams:
                 "(`models` in its configuration says which)",
                 upstream.config.id,
             )
+
+    async def _ask_load(self, upstream: Upstream) -> None:
+        """Ask now and then for calls that others have sent; an answer that is none means none."""
+        if upstream.leaving:
+            return
+        upstream.num_probes_to_report -= 1
+        if upstream.num_probes_to_report > 0:
+            return
+        upstream.num_probes_to_report = REPORT_EVERY
+        instance_id, fleet = upstream.config.id, self._dispatcher.fleet
+        num_before = self.num_in_flight(instance_id)
+        try:
+            async with self._get(upstream, "/metrics") as response:
+                report = read_report(await response.read()) if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError):
+            report = None
+        if upstream.leaving or instance_id not in fleet:
+            return
+        if report is None:
+            changed = upstream.others.forget()
+        else:
+            self._take_size(upstream, report.num_kv_tokens)
+            changed = upstream.others.take(
+                report,
+                num_own_calls=max(num_before, self.num_in_flight(instance_id)),
+                own_kv_share=fleet.kv_used(instance_id) or 0.0,
+            )
+        if changed:
+            others = upstream.others
+            self._dispatcher.report(
+                instance_id, num_others=others.num_calls, kv_share=others.kv_share
+            )
+            self._changed()
+
+    def _take_size(self, upstream: Upstream, num_kv_tokens: int | None) -> None:
+        """Believe what an instance says of its KV cache, unless the configuration says."""
+        if num_kv_tokens is None or num_kv_tokens == upstream.num_kv_tokens:
+            return
+        upstream.num_kv_tokens = num_kv_tokens
+        if upstream.config.num_kv_tokens is None:
+            self._dispatcher.add(self._built(upstream))
+            self._changed()
+
+    def _built(self, upstream: Upstream) -> Instance:
+        """Return the core's value, with what the instance has told of itself."""
+        built = upstream.config.build([card["id"] for card in upstream.cards])
+        if upstream.config.num_kv_tokens is None and upstream.num_kv_tokens is not None:
+            built = replace(built, num_kv_tokens=upstream.num_kv_tokens)
+        return built
 
     def _get(self, upstream: Upstream, path: str) -> Any:
         timeout = aiohttp.ClientTimeout(

@@ -21,6 +21,7 @@ class RunState:
         "deadline",
         "end_time",
         "final",
+        "is_refused",
         "missing",
         "num_open",
         "then",
@@ -33,6 +34,7 @@ class RunState:
         self.deadline = math.inf if trace.slo_s is None else now + trace.slo_s
         """Its own, or what the router says that its tenant is promised."""
         self.end_time = math.nan
+        self.is_refused = False
         self.num_open = len(trace.calls)
         self.missing: dict[str, int] = {}
         """Calls yet to end before a call is made."""

@@ -14,7 +14,12 @@ from dataclasses import dataclass
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.core.errors import ConfigError, NoInstanceError, QuotaExceededError
+from vllm_workflow.core.errors import (
+    ConfigError,
+    NoInstanceError,
+    OverloadedError,
+    QuotaExceededError,
+)
 from vllm_workflow.core.events import Record
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.handover import handover
@@ -224,6 +229,8 @@ class _Simulation:
 
     def _make(self, run: RunState, trace: TraceCall) -> None:
         """The client makes a call: all that the router will know of it is in its request."""
+        if run.is_refused:
+            return
         now = self.kernel.now
         of = run.trace
         request = StageRequest(
@@ -266,9 +273,14 @@ class _Simulation:
         self._bound_later[request.request_id] = call
         try:
             decision = dispatcher.submit(request, now=now, num_prompt_bytes=num_bytes)
+            if decision is None:
+                dispatcher.waiting.check(request)
         except NoInstanceError:
             del self._bound_later[request.request_id]
             self._stranded.append(call)
+            return
+        except OverloadedError:
+            self._refuse(call.run)
             return
         except QuotaExceededError as e:
             del self._bound_later[request.request_id]
@@ -282,6 +294,13 @@ class _Simulation:
             self._send(decision)
         if self._lets_wait:
             self._poll()
+
+    def _refuse(self, run: RunState) -> None:
+        """A client that is refused gives its run up."""
+        run.is_refused = True
+        for request_id in [i for i, call in self._bound_later.items() if call.run is run]:
+            del self._bound_later[request_id]
+            self._dispatcher.withdraw(request_id)
 
     def _poll(self) -> None:
         """Send what the dispatcher has let wait until now."""

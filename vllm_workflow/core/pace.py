@@ -1,0 +1,193 @@
+"""How much slower runs get by running beside each other, learned from their calls."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm_workflow.core.types import Candidate, StageRequest
+
+MAX_RUNS = 20_000
+"""Runs followed at a time: their names come from clients."""
+MAX_IDLE_S = 60.0
+"""A run without a call for this long is taken to be over."""
+_MEMORY_S = 3000.0
+"""Seconds of service, as on an idle fleet, after which what was seen has faded to a third."""
+_PRIOR_RUNS = 30.0
+"""Runs that the prediction of the slope counts for."""
+_SHARING_RATE = 0.02
+_GAP_RATE = 0.02
+
+_RunKey = tuple[str, str]
+
+
+@dataclass(slots=True)
+class _Run:
+    num_open: int = 0
+    """Calls made and not yet ended."""
+    end_time: float = 0.0
+    """Of the call that ended last."""
+    goes_on: bool = True
+    """Whether calls are expected to follow."""
+    is_counted: bool = False
+
+
+class _Open(NamedTuple):
+    time: float
+    run_seconds: float
+    """Of all runs, up to then."""
+
+
+class Pace:
+    """Follows the runs under way. Every step costs the same however many they are."""
+
+    def __init__(self) -> None:
+        self.num_runs = 0
+        """Runs with a call under way, or soon to make one."""
+        self._runs: OrderedDict[_RunKey, _Run] = OrderedDict()
+        self._idle: OrderedDict[_RunKey, None] = OrderedDict()
+        """Runs between two calls, the one that is so longest first."""
+        self._calls: dict[str, _Open] = {}
+        self._time = -math.inf
+        self._run_seconds = 0.0
+        self._gap_s = 0.0
+        self._lost_s = 0.0
+        """Time that calls took longer than alone, faded."""
+        self._beside_s = 0.0
+        """Service of calls times the runs beside them, faded."""
+        self._sharing: dict[str, tuple[float, float]] = {}
+        """Instance -> what a call adds to each one beside it, and what it takes alone."""
+        self._num_instances = 1
+
+    def __contains__(self, key: _RunKey) -> bool:
+        return key in self._runs
+
+    def tick(self, now: float) -> None:
+        """Let time pass: runs that have made no call for long are over."""
+        if now > self._time:
+            if self.num_runs:
+                self._run_seconds += self.num_runs * (now - self._time)
+            self._time = now
+        patience_s = min(MAX_IDLE_S, 1.0 + 4.0 * self._gap_s)
+        while self._idle:
+            key = next(iter(self._idle))
+            run = self._runs[key]
+            if run.end_time + patience_s > now:
+                break
+            del self._idle[key]
+            self._count(run, False)
+
+    def opened(self, key: _RunKey, request: StageRequest, now: float) -> None:
+        """Note that a run makes a call, or that one begins. Safe to call twice."""
+        if request.request_id in self._calls:
+            return
+        self.tick(now)
+        run = self._runs.get(key)
+        if run is None:
+            run = self._runs[key] = _Run()
+            self._forget()
+        elif not run.num_open:
+            self._idle.pop(key, None)
+            gap_s = now - run.end_time
+            if gap_s < MAX_IDLE_S:
+                self._gap_s += _GAP_RATE * (gap_s - self._gap_s)
+        self._count(run, True)
+        run.num_open += 1
+        self._calls[request.request_id] = _Open(now, self._run_seconds)
+
+    def bound(self, candidate: Candidate, num_instances: int) -> None:
+        """Note what a call is predicted to add to those beside it.
+
+        Args:
+            candidate: Where it starts.
+            num_instances: Those there are.
+        """
+        self._num_instances = num_instances
+        if candidate.num_outstanding > 0 and candidate.alone_s > 0.0:
+            adds_s, alone_s = self._sharing.get(candidate.instance_id, (0.0, 0.0))
+            keep = 1.0 - _SHARING_RATE
+            self._sharing[candidate.instance_id] = (
+                keep * adds_s + candidate.harm_s / candidate.num_outstanding,
+                keep * alone_s + candidate.alone_s,
+            )
+
+    def closed(
+        self, key: _RunKey, request: StageRequest, *, end_time: float, idle_s: float, ok: bool
+    ) -> None:
+        """Note that a call ended.
+
+        Args:
+            key: Of its run.
+            request: The call.
+            end_time: When; ignored unless `ok`.
+            idle_s: Its service on an idle fleet, for the tokens it turned out to have.
+            ok: It ended well.
+        """
+        opened = self._calls.pop(request.request_id, None)
+        run = self._runs.get(key)
+        if opened is None or run is None:
+            return
+        run.num_open -= 1
+        if ok:
+            self.tick(end_time)
+            self._learn(opened, end_time, idle_s)
+            run.end_time = end_time
+            run.goes_on = request.rest_s > 0.0
+        if not run.num_open:
+            if request.final or not request.workflow_id:
+                self._count(run, False)
+                del self._runs[key]
+            elif run.goes_on:
+                run.end_time = max(run.end_time, self._time) if not ok else run.end_time
+                self._idle[key] = None
+            else:
+                self._count(run, False)
+                self._runs.move_to_end(key)
+
+    def slowdown(self, num_runs: int, needed_s: float = 0.0) -> float:
+        """Time that calls take over what they would alone, with so many runs under way.
+
+        Args:
+            num_runs: Itself included.
+            needed_s: What a run needs on an idle fleet: says how much was seen.
+        """
+        return 1.0 + self.slope(needed_s) * max(0, num_runs - 1)
+
+    def slope(self, needed_s: float = 0.0) -> float:
+        """What each run adds to the slowdown of the others."""
+        prior_s = _PRIOR_RUNS * needed_s * max(1, self.num_runs)
+        weight = self._beside_s + prior_s
+        if weight <= 0.0:
+            return self._predicted_slope()
+        return max(0.0, (self._lost_s + prior_s * self._predicted_slope()) / weight)
+
+    def _predicted_slope(self) -> float:
+        """From latency models alone, as if each instance got its share of the calls."""
+        paces = [alone_s / adds_s for adds_s, alone_s in self._sharing.values() if adds_s > 0.0]
+        if not paces:
+            return 0.0
+        # Those that no call has shared yet are taken to be like the others.
+        pace = sum(paces) * max(1.0, self._num_instances / len(paces))
+        return max(1.0, len(self._calls) / max(1, self.num_runs)) / pace
+
+    def _learn(self, opened: _Open, end_time: float, idle_s: float) -> None:
+        took_s = end_time - opened.time
+        if took_s <= 0.0 or idle_s <= 0.0:
+            return
+        num_runs = (self._run_seconds - opened.run_seconds) / took_s
+        keep = max(0.0, 1.0 - idle_s / _MEMORY_S)
+        self._lost_s = keep * self._lost_s + took_s - idle_s
+        self._beside_s = keep * self._beside_s + idle_s * max(0.0, num_runs - 1.0)
+
+    def _count(self, run: _Run, is_counted: bool) -> None:
+        self.num_runs += is_counted - run.is_counted
+        run.is_counted = is_counted
+
+    def _forget(self) -> None:
+        """Make room for a new run: the one longest without a call goes."""
+        while len(self._runs) > MAX_RUNS:
+            key, run = self._runs.popitem(last=False)
+            self._idle.pop(key, None)
+            self._count(run, False)

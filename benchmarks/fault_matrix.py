@@ -63,7 +63,8 @@ class Row:
     num_failed: int
     """Calls whose client was told of a failure, or waited too long, and had to try again."""
     num_twice: int
-    """Calls that two engines answered to the end."""
+    """Calls that two engines answered to the end; one that is stopped may find out too late that
+    nobody wants its answer any more."""
     max_latency_s: float
     """Of calls that ended well."""
     back_s: float | None
@@ -270,13 +271,14 @@ def _seconds(row: Row) -> str:
 
 
 def _table(rows: list[Row], routers: Sequence[str]) -> str:
+    """Lost runs / truncated / answered twice / failed calls, longest call, back after."""
     lines = [
         "| fault | " + " | ".join(routers) + " |",
         "|---|" + "---|" * len(routers),
     ]
     for fault in dict.fromkeys(row.fault for row in rows):
         cells = [
-            f"{row.num_lost_runs} / {row.num_truncated} / {row.num_failed}, "
+            f"{row.num_lost_runs} / {row.num_truncated} / {row.num_twice} / {row.num_failed}, "
             f"{row.max_latency_s:.1f} s, {_seconds(row)}"
             for row in rows
             if row.fault == fault

@@ -20,7 +20,6 @@ def of(*seen: float) -> Histogram:
 def test_of_nothing_nothing_is_known() -> None:
     assert Histogram().mean is None
     assert Histogram().quantile(0.5) is None
-    assert Histogram().mean_above(0.0) is None
 
 
 @given(st.lists(values, min_size=1, max_size=50), st.floats(0.0, 1.0))
@@ -62,34 +61,6 @@ def test_old_values_fade() -> None:
 def test_weight_counts_up_to_the_memory() -> None:
     assert of(*[1.0] * 5).weight == pytest.approx(5.0, rel=0.02)
     assert of(*[1.0] * 100_000).weight == pytest.approx(MEMORY, rel=0.01)
-
-
-@given(st.lists(values, min_size=1, max_size=50), st.floats(0.0, 1e8))
-def test_what_exceeds_a_value_has_a_mean_above_it(seen: list[float], least: float) -> None:
-    mean = of(*seen).mean_above(least)
-
-    assert mean is None or mean >= least * (1.0 - 1e-9)
-    if max(seen) > max(least, LEAST) * BUCKET:
-        assert mean is not None
-
-
-def test_the_longer_a_call_runs_the_longer_it_is_expected_to() -> None:
-    histogram = of(*[100.0] * 90, *[1000.0] * 10)
-
-    expected = [histogram.mean_above(n) or 0.0 for n in (0.0, 50.0, 150.0, 900.0)]
-    assert expected[0] == pytest.approx(190.0, rel=0.3)
-    assert expected[1] == pytest.approx(190.0, rel=0.3)
-    assert expected[2] == pytest.approx(1000.0, rel=0.15)
-    assert expected == sorted(expected)
-
-
-@given(st.lists(values, max_size=40), st.lists(values, max_size=40))
-def test_merged_halves_are_the_whole(some: list[float], others: list[float]) -> None:
-    merged = of(*some)
-    merged.merge(of(*others))
-
-    assert merged.num_values == len(some) + len(others)
-    assert merged.weight == pytest.approx(of(*some).weight + of(*others).weight)
 
 
 @given(st.lists(values, max_size=400))

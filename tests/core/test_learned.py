@@ -4,6 +4,7 @@ from typing import Any
 import pytest
 
 from tests.builders import dispatcher, instance, outcome, stage_request, workflow
+from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.learned import Learned
@@ -59,6 +60,28 @@ def test_a_call_that_is_the_last_by_the_client_s_word_leaves_nothing() -> None:
     call = predicted(taught(20), "r", "judge", final=True)
 
     assert (call.rest_s, call.rest_from) == (0.0, "client")
+
+
+def test_a_policy_that_counts_on_luck_expects_less_of_the_run_than_one_that_does_not() -> None:
+    brain = dispatcher(instance("a"))
+    for run in range(30):  # every third run revises
+        revised = ["revise"] if run % 3 == 0 else []
+        for number, stage in enumerate(["generate", *revised, "judge"]):
+            now = 10.0 * run + number
+            final = stage == "judge"
+            name = f"{run}-{stage}"
+            call = predicted(
+                brain, name, stage, workflow_id=f"{run}", arrival_time=now, final=final
+            )
+            brain.submit(call, now=now)
+            brain.settle(outcome(name, "a", num_prompt_tokens=900, num_output_tokens=300))
+    mean_s = predicted(brain, "r", "generate").rest_s
+    rests_s = []
+    for quantile in (0.1, 0.9):
+        brain.swap(PolicyConfig(risk_quantile=quantile), now=400.0)
+        rests_s.append(predicted(brain, "r", "generate").rest_s)
+
+    assert rests_s[0] < mean_s < rests_s[1]
 
 
 def test_a_router_that_starts_again_predicts_as_the_one_before() -> None:

@@ -28,6 +28,8 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ({"alpha": True}, "p: alpha: expected float, got True"),
         ({"alpha": 1.5}, "p: alpha: expected a number from 0 to 1, got 1.5"),
         ({"alpha": float("nan")}, "p: alpha: expected a number from 0 to 1, got nan"),
+        ({"risk_quantile": 1.0}, "p: risk_quantile: expected a number from 0 to below 1, got 1.0"),
+        ({"risk_quantile": -0.1}, "p: risk_quantile: expected a number from 0 to below 1"),
         ({"patience_s": 0}, "p: patience_s: expected a positive, finite number of seconds"),
         ({"patience_s": float("inf")}, "p: patience_s: expected a positive, finite number"),
         ({"patience_s": 10**400}, "p: patience_s: expected float, got 1000"),

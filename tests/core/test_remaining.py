@@ -42,7 +42,7 @@ class Agent:
         for stage in stages:
             self.call(stage, final=final and stage is stages[-1])
 
-    def rest_s(self, stage: str, quantile: float | None = None) -> float | None:
+    def rest_s(self, stage: str, quantile: float = 0.0) -> float | None:
         self.num_runs += 1
         return self.learned.after(self.request(stage), quantile)
 

@@ -85,11 +85,13 @@ async def test_stopped_it_is_found_out_within_two_seconds_and_back_within_two(
         async with running(
             Load(url=router.url, num_tokens=30, num_calls=2), NUM_RUNS, mode=mode
         ) as load:
-            await until(lambda: a.count("begin") >= 8)
+            await until(lambda: a.count("first" if mode == "stream" else "begin") >= 8)
             a.stop()
             stopped_time = time.monotonic()
             await until(lambda: not is_healthy(router, "a"))
             found_s = time.monotonic() - stopped_time
+            await until(lambda: not router.upstreams["a"].silence.attempts)
+            told_s = time.monotonic() - stopped_time
         assert condemned(router, "a", "hung") == 1
 
         a.go_on()
@@ -97,12 +99,28 @@ async def test_stopped_it_is_found_out_within_two_seconds_and_back_within_two(
         await until(lambda: is_healthy(router, "a"))
         back_s = time.monotonic() - went_on_time
 
-    print(f"{mode}: found out after {found_s:.2f} s, back after {back_s:.2f} s")
+    print(f"{mode}: found after {found_s:.2f} s, told {told_s:.2f} s, back {back_s:.2f} s")
     assert found_s <= 2.0
+    assert told_s <= 3.5
     assert back_s <= 2.0
     assert_nothing_lost(load.tally)
     assert set(load.tally.signalled) <= set(a.notes("first"))
     assert max(load.tally.latencies) < 8.0
+
+
+async def test_stopped_for_a_moment_only_it_goes_on_with_its_streams(fleet: Routed) -> None:
+    async with fleet(token_s=0.05) as (router, (a, _)):
+        async with running(
+            Load(url=router.url, num_tokens=40, num_calls=1), NUM_RUNS, mode="stream"
+        ) as load:
+            await until(lambda: a.count("first") >= 6)
+            a.stop()
+            await until(lambda: not is_healthy(router, "a"))
+            a.go_on()
+
+    assert_nothing_lost(load.tally)
+    assert load.tally.signalled == []
+    assert a.count("end") >= 6
 
 
 async def test_stopped_before_the_first_byte_no_client_notices(fleet: Routed) -> None:

@@ -102,7 +102,7 @@ async def test_clients_that_leave_as_they_are_bound_take_nobody_s_turn(routing: 
 
         def ask(name: str) -> asyncio.Task[Decision]:
             call = StageRequest(request_id=name, arrival_time=time.monotonic(), model="m")
-            tries = Tries(None, 0.0, lambda instance_id: 0)
+            tries = Tries(lambda: None, 0.0, lambda instance_id: 0)
             return asyncio.create_task(binder.bind(call, num_prompt_bytes=1, tries=tries))
 
         def settle(decision: Decision) -> None:

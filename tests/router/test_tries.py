@@ -16,7 +16,7 @@ class Instances:
         self.times_back = {"a": 0, "b": 0}
 
     def tries(self, give_up_time: float | None = None) -> Tries:
-        return Tries(give_up_time, 60.0, self.times_back.__getitem__)
+        return Tries(lambda: give_up_time, 60.0, self.times_back.__getitem__)
 
 
 def refusal(status: int, **headers: str) -> Refusal:

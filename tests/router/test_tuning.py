@@ -131,7 +131,7 @@ async def test_calls_that_wait_are_woken_by_a_policy_under_which_they_can_start(
         binder.bind(
             stage_request("waiting", arrival_time=time.monotonic()),
             num_prompt_bytes=1,
-            tries=Tries(None, 0.0, lambda instance_id: 0),
+            tries=Tries(lambda: None, 0.0, lambda instance_id: 0),
         )
     )
     while not len(of.dispatcher.waiting):

@@ -101,6 +101,17 @@ def test_a_stream_that_is_overdue_has_its_instance_condemned_sooner() -> None:
     assert spent_s <= overdue_after_s(STEP_S) + 0.5 + 3 * TICK_S
 
 
+def test_streams_are_given_up_two_seconds_after_the_probe_and_not_before() -> None:
+    watched = Watched()
+    watched.gives(watched.attempt(), 10, STEP_S)
+    watched.silence.probe_sent()
+    watched.sleep(1.9)
+    assert watched.is_hung
+    assert not watched.silence.is_lost
+    watched.sleep(0.2)
+    assert watched.silence.is_lost
+
+
 def test_an_instance_that_answers_probes_is_not_hung_however_slow_it_is() -> None:
     watched = Watched()
     slow = watched.attempt(max_output_tokens=30)

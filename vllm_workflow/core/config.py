@@ -49,7 +49,7 @@ class PolicyConfig:
     relegate: bool = False
     """With `late_binding`: a run begins only if it can be on time beside those under way, see
     `core.admission`; what can no longer be on time waits for all that can."""
-    relegation_margin: float = 0.1
+    relegation_margin: float = 0.25
     """With `relegate`: kept in reserve, as a share of how much slower runs are predicted to
     get by running beside each other, >= 0."""
     relegated_share: float = 0.05
@@ -61,6 +61,9 @@ class PolicyConfig:
     admission: str = "accept"
     """With `relegate`: `accept` takes every run, however late it will be; `reject` refuses a
     run at its first call if it would wait for longer than `max_hold_share`."""
+    risk_quantile: float = 0.0
+    """What is left of a run is taken to be what this share of earlier runs did not exceed, below 1;
+    0 takes their mean."""
     patience_s: float = DEFAULT_PATIENCE_S
     """Budget that a call without a deadline is ranked by, and duration of one of unknown
     length, > 0."""
@@ -95,6 +98,8 @@ class PolicyConfig:
             self,
         )
         _require(0.0 <= self.alpha <= 1.0, "alpha", "a number from 0 to 1", self)
+        quantile_is_usable = 0.0 <= self.risk_quantile < 1.0
+        _require(quantile_is_usable, "risk_quantile", "a number from 0 to below 1", self)
         for name in ("patience_s", "preempt_margin_s"):
             value = getattr(self, name)
             _require(0.0 < value < math.inf, name, "a positive, finite number of seconds", self)

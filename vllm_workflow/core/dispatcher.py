@@ -63,6 +63,7 @@ class Dispatcher:
         self.fleet = fleet
         self.config = config
         self.predictor = Predictor(fleet, workflows)
+        self.predictor.risk_quantile = config.risk_quantile
         self._policy = build(config)
         self.tenants = None if tenants is None else TenantLedger(tenants)
         self._paces: dict[str, Pace] = {}
@@ -138,6 +139,7 @@ class Dispatcher:
             self._record(Swapped(now=now, policy=config, fingerprint=config.fingerprint))
         waiting = self.waiting.by_arrival()
         self.config = config
+        self.predictor.risk_quantile = config.risk_quantile
         self._policy = build(config)
         self.waiting = self._waiting_room()
         for each in waiting:

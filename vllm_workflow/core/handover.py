@@ -26,7 +26,10 @@ class Handover(NamedTuple):
 
     def xargs(self) -> dict[str, int]:
         """As members of `vllm_xargs`."""
-        return {f"wf_{name}": ms for name, ms in self._asdict().items() if ms is not None}
+        return {name: ms for name, ms in zip(_XARGS, self, strict=True) if ms is not None}
+
+
+_XARGS = tuple(f"wf_{name}" for name in Handover._fields)
 
 
 def handover(request: StageRequest, *, service_s: float, now: float) -> Handover:

@@ -111,32 +111,6 @@ class Histogram:
             left -= weight
         return value
 
-    def mean_above(self, least: float) -> float | None:
-        """Return the mean of those values that exceed `least`; None if none is known to.
-
-        Of the bucket that `least` falls in, the part above it counts. Within 9 %, as quantiles.
-        """
-        self._fold()
-        position = BUCKETS_PER_OCTAVE * math.log2(max(least, LEAST))
-        weight = total = 0.0
-        for bucket, each in self._weights.items():
-            share = min(max(bucket + 1.0 - position, 0.0), 1.0)
-            if share > 0.0:
-                weight += share * each
-                total += share * each * _value(bucket + 1.0 - 0.5 * share)
-        return max(least, total / weight) if weight > 0.0 else None
-
-    def merge(self, other: Histogram) -> None:
-        """Add all of another one, each value with the weight that it has there."""
-        self._fold()
-        other._fold()
-        scale = self._increment / other._increment
-        for bucket, weight in other._weights.items():
-            self._weights[bucket] = self._weights.get(bucket, 0.0) + scale * weight
-        self._total += scale * other._total
-        self._sum += scale * other._sum
-        self._num_folded += other._num_folded
-
     def to_mapping(self) -> dict[str, Any]:
         """Return what `from_mapping` takes: plain values, the newest weighing 1."""
         self._fold()

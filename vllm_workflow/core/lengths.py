@@ -150,7 +150,7 @@ class Lengths:
                 (PRIOR_OUTPUT_TOKENS, PRIOR) if declared is None else (declared, DECLARED)
             )
         if max_tokens and expected > max_tokens:
-            expected = max_tokens
+            expected = float(max_tokens)
         return (expected if expected > 1.0 else 1.0), source
 
     def prompt_tokens(self, num_bytes: int) -> int:

@@ -23,7 +23,7 @@ DEFAULT_GRID: Grid = MappingProxyType(
         "ordering": ("slack", "deadline", "program-fcfs", "shortest-remaining"),
         "late_binding": (True, False),
         "relegate": (False, True),
-        "relegation_margin": (0.0, 0.1, 0.3),
+        "relegation_margin": (0.1, 0.25, 0.5),
     }
 )
 """What decides in the router, 20 points: the order of calls, whether they wait there, and

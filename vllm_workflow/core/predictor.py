@@ -55,6 +55,8 @@ class Predictor:
 
     def __init__(self, fleet: Fleet, workflows: Iterable[WorkflowProfile] = ()) -> None:
         self.learned = Learned()
+        self.risk_quantile = 0.0
+        """See `PolicyConfig.risk_quantile`."""
         self._fleet = fleet
         self._workflows = {w.name: w for w in workflows}
         self._rests: dict[tuple[str, str, str, str], Expected] = {}
@@ -201,7 +203,7 @@ class Predictor:
 
     def _rest_s(self, request: StageRequest) -> Expected:
         """What was learned from runs, else what was declared, else nothing."""
-        learned_s = self.learned.remaining.after(request)
+        learned_s = self.learned.remaining.after(request, self.risk_quantile)
         if learned_s is not None:
             return learned_s, LEARNED
         workflow = self._workflows.get(request.workflow)

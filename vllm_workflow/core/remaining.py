@@ -56,9 +56,9 @@ class _Rest:
         self.values.add(rest_s)
         self.mean.add(rest_s)
 
-    def expected_s(self, quantile: float | None) -> float:
+    def expected_s(self, quantile: float) -> float:
         """Return the mean, or what a share `quantile` of the runs did not exceed."""
-        if quantile is None:
+        if quantile <= 0.0:
             return self.mean.value
         asked = quantile, self.values.num_values // _RECOMPUTED_EVERY
         if asked != self._asked:
@@ -80,12 +80,12 @@ class RemainingTime:
         self._num_calls = 0
         self._learn_run = learn
 
-    def after(self, request: StageRequest, quantile: float | None = None) -> float | None:
+    def after(self, request: StageRequest, quantile: float = 0.0) -> float | None:
         """Seconds that a run is expected to go on after a call; None if too little is known.
 
         Args:
             request: The call, about to be made.
-            quantile: None for the mean, else what that share of the runs did not exceed.
+            quantile: 0 for the mean, else what that share of the runs did not exceed.
         """
         if not request.workflow:
             return None

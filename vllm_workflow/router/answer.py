@@ -146,7 +146,8 @@ class Passing:
         """Let the client know that what it has is not the whole answer."""
         transport = request.transport
         try:
-            if is_event_stream(self.response.headers) and not self._has_error:
+            has_begun = self.response.prepared and is_event_stream(self.response.headers)
+            if has_begun and not self._has_error:
                 instance_id = self._attempt.instance_id
                 error = error_json(
                     502, f"instance {instance_id} broke off its answer", code="upstream_lost"

@@ -24,7 +24,7 @@ from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.discovery import Discovery, sources
-from vllm_workflow.router.forward import Sessions
+from vllm_workflow.router.forward import ADDED_BY_AIOHTTP, Sessions
 from vllm_workflow.router.keeper import Keeper
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
@@ -98,8 +98,14 @@ async def serve(
             stack.callback(log.flush)
         if tracing:
             stack.push_async_callback(asyncio.to_thread, tracing.close)
-        session = await stack.enter_async_context(_session())
-        fresh = await stack.enter_async_context(_session(keep=False))
+        session = await stack.enter_async_context(_session(_connector(keep=True)))
+        assert session.connector is not None
+        calls = await stack.enter_async_context(
+            _session(session.connector, owned=False, skipped=ADDED_BY_AIOHTTP)
+        )
+        fresh = await stack.enter_async_context(
+            _session(_connector(keep=False), skipped=ADDED_BY_AIOHTTP)
+        )
         binder = Binder(dispatcher)
         metrics.count_held(
             lambda: dispatcher.waiting.num_held, lambda: dispatcher.waiting.num_relegated
@@ -120,7 +126,7 @@ async def serve(
             dispatcher,
             binder,
             upstreams,
-            Sessions(session, fresh),
+            Sessions(calls, fresh),
             metrics,
             access=access,
             bodies=bodies,
@@ -238,14 +244,21 @@ async def _beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]
                 raise result
 
 
-def _session(*, keep: bool = True) -> aiohttp.ClientSession:
+def _connector(*, keep: bool) -> aiohttp.TCPConnector:
     """Return what makes connections, and keeps them for the next call or not."""
-    connector = aiohttp.TCPConnector(
+    return aiohttp.TCPConnector(
         limit=0, keepalive_timeout=_KEEPALIVE_S if keep else None, force_close=not keep
     )
+
+
+def _session(
+    connector: aiohttp.BaseConnector, *, owned: bool = True, skipped: tuple[str, ...] = ()
+) -> aiohttp.ClientSession:
     return aiohttp.ClientSession(
         connector=connector,
+        connector_owner=owned,
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
+        skip_auto_headers=skipped,
     )

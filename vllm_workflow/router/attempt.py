@@ -68,6 +68,9 @@ class Attempt:
     is_reading: bool = True
     """Waits for the instance, not for the client."""
 
+    is_begun: bool = False
+    """The client has a part of the answer, so that nobody else can give it."""
+
     @property
     def instance_id(self) -> str:
         return self.decision.chosen.instance_id

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from vllm_workflow.router.access_config import ANY_TENANT, AuthConfig
@@ -147,7 +147,7 @@ def admitted(
             param="model",
             code="model_not_allowed",
         )
-    return info if info.tenant_id else replace(info, tenant_id=caller.tenant_id)
+    return info if info.tenant_id else info._replace(tenant_id=caller.tenant_id)
 
 
 def visible(caller: Caller | None, cards: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:

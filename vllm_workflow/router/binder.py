@@ -39,7 +39,7 @@ class Binder:
         None at all means that they are found later, or are all being replaced.
         """
         fleet = self._dispatcher.fleet
-        return any(True for _ in fleet) and not fleet.serves(model)
+        return not fleet.serves(model) and next(iter(fleet), None) is not None
 
     def poll(self) -> None:
         """Wake the calls that can start now."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from vllm_workflow.router.dialects import agentic_context
 from vllm_workflow.router.errors import RequestError
@@ -39,8 +38,7 @@ _BLANKS = " \t\r\n"
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-@dataclass(frozen=True, slots=True)
-class Body:
+class Body(NamedTuple):
     """A JSON object as it arrived, and its members."""
 
     raw: bytes

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from multidict import CIMultiDict, CIMultiDictProxy
 
@@ -33,8 +33,7 @@ _NOT_FORWARDED = _HOP_BY_HOP | {"host", "content-length", "content-encoding", "e
 _MAX_INT64 = (1 << 63) - 1
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
+class Call(NamedTuple):
     """A client's request, read and predicted."""
 
     path: str
@@ -55,7 +54,7 @@ def end_to_end(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDi
     named = headers.get("Connection", "")
     if "," in named or named.lower() not in {"", "keep-alive", "close"}:
         dropped |= {name.strip().lower() for name in named.split(",")}
-    return CIMultiDict((k, v) for k, v in headers.items() if k.lower() not in dropped)
+    return CIMultiDict([(k, v) for k, v in headers.items() if k.lower() not in dropped])
 
 
 def request_headers(headers: CIMultiDictProxy[str]) -> tuple[CIMultiDict[str], str]:

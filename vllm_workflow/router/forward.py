@@ -6,8 +6,7 @@ import asyncio
 import errno
 import math
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import asynccontextmanager
+from collections.abc import Callable, Mapping
 from io import BytesIO
 from typing import NamedTuple
 
@@ -32,18 +31,18 @@ from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.tries import is_refusal
 from vllm_workflow.router.upstreams import Upstream, Upstreams
 from vllm_workflow.router.usage import MAX_USAGE_BYTES
-from vllm_workflow.router.watch import Silence
 
 _LARGE_BODY_BYTES = 1 << 20
 """From here on the client library wants a file, to write it in pieces."""
-_ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
+"""To be added to no call; said once to a session, that costs nothing per call."""
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
 """The router's own shortage, which no instance is to blame for."""
 _REFUSED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
 
 
 class Sessions(NamedTuple):
-    """Connections to instances."""
+    """Connections to instances; both add none of `ADDED_BY_AIOHTTP`."""
 
     kept: aiohttp.ClientSession
     fresh: aiohttp.ClientSession
@@ -86,43 +85,50 @@ class Forwarder:
         Raises:
             LostError: Before the client got anything, so another instance can be asked.
         """
+        upstream = self._upstreams[attempt.instance_id]
+        silence = upstream.silence
+        answer: aiohttp.ClientResponse | None = None
         passing: Passing | None = None
-        with self._upstreams.watched(attempt) as silence:
-            try:
-                async with (
-                    asyncio.timeout(None) as attempt.patience,
-                    self._sent(call, attempt, silence, fresh=fresh) as (upstream, first),
-                ):
-                    refusal = await _refusal(attempt, upstream, first)
-                    if refusal is not None:
-                        if refusal.status == MISSING:
-                            self._upstreams.suspect(attempt.instance_id)
-                        return refusal
-                    if request is None or not is_event_stream(upstream.headers):
-                        held = Held(upstream, first)
-                        if await held.read(attempt, silence, unbounded=request is None):
-                            attempt.ok = 200 <= upstream.status < 300
-                            attempt.usage.add(held.body[-MAX_USAGE_BYTES:])
-                            return self._whole(call, attempt, upstream, held.body)
-                        first = held.body
-                    assert request is not None
-                    response = web.StreamResponse(
-                        status=upstream.status,
-                        reason=upstream.reason,
-                        headers=self._headers(upstream.headers, call, attempt),
-                    )
-                    await response.prepare(request)
-                    passing = Passing(attempt, silence, response)
-                    await passing.run(upstream, first, wants_done=_ends_with_done(call, upstream))
-            except TimeoutError:
-                if passing is None:
-                    raise LostError("hung") from None
-            except LostError as e:
-                if e.reason in {"closed", "disconnected"}:
-                    self._upstreams.suspect(attempt.instance_id)
-                raise
-            finally:
-                attempt.patience = None
+        silence.begin(attempt)
+        try:
+            async with asyncio.timeout(None) as attempt.patience:
+                answer = await self._sent(upstream, call, attempt, fresh=fresh)
+                first = await _first(answer)
+                silence.heard(attempt)
+                refusal = await _refusal(attempt, answer, first)
+                if refusal is not None:
+                    if refusal.status == MISSING:
+                        self._upstreams.suspect(attempt.instance_id)
+                    return refusal
+                if request is None or not is_event_stream(answer.headers):
+                    held = Held(answer, first)
+                    if await held.read(attempt, silence, unbounded=request is None):
+                        attempt.ok = 200 <= answer.status < 300
+                        attempt.usage.add(held.body[-MAX_USAGE_BYTES:])
+                        return self._whole(call, attempt, answer, held.body)
+                    first = held.body
+                assert request is not None
+                response = web.StreamResponse(
+                    status=answer.status,
+                    reason=answer.reason,
+                    headers=self._headers(answer.headers, call, attempt),
+                )
+                attempt.is_begun = True
+                passing = Passing(attempt, silence, response)
+                await response.prepare(request)
+                await passing.run(answer, first, wants_done=_ends_with_done(call, answer))
+        except TimeoutError:
+            if passing is None:
+                raise LostError("hung") from None
+        except LostError as e:
+            if e.reason in {"closed", "disconnected"}:
+                self._upstreams.suspect(attempt.instance_id)
+            raise
+        finally:
+            attempt.patience = None
+            if answer is not None:
+                answer.close()
+            silence.end(attempt)
         assert passing is not None
         assert request is not None
         attempt.ok = passing.is_whole and 200 <= passing.response.status < 300
@@ -132,18 +138,16 @@ class Forwarder:
             await passing.break_off(request)
         return passing.response
 
-    @asynccontextmanager
     async def _sent(
-        self, call: Call, attempt: Attempt, silence: Silence, *, fresh: bool
-    ) -> AsyncIterator[tuple[aiohttp.ClientResponse, bytes]]:
-        """Forward the call; give the answer with its first bytes, close it at the end.
+        self, upstream: Upstream, call: Call, attempt: Attempt, *, fresh: bool
+    ) -> aiohttp.ClientResponse:
+        """Forward the call; return the answer, to be closed, when its headers are there.
 
         Raises:
-            LostError: Before the first byte of the body.
+            LostError: They did not come.
         """
-        upstream = self._upstreams[attempt.instance_id]
         try:
-            answer = await self._post(upstream, call, attempt, fresh=fresh)
+            return await self._post(upstream, call, attempt, fresh=fresh)
         except _REFUSED as e:
             if isinstance(e, OSError) and e.errno in _OUT_OF_SOCKETS:
                 raise RequestError(
@@ -153,15 +157,6 @@ class Forwarder:
             raise LostError("refused") from None
         except BROKEN_OFF:
             raise LostError("disconnected" if fresh else "closed") from None
-        try:
-            try:
-                first = await answer.content.readany()
-            except BROKEN_OFF:
-                raise LostError("disconnected") from None
-            silence.heard(attempt)
-            yield answer, first
-        finally:
-            answer.close()
 
     async def _post(
         self, upstream: Upstream, call: Call, attempt: Attempt, *, fresh: bool
@@ -179,7 +174,6 @@ class Forwarder:
             data=body if len(body) < _LARGE_BODY_BYTES else BytesIO(body),
             headers=upstream.headers(call.headers),
             ssl=upstream.ssl,
-            skip_auto_headers=_ADDED_BY_AIOHTTP,
             allow_redirects=False,
         )
 
@@ -206,6 +200,18 @@ class Forwarder:
         if math.isfinite(decision.slack_s):
             result["X-Workflow-Slack-Ms"] = f"{1000.0 * decision.slack_s:.0f}"
         return result
+
+
+async def _first(answer: aiohttp.ClientResponse) -> bytes:
+    """Return the first bytes of a body, empty if it has none.
+
+    Raises:
+        LostError: It broke off before.
+    """
+    try:
+        return await answer.content.readany()
+    except BROKEN_OFF:
+        raise LostError("disconnected") from None
 
 
 async def _refusal(

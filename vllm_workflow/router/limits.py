@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Annotated
+from typing import Annotated, Self
 
 from aiohttp import web
 from pydantic import Field
@@ -52,14 +50,9 @@ class Bodies:
         """Held by calls under way."""
         return self._num_bytes
 
-    @contextmanager
-    def held(self) -> Iterator[BodyReader]:
-        """Give what one body is read with; its memory counts as taken until the block ends."""
-        reader = BodyReader(self)
-        try:
-            yield reader
-        finally:
-            self._num_bytes -= reader.num_bytes
+    def held(self) -> BodyReader:
+        """Return what one body is read with, within a block at whose end its memory is free."""
+        return BodyReader(self)
 
     def take(self, reader: BodyReader, num_bytes: int) -> None:
         """Count bytes of a body for a reader.
@@ -87,6 +80,11 @@ class Bodies:
                 headers={"Retry-After": str(RETRY_AFTER_S), "Connection": "close"},
             )
 
+    def let_go(self, reader: BodyReader) -> None:
+        """Count all of a reader's memory as free."""
+        self._num_bytes -= reader.num_bytes
+        reader.num_bytes = 0
+
     def check_length(self, num_bytes: int | None) -> None:
         """Refuse a body by its announced length, before any of it is read.
 
@@ -107,6 +105,12 @@ class BodyReader:
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
         self.num_bytes = 0
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._bodies.let_go(self)
 
     def hold(self, num_bytes: int) -> None:
         """Count what was made of the body, too.

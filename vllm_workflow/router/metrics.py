@@ -79,6 +79,10 @@ class Metrics:
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self._stage, self._workflow = Capped(), Capped()
+        # Looking a series up by its labels takes the library long, and every call does.
+        self._in_flight_on: dict[str, Gauge] = {}
+        self._durations_on: dict[str, tuple[Histogram, Histogram]] = {}
+        self._answered: dict[tuple[str, str, int], Counter] = {}
         self.tenants: TenantMetrics | None = None
         """Set where tenants are told apart."""
         self._requests = Counter(
@@ -234,16 +238,29 @@ class Metrics:
         self.registry.register(_PredictionCollector(num_predicted))
 
     def dispatched(self, decision: Decision, queue_s: float) -> None:
-        self._in_flight.labels(decision.chosen.instance_id).inc()
+        instance_id = decision.chosen.instance_id
+        in_flight = self._in_flight_on.get(instance_id)
+        if in_flight is None:
+            in_flight = self._in_flight_on[instance_id] = self._in_flight.labels(instance_id)
+        in_flight.inc()
         self._queue.observe(queue_s)
         if math.isfinite(decision.slack_s):
             self._slack.observe(decision.slack_s)
 
     def settled(self, decision: Decision, outcome: Outcome) -> None:
-        self._in_flight.labels(outcome.instance_id).dec()
-        if outcome.ok:
-            self._predicted.labels(outcome.instance_id).observe(decision.chosen.finish_s)
-            self._actual.labels(outcome.instance_id).observe(outcome.e2el_s)
+        instance_id = outcome.instance_id
+        self._in_flight_on[instance_id].dec()
+        if not outcome.ok:
+            return
+        durations = self._durations_on.get(instance_id)
+        if durations is None:
+            durations = self._durations_on[instance_id] = (
+                self._predicted.labels(instance_id),
+                self._actual.labels(instance_id),
+            )
+        predicted, actual = durations
+        predicted.observe(decision.chosen.finish_s)
+        actual.observe(outcome.e2el_s)
 
     def condemned(self, instance_id: str, reason: str) -> None:
         self._condemned.labels(instance_id, reason).inc()
@@ -252,7 +269,11 @@ class Metrics:
         self._failovers.labels(instance_id, reason).inc()
 
     def answered(self, instance_id: str, stage: str, status: int) -> None:
-        self._requests.labels(instance_id, self._stage(stage), status).inc()
+        labels = instance_id, self._stage(stage), status
+        counter = self._answered.get(labels)
+        if counter is None:
+            counter = self._answered[labels] = self._requests.labels(*labels)
+        counter.inc()
 
     def broken(self, instance_id: str) -> None:
         self._broken.labels(instance_id).inc()

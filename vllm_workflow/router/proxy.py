@@ -6,9 +6,7 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from aiohttp import web
@@ -215,7 +213,7 @@ class Proxy:
                 predicted = predicted._replace(
                     expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
-            response, ok = await self._traced(request, replace(call, request=predicted), run)
+            response, ok = await self._traced(request, call._replace(request=predicted), run)
             return response
         finally:
             self.runs.end(call.info, run, time.monotonic(), ok=ok)
@@ -239,7 +237,9 @@ class Proxy:
         self, request: web.Request | None, call: Call
     ) -> tuple[web.StreamResponse, bool]:
         """Ask instances until one answers; then stay with it. Returns whether it ended well."""
-        tries = Tries(self._give_up_time(call), self._max_wait_s, self._upstreams.generation)
+        tries = Tries(
+            partial(self._give_up_time, call), self._max_wait_s, self._upstreams.generation
+        )
         while tries.may_go_on:
             try:
                 decision = await self._binder.bind(
@@ -254,19 +254,20 @@ class Proxy:
                 if self._metrics.tenants is not None:
                     self._metrics.tenants.refused(call.request.tenant_id)
                 raise quota_error(e) from None
-            with self._reserved(call, decision) as attempt:
-                try:
-                    answer = await self._forwarder.forward(
-                        request, call, attempt, fresh=tries.fresh_connection
-                    )
-                except LostError as e:
-                    tries.lost(attempt.instance_id, e.reason, time.monotonic())
-                    self._metrics.failed_over(attempt.instance_id, e.reason)
-                    continue
+            attempt = self._begun(call, decision)
+            try:
+                answer = await self._forwarder.forward(
+                    request, call, attempt, fresh=tries.fresh_connection
+                )
                 if not isinstance(answer, Refusal):
                     return answer, attempt.ok
                 tries.refused(answer, time.monotonic())
                 self._metrics.failed_over(attempt.instance_id, str(answer.status))
+            except LostError as e:
+                tries.lost(attempt.instance_id, e.reason, time.monotonic())
+                self._metrics.failed_over(attempt.instance_id, e.reason)
+            finally:  # the reservation lasts exactly as long as this, however it ends
+                self._settle(call, attempt)
         return self._give_up(call, tries), False
 
     def _give_up_time(self, call: Call) -> float | None:
@@ -279,21 +280,21 @@ class Proxy:
         )
         return max(request.deadline - service_s, request.arrival_time + MIN_WAIT_S)
 
-    @contextmanager
-    def _reserved(self, call: Call, decision: Decision) -> Iterator[Attempt]:
-        """Hold the reservation for exactly as long as the block runs, however it ends."""
+    def _begun(self, call: Call, decision: Decision) -> Attempt:
+        """Return the attempt for which a decision has been reserved; `_settle` must follow."""
         now = time.monotonic()
         stream = call.body.stream
         attempt = Attempt(decision, call.request, now, Usage(stream=stream), stream)
         self._metrics.dispatched(decision, now - call.request.arrival_time)
-        try:
-            yield attempt
-        finally:
-            outcome = attempt.outcome(time.monotonic())
-            self._binder.settle(outcome)
-            self._metrics.settled(decision, outcome)
-            if self._metrics.tenants is not None:
-                self._metrics.tenants.used(call.request.tenant_id, outcome)
+        return attempt
+
+    def _settle(self, call: Call, attempt: Attempt) -> None:
+        """Let go of a reservation, and learn from how the attempt ended."""
+        outcome = attempt.outcome(time.monotonic())
+        self._binder.settle(outcome)
+        self._metrics.settled(attempt.decision, outcome)
+        if self._metrics.tenants is not None:
+            self._metrics.tenants.used(call.request.tenant_id, outcome)
 
     def _give_up(self, call: Call, tries: Tries) -> web.Response:
         """Answer for a fleet of which no instance could: with its own last word, if any."""

@@ -28,15 +28,16 @@ class Tries:
     """Where one call has been, and whether it may go on to another instance.
 
     Args:
-        give_up_time: Instant from which on it is not tried again; None: `max_wait_s` after the
-            call was left without an instance.
+        give_up_time: Returns the instant from which on it is not tried again; None: `max_wait_s`
+            after the call was left without an instance. Asked when that has happened: it seldom
+            does, and the answer takes a look at every instance.
         max_wait_s: For a call without a deadline.
         generation: How often an instance has come back.
     """
 
     def __init__(
         self,
-        give_up_time: float | None,
+        give_up_time: Callable[[], float | None],
         max_wait_s: float,
         generation: Callable[[str], int],
     ) -> None:
@@ -60,8 +61,8 @@ class Tries:
 
     def give_up_time(self, now: float) -> float:
         """Instant until which the call waits, now that no instance can take it."""
-        if self._give_up_time is not None:
-            return self._give_up_time
+        if (until := self._give_up_time()) is not None:
+            return until
         if self._left_time is None:
             self._left_time = now
         return self._left_time + self._max_wait_s

@@ -6,7 +6,6 @@ import asyncio
 import logging
 import ssl
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +14,6 @@ from multidict import CIMultiDict
 
 from vllm_workflow.core.account import Instance
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.router.attempt import Attempt
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.reports import Others, read_report
@@ -26,8 +24,8 @@ PROBE_SICK_EVERY_S = 0.5
 """An instance that is out; it is to be back soon after it is ready."""
 PROBE_TIMEOUT_S = 5.0
 """One that is stopped answers the same probe when it goes on; new ones would only pile up."""
-_PROBE_CONNECT_TIMEOUT_S = 1.0
-"""A host that is away does not answer at all; when it is back it answers at once."""
+_PROBE_CONNECT_TIMEOUT_S = 2.5
+"""A host that is away does not answer at all, and is asked anew; one lost packet costs 1 s."""
 _CANARY_TIMEOUT_S = 2.0
 REPORT_EVERY = 2
 """Probes between two looks at how busy an instance is."""
@@ -57,7 +55,10 @@ class Upstream:
         """That it says its KV cache holds."""
         self.probe_now = asyncio.Event()
         self.watcher: asyncio.Task[None] | None = None
+        self.asking: asyncio.Task[None] | None = None
+        """Asks how busy it is; ends by itself."""
         self.silence = Silence(clock)
+        """Told by each call when it begins, of its bytes, and when it ends."""
         self.generation = 0
         """How often it has come back."""
         self.is_stuck = False
@@ -193,16 +194,6 @@ class Upstreams:
         upstream = self._upstreams.get(instance_id)
         return upstream.generation if upstream else -1
 
-    @contextmanager
-    def watched(self, attempt: Attempt) -> Iterator[Silence]:
-        """Watch the instance of an attempt on its behalf; `heard` is to be told of each byte."""
-        silence = self._upstreams[attempt.instance_id].silence
-        silence.begin(attempt)
-        try:
-            yield silence
-        finally:
-            silence.end(attempt)
-
     def refused(self, instance_id: str) -> None:
         """Note that a connection for a call could not be made."""
         upstream = self._upstreams[instance_id]
@@ -242,7 +233,7 @@ class Upstreams:
         if not upstream.leaving and self.is_healthy(upstream):
             self._metrics.condemned(instance_id, reason)
         self._mark(upstream, False, reason)
-        upstream.silence.abandon()
+        upstream.silence.abandon(begun=reason == "stuck" or upstream.silence.is_lost)
 
     async def _watch(self, upstream: Upstream) -> None:
         while True:
@@ -282,9 +273,14 @@ class Upstreams:
                 healthy, reason = False, "it refuses the router's key (api_key_env, api_key_file)"
         self._mark(upstream, healthy, reason)
         if not answered:
-            upstream.silence.abandon()
-        if healthy:
+            upstream.silence.abandon(begun=True)
+        if not healthy or not self._reads_load:
+            return
+        if self._watchers is None:
             await self._ask_load(upstream)
+        elif upstream.asking is None or upstream.asking.done():
+            # Beside the probes, which must go on if this is not answered.
+            upstream.asking = self._watchers.create_task(self._ask_load(upstream))
 
     async def _is_moving(self, upstream: Upstream) -> bool:
         """Have an engine that was stuck make one token, at nobody's risk."""
@@ -329,7 +325,7 @@ class Upstreams:
 
     async def _ask_load(self, upstream: Upstream) -> None:
         """Ask now and then for calls that others have sent; an answer that is none means none."""
-        if not self._reads_load or upstream.leaving:
+        if upstream.leaving:
             return
         upstream.num_probes_to_report -= 1
         if upstream.num_probes_to_report > 0:

@@ -29,6 +29,9 @@ MAX_SILENCE_S = 0.4
 PROBE_PATIENCE_S = 1.0
 OVERDUE_PROBE_PATIENCE_S = 0.5
 """When a call is overdue as well."""
+STREAM_PATIENCE_S = 2.0
+"""Until streams that have begun are given up too: nobody can take them over, and an instance that
+only paused goes on with them."""
 _PROBE_FACTOR = 4.0
 """Times the slowest of the latest probes, if that is more than the patience above."""
 _MAX_PROBE_PATIENCE_S = 5.0
@@ -110,10 +113,15 @@ class Silence:
             took_s = self._clock.now - sent_at
             self._slowest_probe_s = max(took_s, _FORGET_PROBES * self._slowest_probe_s)
 
-    def abandon(self) -> None:
-        """End every wait for an answer that this instance will not give."""
+    def abandon(self, *, begun: bool) -> None:
+        """End the waits for answers that this instance will not give.
+
+        Args:
+            begun: Also of which clients have a part already.
+        """
         for attempt in list(self.attempts):
-            attempt.abandon()
+            if begun or not attempt.is_begun:
+                attempt.abandon()
 
     @property
     def is_probed(self) -> bool:
@@ -128,13 +136,23 @@ class Silence:
 
     def is_hung(self, fleet: Fleet) -> bool:
         """Whether a probe is overdue, and nothing else was heard since it was sent."""
-        if self._probe_sent_at is None:
-            return False
-        silent_s = self._clock.now - max(self._probe_sent_at, self._heard_at)
-        learned_s = min(_PROBE_FACTOR * self._slowest_probe_s, _MAX_PROBE_PATIENCE_S)
+        silent_s, learned_s = self._probe_silence_s()
         if silent_s <= max(OVERDUE_PROBE_PATIENCE_S, learned_s):
             return False
         return silent_s > max(PROBE_PATIENCE_S, learned_s) or self._is_overdue(fleet)
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether that lasts so long that streams are given up, too."""
+        silent_s, learned_s = self._probe_silence_s()
+        return silent_s > max(STREAM_PATIENCE_S, learned_s)
+
+    def _probe_silence_s(self) -> tuple[float, float]:
+        """Seconds that a probe has met nothing but silence, and that it may, by those before."""
+        if self._probe_sent_at is None:
+            return 0.0, 0.0
+        silent_s = self._clock.now - max(self._probe_sent_at, self._heard_at)
+        return silent_s, min(_PROBE_FACTOR * self._slowest_probe_s, _MAX_PROBE_PATIENCE_S)
 
     def is_stuck(self, fleet: Fleet) -> bool:
         """Whether none of its calls has advanced for far longer than predicted."""

@@ -17,7 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from multidict import MultiMapping
 
@@ -28,8 +28,7 @@ MAX_MS = 1e11
 """About three years; more is a mistake of units, and would not survive arithmetic."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunInfo:
+class RunInfo(NamedTuple):
     """What a request says of its run; every field may be missing."""
 
     workflow_id: str = ""
@@ -186,12 +185,12 @@ def _read(
 
 def _only(source: Mapping[str, Any], name: str, prefix: str) -> Any:
     """Return a value; a header that stands there twice might be read otherwise by an engine."""
-    value = source.get(name)
-    if value is not None and isinstance(source, MultiMapping):
-        values = source.getall(name)
-        if len(values) > 1:
-            raise malformed(prefix + name, "one such header", f"{len(values)} of them")
-    return value
+    if not isinstance(source, MultiMapping):
+        return source.get(name)
+    values = source.getall(name, ())
+    if len(values) > 1:
+        raise malformed(prefix + name, "one such header", f"{len(values)} of them")
+    return values[0] if values else None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

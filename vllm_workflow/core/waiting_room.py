@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from vllm_workflow.core.admission import Admission, Held, run_key
+from vllm_workflow.core.admission import Admission, Demand, Held, run_key
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
@@ -39,7 +39,8 @@ class WaitingRoom:
         fleet: What they wait for.
         policy: Chooses among the instances that can start a call.
         config: Order of the calls, and whether runs are relegated.
-        paces: What was learned of the runs of each model.
+        paces: How runs of each model slow each other down.
+        demands: What runs of each model are promised and need.
     """
 
     held_until: float = math.inf
@@ -51,11 +52,13 @@ class WaitingRoom:
         policy: DispatchPolicy,
         config: PolicyConfig,
         paces: dict[str, Pace] | None = None,
+        demands: dict[str, Demand] | None = None,
     ) -> None:
         self.backlog = Backlog()
         self.relegated = Backlog()
         """Calls of runs under way that can no longer be on time: they wait for all others."""
         self.paces = {} if paces is None else paces
+        self._demands = {} if demands is None else demands
         self._admissions: dict[str, Admission] = {}
         self._fleet = fleet
         self._policy = policy
@@ -114,10 +117,7 @@ class WaitingRoom:
         admission = self._admission_of(request)
         if request.request_id in admission:
             raise ValueError(f"request {request.request_id!r} is already waiting")
-        # A run that has been forgotten, or began under another policy, is under way too.
-        if run_key(request) in admission.pace or request.attained_s > 0.0:
-            return self._line_up(held, now)
-        if not request.has_deadline:
+        if self._is_under_way(request):
             return self._line_up(held, now)
         admission.arrived(request, idle_s, now)
         admission.hold(held)
@@ -126,6 +126,30 @@ class WaitingRoom:
                 return waiting
             self._looked_at_version = -1
         return None
+
+    def take_over(self, calls: Iterable[Held], now: float) -> None:
+        """Give calls that have waited in another room their places here; `starting` must follow.
+
+        They count as arrivals no second time.
+
+        Args:
+            calls: In order of arrival.
+            now: Instant.
+        """
+        for held in calls:
+            if not self._relegates or self._is_under_way(held.request):
+                self._line_up(held, now)
+            else:
+                self._admission_of(held.request).hold(held)
+
+    def _is_under_way(self, request: StageRequest) -> bool:
+        """Whether a call does not have to wait for its run to begin.
+
+        A run that has been forgotten, or began under another policy, is under way too; one
+        without a deadline is never held.
+        """
+        pace = self._admission_of(request).pace
+        return run_key(request) in pace or request.attained_s > 0.0 or not request.has_deadline
 
     def leave(self, request_id: str) -> StageRequest | None:
         """Take a call out; None if it does not wait."""
@@ -191,6 +215,7 @@ class WaitingRoom:
                 margin=config.relegation_margin,
                 max_hold_share=config.max_hold_share,
                 relegated_share=config.relegated_share,
+                demand=self._demands.setdefault(request.model, Demand()),
             )
         return admission
 

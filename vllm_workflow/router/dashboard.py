@@ -17,7 +17,8 @@ from vllm_workflow.router.admin import package_version
 from vllm_workflow.router.board import Board
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.routes import answering, expect
-from vllm_workflow.router.upstreams import Upstream, Upstreams
+from vllm_workflow.router.upstream import Upstream
+from vllm_workflow.router.upstreams import Upstreams
 
 Check = Callable[[web.Request], None]
 """Raises `RequestError` where a key is wanted and not given."""

@@ -50,7 +50,11 @@ class TenantWaitingRoom(WaitingRoom):
         for turns in self._turns:
             turns.now, turns.held_until = now, math.inf
         yield from super().starting(now) if self._config.late_binding else self._released(now)
-        self.held_until = min(turns.held_until for turns in self._turns)
+
+    @property
+    def held_until(self) -> float:
+        backlog, relegated = self._turns
+        return min(backlog.held_until, relegated.held_until)
 
     def _released(self, now: float) -> Iterator[Choice]:
         for waiting in self._in_turn(()):

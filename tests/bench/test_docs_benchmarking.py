@@ -20,7 +20,8 @@ from vllm_workflow.cli.bench_flags import add_flags
 from vllm_workflow.emulation.lateness import MAX_LATE_SHARE
 
 PAGE = (Path(__file__).parents[2] / "docs" / "benchmarking.md").read_text(encoding="utf-8")
-TEXT, COMPARING = PAGE.split("## Comparing policies without a server")
+TEXT, REST = PAGE.split("## Comparing policies without a server")
+COMPARING = REST.split("\n## ")[0]
 
 
 def parser() -> argparse.ArgumentParser:

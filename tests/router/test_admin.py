@@ -384,3 +384,23 @@ async def test_a_moved_instance_is_found_at_its_new_address(tmp_path: Path) -> N
                 assert response.status == 200
 
     assert (len(a.received), len(b.received)) == (0, 1)
+
+
+async def test_an_instance_that_has_left_leaves_no_series(routing: Routing) -> None:
+    async with (
+        FakeEngine().serving() as one,
+        FakeEngine().serving() as two,
+        routing(one, two, policy="round-robin") as client,
+    ):
+        for _ in range(4):
+            async with client.post() as response:
+                assert response.status == 200
+        assert 'instance="b"' in client.router.metrics.exposition().decode()
+        client.router.upstreams.drain("b")
+        async with asyncio.timeout(10):
+            while "b" in client.router.upstreams:
+                await asyncio.sleep(0.02)
+        text = client.router.metrics.exposition().decode()
+
+    assert 'instance="b"' not in text
+    assert 'instance="a"' in text

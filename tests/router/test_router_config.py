@@ -81,7 +81,7 @@ def test_what_is_left_out_has_the_defaults_of_the_core() -> None:
 
     assert least.instances[0].build().latency == LatencyModel()
     assert least.policy == "workflow"
-    assert least.policy_config() == PolicyConfig(late_binding=True)
+    assert least.policy_config() == PRESETS["workflow"]
     assert least.port == 8080
 
 

@@ -266,3 +266,26 @@ def test_reading_does_not_keep_the_router_from_writing(tmp_path: Path):
         store.record(event("c"))
         store.close()
     assert (store.num_written, store.num_dropped) == (3, 0)
+
+
+def test_what_cannot_be_written_is_counted_and_the_rest_is_kept(tmp_path: Path):
+    path = tmp_path / "state.db"
+    store = Store(path)
+    store.keep("lengths", {"mean": 1.0})
+    until = time.monotonic() + 10.0
+    while store.num_written < 1 and time.monotonic() < until:
+        pass
+    store.tuned({"not": object()})  # type: ignore[dict-item]
+    while store.num_dropped < 1 and time.monotonic() < until:
+        pass
+    store.used("acme", prompt_tokens=1, output_tokens=1, service_s=float("nan"))
+    while store.num_dropped < 2 and time.monotonic() < until:
+        pass
+    store.record(event("a"))
+    store.close()
+
+    assert (store.num_dropped, store.num_written) == (2, 2)
+    assert not list(tmp_path.glob("*unusable*"))
+    with StoreReader(path) as reader:
+        assert reader.learned("lengths") == {"mean": 1.0}
+        assert list(reader.events()) == [to_json(event("a"))]

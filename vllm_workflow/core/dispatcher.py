@@ -196,6 +196,7 @@ class Dispatcher:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
         if self.tenants is not None:
+            request = request._replace(tenant_id=self.tenants.billed(request.tenant_id))
             self.tenants.require(request, now)
         decision: Decision | None
         if self.config.late_binding or self.tenants is not None:

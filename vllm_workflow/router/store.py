@@ -14,7 +14,7 @@ import sqlite3
 import threading
 import time
 from collections.abc import Generator, Mapping
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,7 +108,10 @@ class Store:
 
     def close(self) -> None:
         """Write what waits, and close. Blocks."""
-        self._queue.put(None)
+        while self._thread.is_alive():
+            with suppress(queue.Full):
+                self._queue.put(None, timeout=COMMIT_S)
+                break
         self._thread.join()
         self._connection.close()
 
@@ -156,10 +159,10 @@ class Store:
             with self._connection:
                 self._connection.execute("BEGIN")
                 do()
-        except sqlite3.Error as e:
+        except Exception as e:  # whatever it was given, the writer goes on
             self.num_dropped += num_items
-            _logger.error("store: lost %d items for %s: %s", num_items, self.path, e)
-            if not isinstance(e, sqlite3.OperationalError):
+            _logger.exception("store: lost %d items for %s", num_items, self.path)
+            if type(e) is sqlite3.DatabaseError:  # its kinds are about one statement, or a lock
                 self._begin_anew()
             return False
         return True

@@ -8,9 +8,7 @@ from collections import deque
 _KEPT_CHUNKS = 4
 MAX_USAGE_BYTES = 16_384
 # A quote inside a JSON string is escaped, so no generated text can look like such a member.
-_PROMPT = re.compile(rb'"(?:prompt|input)_tokens"\s*:\s*(\d{1,9})\b')
-_OUTPUT = re.compile(rb'"(?:completion|output)_tokens"\s*:\s*(\d{1,9})\b')
-_CACHED = re.compile(rb'"cached_tokens"\s*:\s*(\d{1,9})\b')
+_COUNT = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*:\s*(\d{1,9})\b')
 _EVENT_END = b"\n\n"
 _DONE = b"data: [DONE]"
 
@@ -45,10 +43,14 @@ class Usage:
         open and close it.
         """
         tail = b"".join(self._last)[-MAX_USAGE_BYTES:]
-        num_prompt, num_cached, num_output = (
-            int(found[-1]) if (found := pattern.findall(tail)) else None
-            for pattern in (_PROMPT, _CACHED, _OUTPUT)
-        )
+        num_prompt = num_cached = num_output = None
+        for prompt, output, number in _COUNT.findall(tail):
+            if prompt:
+                num_prompt = int(number)
+            elif output:
+                num_output = int(number)
+            else:
+                num_cached = int(number)
         if num_output is None and self._num_events > 2:
             num_output = self._num_events - 2
         return num_prompt, num_cached, num_output

@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
-from multidict import MultiMapping
+from multidict import MultiMapping, istr
 
 from vllm_workflow.router.errors import malformed
 
@@ -105,23 +105,30 @@ def _flag(value: object, where: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Field:
     name: str
-    header: str
+    header: istr
+    """Of this type it is found faster."""
     metadata: str
     xarg: str
     read: Callable[[object, str], Any]
 
 
 _FIELDS = (
-    _Field("workflow_id", "X-Workflow-Id", "workflow_id", "wf_id", _label),
-    _Field("workflow", "X-Workflow-Name", "workflow_name", "wf_name", _label),
-    _Field("stage", "X-Workflow-Stage", "workflow_stage", "wf_stage", _label),
-    _Field("slo_ms", "X-Workflow-Slo-Ms", "workflow_slo_ms", "wf_slo_ms", _positive_milliseconds),
+    _Field("workflow_id", istr("X-Workflow-Id"), "workflow_id", "wf_id", _label),
+    _Field("workflow", istr("X-Workflow-Name"), "workflow_name", "wf_name", _label),
+    _Field("stage", istr("X-Workflow-Stage"), "workflow_stage", "wf_stage", _label),
     _Field(
-        "budget_ms", "X-Workflow-Budget-Ms", "workflow_budget_ms", "wf_budget_ms", _milliseconds
+        "slo_ms", istr("X-Workflow-Slo-Ms"), "workflow_slo_ms", "wf_slo_ms", _positive_milliseconds
     ),
-    _Field("final", "X-Workflow-Final", "workflow_final", "wf_final", _flag),
+    _Field(
+        "budget_ms",
+        istr("X-Workflow-Budget-Ms"),
+        "workflow_budget_ms",
+        "wf_budget_ms",
+        _milliseconds,
+    ),
+    _Field("final", istr("X-Workflow-Final"), "workflow_final", "wf_final", _flag),
 )
-_TENANT = _Field("tenant_id", "X-Tenant-Id", "tenant_id", "wf_tenant", _label)
+_TENANT = _Field("tenant_id", istr("X-Tenant-Id"), "tenant_id", "wf_tenant", _label)
 OWN_HEADERS = tuple(field.header for field in (*_FIELDS, _TENANT))
 _NOTHING: Mapping[str, Any] = {}
 

@@ -148,6 +148,19 @@ class Admission:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._key_of
 
+    @property
+    def num_waiting_runs(self) -> int:
+        """Runs that wait to begin, each with one call or more."""
+        return sum(map(len, self._held.values()))
+
+    def is_first(self, request_id: str) -> bool:
+        """Whether a call waits here, and its run has none that waits for longer."""
+        place = self._key_of.get(request_id)
+        if place is None:
+            return False
+        priority, key = place
+        return self._held[priority][key][0].request.request_id == request_id
+
     def calls(self) -> list[Held]:
         """All that wait, in order of arrival."""
         held = [h for runs in self._held.values() for calls in runs.values() for h in calls]
@@ -193,7 +206,7 @@ class Admission:
 
         Args:
             now: Instant.
-            is_idle: Nothing runs at all, so that nothing is gained by waiting.
+            is_idle: Nothing runs where they could, so that nothing is gained by waiting.
         """
         if not self._key_of:
             return []
@@ -231,7 +244,7 @@ class Admission:
         if num_runs == 0:
             return 0.0
         run_s = self._demand.needed_s * self.pace.slowdown(num_runs, self._demand.needed_s)
-        return len(self._key_of) * run_s / num_runs
+        return self.num_waiting_runs * run_s / num_runs
 
     def _is_late(self, request: StageRequest, now: float) -> bool:
         """Whether a run would be late even if it began now, alone."""

@@ -59,7 +59,11 @@ class TenantWaitingRoom(WaitingRoom):
             for turns in self._turns:
                 turns.find_held()
             self._looked_at_version = self._fleet.version
-        self.held_until = min(turns.held_until for turns in self._turns)
+
+    @property
+    def held_until(self) -> float:
+        backlog, relegated = self._turns
+        return min(backlog.held_until, relegated.held_until)
 
     def _released(self, now: float) -> Iterator[Choice]:
         for waiting in self._in_turn(()):

@@ -21,6 +21,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.ordering import ORDERING_POLICIES
+from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.sim.arrivals import arrival_times
 from vllm_workflow.sim.capacity import REFERENCE_POLICIES
@@ -117,6 +118,42 @@ def test_decision(  # type: ignore[no-untyped-def]
     benchmark.pedantic(load.turn, rounds=40, iterations=20, warmup_rounds=2)
 
     assert load.num_calls == before
+
+
+@pytest.mark.benchmark(timer=time.thread_time)
+@pytest.mark.parametrize(
+    ("num_tenants", "num_waiting", "most_runs"),
+    [(1, 1_000, None), (1_000, 1_000, None), (1, 20_000, 8), (1, 20_000, None)],
+)
+def test_decision_with_tenants(  # type: ignore[no-untyped-def]
+    benchmark, num_tenants: int, num_waiting: int, most_runs: int | None
+) -> None:
+    """A call comes while others wait, each of a run of its own, and is withdrawn again."""
+    benchmark.group = f"a call of {num_tenants} tenants with {num_waiting} waiting"
+    fleet = Fleet()
+    fleet.add(Instance(instance_id="a", models=(), max_num_seqs=256 if most_runs else 8))
+    config = TenantsConfig(default=TenantConfig(max_concurrent_runs=most_runs))
+    brain = Dispatcher(
+        fleet, PolicyConfig.from_name("workflow", source="benchmark"), tenants=config
+    )
+
+    def come(number: int) -> None:
+        request = stage_request(
+            f"r{number}", workflow_id=f"run{number}", tenant_id=f"t{number % num_tenants}"
+        )
+        brain.submit(request, now=1.0)
+        brain.poll(1.0)
+
+    for number in range(num_waiting + 8):
+        come(number)
+
+    def turn() -> None:
+        come(num_waiting + 8)
+        brain.withdraw(f"r{num_waiting + 8}")
+
+    benchmark.pedantic(turn, rounds=40, iterations=5, warmup_rounds=2)
+
+    assert len(brain.waiting) == num_waiting
 
 
 @pytest.mark.benchmark(group="an ordering key", timer=time.thread_time)

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from aiohttp import web
+from prometheus_client import CollectorRegistry, Gauge
+from prometheus_client.aiohttp import make_aiohttp_handler
 
 USAGE = {
     "prompt_tokens": 100,
@@ -64,6 +66,14 @@ class FakeEngine:
     location: str = ""
     """Redirects every call there."""
     health: int = 200
+    slow_health: bool = False
+    """`/health` is not answered until it is set back, all else is."""
+    num_health_asks: int = 0
+    card_bytes: bytes | None = None
+    """Of `/v1/models`, in the place of `models`."""
+    card_type: str = "application/json"
+    """Content-Type of these."""
+    num_card_asks: int = 0
     api_key: str = ""
     """If given, every request must bring it, but for `open_paths`."""
     open_paths: tuple[str, ...] = ()
@@ -126,11 +136,17 @@ class FakeEngine:
         return answer
 
     async def _on_health(self, request: web.Request) -> web.Response:
+        self.num_health_asks += 1
         if self.silent:
             await asyncio.Event().wait()
+        while self.slow_health:
+            await asyncio.sleep(0.01)
         return web.Response(status=self.health)
 
     async def _on_models(self, request: web.Request) -> web.Response:
+        self.num_card_asks += 1
+        if self.card_bytes is not None:
+            return web.Response(body=self.card_bytes, headers={"Content-Type": self.card_type})
         return web.json_response(
             {"object": "list", "data": [{"id": m, "object": "model"} for m in self.models]}
         )
@@ -139,17 +155,20 @@ class FakeEngine:
         load = (self.num_answering, 0.0) if self.tells_own_load else self.load
         if load is None:
             return web.Response(status=404)
-        labels = '{engine="0",model_name="m"}'
-        lines = [
-            "# TYPE vllm:num_requests_running gauge",
-            f"vllm:num_requests_running{labels} {float(load[0])}",
-            f"vllm:num_requests_waiting{labels} 0.0",
-            f"vllm:kv_cache_usage_perc{labels} {load[1]}",
-        ]
+        registry = CollectorRegistry()
+        for name, value in (
+            ("num_requests_running", load[0]),
+            ("num_requests_waiting", 0),
+            ("kv_cache_usage_perc", load[1]),
+        ):
+            gauge = Gauge(f"vllm:{name}", name, ["engine", "model_name"], registry=registry)
+            gauge.labels("0", "m").set(value)
         if self.num_kv_blocks is not None:
-            config = f'block_size="16",engine="0",num_gpu_blocks="{self.num_kv_blocks}"'
-            lines.append(f"vllm:cache_config_info{{{config}}} 1.0")
-        return web.Response(text="\n".join(lines) + "\n")
+            names = ["block_size", "engine", "num_gpu_blocks"]
+            info = Gauge("vllm:cache_config_info", "info", names, registry=registry)
+            info.labels("16", "0", str(self.num_kv_blocks)).set(1)
+        # As vLLM does, this compresses for whoever accepts it.
+        return await make_aiohttp_handler(registry)(request)
 
     async def _on_call(self, request: web.Request) -> web.StreamResponse:
         raw = await request.read()

@@ -178,7 +178,7 @@ def test_the_longer_the_line_the_longer_the_wait() -> None:
     admission = door(busy(10, slowdown=4.0))
     hold(admission, run("a"))
     alone_s = admission.wait_s()
-    hold(admission, run("b"), run("c"))
+    hold(admission, run("b"), run("c"), run("c")._replace(request_id="c/second"))
 
     # Ten runs of 40 s: one ends every 4 s.
     assert alone_s == pytest.approx(4.0, rel=0.1)

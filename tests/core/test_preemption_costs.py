@@ -13,15 +13,15 @@ def test_while_nothing_is_measured_every_preemption_pays() -> None:
     costs = PreemptionCosts(10.0)
 
     assert costs.recompute_s(10_000) == 0.0
-    assert costs.wait_s == math.inf
-    assert costs.pays(1e9)
+    assert costs.wait_s(9.0) == math.inf
+    assert costs.pays(1e9, 9.0)
 
 
 def test_one_end_of_a_call_says_nothing_of_how_often_they_end() -> None:
     costs = PreemptionCosts(10.0)
     costs.note_departure(5.0)
 
-    assert costs.wait_s == math.inf
+    assert costs.wait_s(9.0) == math.inf
 
 
 def test_the_price_of_a_token_is_that_of_recent_steps() -> None:
@@ -47,9 +47,19 @@ def test_the_wait_is_the_mean_of_the_latest_gaps() -> None:
     for now in (0.0, 500.0, *(1_000.0 + 2.0 * i for i in range(9))):
         costs.note_departure(now)
 
-    assert costs.wait_s == pytest.approx(2.0)
-    assert costs.pays(2.0 / MIN_GAIN)
-    assert not costs.pays(1.01 * 2.0 / MIN_GAIN)
+    assert costs.wait_s(1_016.0) == pytest.approx(2.0)
+    assert costs.pays(2.0 / MIN_GAIN, 1_016.0)
+    assert not costs.pays(1.01 * 2.0 / MIN_GAIN, 1_016.0)
+
+
+def test_calls_that_ended_in_one_step_do_not_say_that_the_next_ends_at_once() -> None:
+    costs = PreemptionCosts(10.0)
+    for _ in range(9):
+        costs.note_departure(100.0)
+
+    assert not costs.pays(1.0, 100.0)
+    assert costs.wait_s(3_700.0) == pytest.approx(450.0)
+    assert costs.pays(1.0, 3_700.0)
 
 
 @given(st.lists(st.floats(0.0, 20.0), max_size=30), st.floats(0.0, 50.0))

@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 
 from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_request, workflow
 from vllm_workflow.core.config import DISPATCH_POLICIES, PolicyConfig
+from vllm_workflow.core.dispatch import UNDRAWN_COST
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError, QuotaExceededError
 from vllm_workflow.core.events import (
@@ -199,6 +200,20 @@ def test_every_event_is_read_back_as_it_was(script: list[Step]) -> None:
             assert from_json(to_json(event)).decision == event.decision  # type: ignore[union-attr]
         else:
             assert from_json(to_json(event)) == event
+
+
+def test_a_call_that_starts_where_it_was_not_drawn_is_replayed_from_its_line() -> None:
+    log: list[Event] = []
+    config = PolicyConfig(dispatch="power-of-two", ordering="fcfs", late_binding=True)
+    seats = [instance(each, latency=FAST, max_num_seqs=1) for each in "abcdefghijkl"]
+    brain = dispatcher(*seats, config=config, record=log.append)
+    for number in range(12):
+        assert brain.submit(stage_request(f"r{number}"), now=0.0) is not None
+
+    pairs = list(replay(from_json(to_json(event)) for event in log))
+
+    assert max(recorded.cost for recorded, _ in pairs) >= UNDRAWN_COST
+    assert all(recorded == again for recorded, again in pairs)
 
 
 @given(script=steps)

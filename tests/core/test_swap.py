@@ -1,6 +1,6 @@
 from dataclasses import replace
 
-from tests.builders import dispatcher, instance, outcome, stage_request
+from tests.builders import SLOW, dispatcher, instance, outcome, stage_request
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.events import Event, Swapped
@@ -92,3 +92,54 @@ def test_a_policy_that_is_tried_on_a_log_decides_after_its_swaps_too() -> None:
     pairs = list(replay(log, PolicyConfig(dispatch="round-robin", preempt=False)))
 
     assert [again.policy for _, again in pairs if again] == ["round-robin"] * 2
+
+
+HOLDING = PolicyConfig(ordering="slack", late_binding=True, relegate=True)
+
+
+def overloaded() -> Dispatcher:
+    """Runs that come faster than they end, with calls that take three times what is predicted."""
+    brain = dispatcher(instance("a", latency=SLOW, max_num_seqs=4), config=HOLDING)
+    running: list[tuple[float, float, str]] = []
+    for number in range(400):
+        now = 0.05 * number
+        while running and min(running)[0] <= now:
+            end, begin, request_id = min(running)
+            running.remove((end, begin, request_id))
+            brain.settle(outcome(request_id, "a", e2el_s=end - begin, num_output_tokens=50))
+        call = stage_request(
+            f"{number}",
+            workflow_id=f"run-{number}",
+            workflow="w",
+            arrival_time=now,
+            run_arrival_time=now,
+            deadline=now + 6.0,
+            rest_s=1.0,
+            expected_output_tokens=50.0,
+        )
+        for decision in (brain.submit(call, now=now), *brain.poll(now)):
+            if decision is not None:
+                finish_s = 3.0 * decision.chosen.finish_s
+                running.append((now + finish_s, now, decision.request_id))
+    return brain
+
+
+def test_runs_that_wait_to_begin_wait_on_after_a_swap() -> None:
+    brain = overloaded()
+    held = brain.waiting.num_held
+    assert held > 100
+
+    brain.swap(replace(HOLDING, relegation_margin=0.3), now=20.0)
+    brain.poll(20.0)
+
+    assert brain.waiting.num_held >= held - 1
+
+
+def test_what_runs_are_promised_and_need_is_learned_once_from_each() -> None:
+    brain = overloaded()
+    before = vars(brain.waiting._demands[""]).copy()
+
+    for _ in range(3):
+        brain.swap(HOLDING, now=20.0)
+
+    assert vars(brain.waiting._demands[""]) == before

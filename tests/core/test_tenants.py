@@ -1,5 +1,6 @@
 import math
-from collections.abc import Iterable
+import sys
+from collections.abc import Callable, Iterable
 
 import pytest
 from hypothesis import given, settings
@@ -12,7 +13,7 @@ from vllm_workflow.core.errors import ConfigError, QuotaExceededError
 from vllm_workflow.core.events import Started, from_json, to_json
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
-from vllm_workflow.core.tenant_ledger import RUN_IDLE_S
+from vllm_workflow.core.tenant_ledger import MAX_TENANTS, RUN_IDLE_S, SHARED_TENANT
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.types import StageRequest
 
@@ -179,6 +180,24 @@ def test_runs_beyond_the_quota_wait_while_those_under_way_go_on() -> None:
     assert router.submit(of_run("a2", "a", final=True), now=2.0)
     router.settle(outcome("a2", "a", e2el_s=1.0))
     assert [decision.request_id for decision in router.poll(4.0)] == ["b1"]
+
+
+def test_a_run_whose_final_call_ends_before_others_of_it_makes_room_for_the_next_one() -> None:
+    router = brain(tenants(TenantConfig(name="t", max_concurrent_runs=1)), seats=9)
+
+    def of_run(request_id: str, run: str, *, final: bool = False) -> StageRequest:
+        return stage_request(request_id, tenant_id="t", workflow_id=run, final=final)
+
+    router.submit(of_run("beside", "a"), now=0.0)
+    router.submit(of_run("last", "a", final=True), now=0.0)
+    router.settle(outcome("last", "a", e2el_s=1.0))
+    assert router.submit(of_run("later", "a"), now=1.5)
+    assert router.submit(of_run("other", "b"), now=1.5) is None
+    router.settle(outcome("beside", "a", e2el_s=2.0))
+    assert router.poll(2.0) == []
+    router.settle(outcome("later", "a", e2el_s=1.0))
+
+    assert [decision.request_id for decision in router.poll(3.0)] == ["other"]
 
 
 def test_a_run_that_says_no_end_stops_counting_when_it_was_idle_for_long() -> None:
@@ -447,3 +466,79 @@ def test_a_mistake_is_told_with_the_path_to_it(data: object, text: str) -> None:
         TenantsConfig.from_mapping(data, source="tenants")
 
     assert str(info.value).startswith(text)
+
+
+# Cost: a client may name as many tenants and have as many calls wait as it likes.
+
+
+def python_calls(action: Callable[[], object]) -> int:
+    """Count the Python functions and generators entered; as exact as time is not."""
+    count = 0
+
+    def profile(_frame: object, event: str, _arg: object) -> None:
+        nonlocal count
+        count += event == "call"
+
+    before = sys.getprofile()
+    sys.setprofile(profile)
+    try:
+        action()
+    finally:
+        sys.setprofile(before)
+    return count
+
+
+def come_and_go(router: Dispatcher, request: StageRequest) -> None:
+    router.submit(request, now=1.0)
+    router.settle(outcome("r0", "a"))
+    assert len(router.poll(1.0)) == 1
+
+
+def test_a_decision_looks_at_each_tenant_a_few_times_at_most() -> None:
+    router = brain()
+    for number in range(301):
+        router.submit(call(f"r{number}", f"t{number}"), now=0.0)
+
+    assert python_calls(lambda: come_and_go(router, call("x", "x"))) < 300 * 20
+
+
+def test_calls_of_runs_that_a_quota_holds_are_not_looked_at_one_by_one() -> None:
+    router = brain(tenants(TenantConfig(name="t", max_concurrent_runs=1)), seats=2)
+    for number in range(301):
+        request = stage_request(f"r{number}", tenant_id="t", workflow_id=f"w{number}")
+        router.submit(request, now=0.0)
+    same_run = stage_request("x", tenant_id="t", workflow_id="w0")
+    new_run = stage_request("y", tenant_id="t", workflow_id="another")
+
+    assert python_calls(lambda: router.submit(same_run, now=1.0)) < 300
+    assert router.num_in_flight == 2
+    assert python_calls(lambda: router.submit(new_run, now=1.0)) < 300
+    assert router.num_in_flight == 2
+
+
+def test_the_delay_of_each_call_of_a_held_run_is_told() -> None:
+    router = brain(tenants(TenantConfig(name="t", max_concurrent_runs=1)), seats=2)
+    assert router.tenants is not None
+    delays = []
+    router.tenants.on_delay = lambda *delay: delays.append(delay)
+    for number in range(3):
+        request = stage_request(f"r{number}", tenant_id="t")
+        router.submit(request, now=float(number))
+    for number in range(3):
+        router.settle(outcome(f"r{number}", "a", e2el_s=1.0))
+        router.poll(10.0 + number)
+
+    assert delays == [("t", "runs", 9.0), ("t", "runs", 9.0)]
+
+
+def test_tenants_beyond_the_most_share_an_account_unless_they_are_named() -> None:
+    router = brain(tenants(TenantConfig(name="named", weight=2.0)))
+    for number in range(MAX_TENANTS + 50):
+        router.submit(call(f"r{number}", f"t{number}"), now=0.0)
+    router.submit(call("x", "named"), now=0.0)
+    assert router.tenants is not None
+    accounts = dict(router.tenants)
+
+    assert len(accounts) == MAX_TENANTS + 2
+    assert accounts[SHARED_TENANT].num_waiting == 50
+    assert accounts["named"].num_waiting == 1

@@ -7,6 +7,7 @@ import pytest
 
 from tests.engine.engine_builders import add, build_request, fill_seats, ids, run_step
 from vllm_workflow.core.preemption import PreemptionCosts
+from vllm_workflow.engine.slack_order import MAX_PUT_OFF
 
 Make = Callable[..., Any]
 
@@ -31,8 +32,9 @@ def costs(scheduler: Any) -> PreemptionCosts:
 def measured(scheduler: Any, *, per_token_s: float, wait_s: float) -> None:
     """Have the scheduler know what a token costs, and how often a call ends."""
     costs(scheduler).note_prefill(1e6 * per_token_s, 10**6)
-    costs(scheduler).note_departure(0.0)
-    costs(scheduler).note_departure(wait_s)
+    now = scheduler._order._clock.monotonic()
+    costs(scheduler).note_departure(now - wait_s)
+    costs(scheduler).note_departure(now)
 
 
 def calls(*names: str, now: float, **wf: Any) -> list[Any]:
@@ -160,7 +162,7 @@ def test_time_between_ends_of_calls_is_measured_and_aborted_ones_do_not_count(
     add(scheduler, *calls("d", now=3.0, max_tokens=1, wf_budget_ms=60_000))
     run_step(scheduler)
 
-    assert costs(scheduler).wait_s == pytest.approx(1.5)  # ends at 0, 0 and 3
+    assert costs(scheduler).wait_s(3.0) == pytest.approx(1.5)  # ends at 0, 0 and 3
 
 
 # --- calls that can no longer be on time
@@ -182,6 +184,24 @@ def test_a_call_that_became_late_goes_behind_those_that_can_be_on_time(
 
     assert ids(scheduler.waiting) == ["on-time", "late"]
     assert scheduler._order.stats.put_off == 1
+
+
+def test_one_step_lets_no_more_than_so_many_late_calls_step_back(make_scheduler: Make) -> None:
+    clock = SetClock()
+    scheduler = make_scheduler(clock=clock, num_seats=1)
+    add(scheduler, *calls("runs", now=0.0, wf_budget_ms=600_000))
+    run_step(scheduler)
+    names = [f"late-{i}" for i in range(MAX_PUT_OFF + 5)]
+    add(scheduler, *calls(*names, now=0.0, wf_budget_ms=2_000))
+    add(scheduler, *calls("on-time", now=0.0, wf_budget_ms=60_000))
+
+    clock.now = 2.5
+    run_step(scheduler)
+    after_one = scheduler._order.stats.put_off
+    run_step(scheduler)
+
+    assert (after_one, scheduler._order.stats.put_off) == (MAX_PUT_OFF, MAX_PUT_OFF + 5)
+    assert ids(scheduler.waiting)[0] == "on-time"
 
 
 def test_a_late_call_no_longer_keeps_urgent_ones_behind_it_from_a_seat(

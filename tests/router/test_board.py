@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,7 +14,7 @@ from tests.builders import candidate, stage_request
 from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router import board as module
-from vllm_workflow.router.board import MAX_CALLS, MAX_RUNS, MAX_WAITING, Board
+from vllm_workflow.router.board import MAX_CALLS, MAX_RUNS, MAX_WAITING, REFRESH_S, Board
 
 
 class Clock:
@@ -51,11 +53,16 @@ def settled(request_id: str, *, ok: bool = True) -> Settled:
     return Settled(outcome=Outcome(request_id=request_id, instance_id="fast", ok=ok, e2el_s=1.0))
 
 
-def board(*events: Event) -> Board:
-    made = Board(Clock())
+def board(*events: Event, clock: Clock | None = None) -> Board:
+    made = Board(clock or Clock())
     for event in events:
         made.record(event)
     return made
+
+
+def shown(made: Board, since: int = 0) -> dict[str, Any]:
+    state: dict[str, Any] = json.loads(made.snapshot(since))
+    return state
 
 
 def test_a_call_is_told_from_its_arrival_to_its_end():
@@ -67,7 +74,7 @@ def test_a_call_is_told_from_its_arrival_to_its_end():
     clock.now = 1005.0
     made.record(settled("1"))
 
-    (run,) = made.snapshot()["runs"]
+    (run,) = shown(made)["runs"]
 
     assert (run["run"], run["ended"], run["met"], run["deadline"]) == ("r", False, None, 55.0)
     assert run["calls"] == [["draft", -5.0, -3.0, 0.0, "slow", True]]
@@ -82,7 +89,7 @@ def test_a_run_ends_with_its_final_call_and_has_met_its_deadline_or_not():
         *(settled(each) for each in "1234"),
     )
 
-    state = made.snapshot()
+    state = shown(made)
 
     assert {run["run"]: run["met"] for run in state["runs"]} == {
         "good": True,
@@ -103,7 +110,7 @@ def test_a_run_that_says_nothing_of_its_end_has_ended_when_idle():
     made.record(settled("1"))
     clock.now += module.IDLE_S
 
-    (run,) = made.snapshot()["runs"]
+    (run,) = shown(made)["runs"]
 
     assert (run["ended"], run["met"]) == (True, True)
 
@@ -113,43 +120,46 @@ def test_a_call_that_moves_to_another_instance_is_shown_twice():
         submitted("1", run="r", instance="one"), settled("1", ok=False), submitted("1", run="r")
     )
 
-    (run,) = made.snapshot()["runs"]
+    (run,) = shown(made)["runs"]
 
     assert [(call[4], call[5]) for call in run["calls"]] == [("one", False), ("fast", None)]
 
 
 def test_what_waits_is_told_by_slack_and_not_all_of_it():
+    clock = Clock()
     made = board(
         *(
             submitted(f"{i}", run=f"r{i}", instance=None, deadline=2000.0 - i, rest_s=10.0)
             for i in range(MAX_WAITING + 20)
         ),
         submitted("free", run="free", instance=None),
+        clock=clock,
     )
 
-    state = made.snapshot()
+    state = shown(made)
     made.record(Withdrawn(request_id="free"))
+    clock.now += REFRESH_S
 
     assert state["num_waiting"] == MAX_WAITING + 21
     assert [row["slack_s"] for row in state["waiting"]] == [
         1000.0 - i - 10.0 for i in reversed(range(20, MAX_WAITING + 20))
     ]
-    assert made.snapshot()["num_waiting"] == MAX_WAITING + 20
+    assert shown(made)["num_waiting"] == MAX_WAITING + 20
 
 
 def test_only_what_has_changed_is_told_again():
     made = board(submitted("1", run="a"), submitted("2", run="b"))
-    first = made.snapshot()
+    first = shown(made)
     made.record(settled("2"))
 
-    second = made.snapshot(first["number"])
+    second = shown(made, first["number"])
 
     assert first["whole"]
     assert not second["whole"]
     assert [run["run"] for run in second["runs"]] == ["b"]
-    assert made.snapshot(second["number"])["runs"] == []
+    assert shown(made, second["number"])["runs"] == []
     # A page that outlived the router has a number that this router never gave.
-    assert [run["run"] for run in made.snapshot(10**6)["runs"]] == ["a", "b"]
+    assert [run["run"] for run in shown(made, 10**6)["runs"]] == ["a", "b"]
 
 
 def test_there_are_never_more_runs_and_calls_than_so_many():
@@ -158,11 +168,38 @@ def test_there_are_never_more_runs_and_calls_than_so_many():
         made.record(submitted(f"{i}", run=f"r{i}", final=True))
         made.record(settled(f"{i}"))
 
-    state = made.snapshot()
+    state = shown(made)
     long = next(run for run in state["runs"] if run["run"] == "long")
 
     assert state["num_runs"] == len(state["runs"]) == MAX_RUNS
     assert (len(long["calls"]), long["num_calls"]) == (MAX_CALLS, MAX_CALLS + 50)
+
+
+def test_of_a_long_run_the_latest_calls_are_told():
+    made = board(*(submitted(f"{i}", run="r", stage=f"s{i}") for i in range(MAX_CALLS + 5)))
+
+    (run,) = shown(made)["runs"]
+
+    assert [call[0] for call in run["calls"]] == [f"s{i}" for i in range(5, MAX_CALLS + 5)]
+
+
+def test_many_who_ask_cost_as_one(monkeypatch: pytest.MonkeyPatch):
+    clock, told = Clock(), []
+    tell = module._run
+    monkeypatch.setattr(module, "_run", lambda run, now: told.append(run.name) or tell(run, now))
+    made = board(submitted("1", run="a"), submitted("2", run="b"), clock=clock)
+    for _ in range(10):
+        assert len(shown(made)["runs"]) == 2
+        assert [run["run"] for run in shown(made, 2)["runs"]] == ["b"]
+    assert told == ["a", "b"]
+
+    made.record(settled("1"))  # what has changed is told at once
+    (changed,) = shown(made, 4)["runs"]
+    assert (changed["run"], changed["calls"][0][5]) == ("a", True)
+
+    clock.now += REFRESH_S
+    assert [run["arrival"] for run in shown(made)["runs"]] == [-REFRESH_S] * 2
+    assert told == ["a", "b", "a", "a", "b"]
 
 
 CALLS = st.lists(
@@ -185,9 +222,9 @@ def test_any_order_of_events_leaves_a_state_that_can_be_shown(steps: list[tuple[
             made.record(settled(name) if step == "settle" else Withdrawn(request_id=name))
             open_calls.discard(name)
 
-    state = made.snapshot()
+    state = shown(made)
 
     assert state["num_waiting"] <= len(open_calls)
-    shown = sum(call[3] is None for run in state["runs"] for call in run["calls"])
-    assert shown == len(open_calls)
+    num_open = sum(call[3] is None for run in state["runs"] for call in run["calls"])
+    assert num_open == len(open_calls)
     assert all(math.isfinite(run["arrival"]) for run in state["runs"])

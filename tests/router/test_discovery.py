@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,8 +19,9 @@ from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
 from vllm_workflow.core.errors import ConfigError, UpstreamError
 from vllm_workflow.router.config import RouterConfig
-from vllm_workflow.router.discovery import DnsLookup
+from vllm_workflow.router.discovery import Discovery, DnsLookup
 from vllm_workflow.router.discovery_config import DnsSource
+from vllm_workflow.router.instance_config import InstanceConfig
 
 pytestmark = pytest.mark.anyio
 
@@ -182,6 +184,15 @@ async def test_ready_pods_of_a_service_are_taken_in(routing: Routing, tmp_path: 
             await until(lambda: names(client) == {"pod-2"} == healthy(client))
             assert await answered_by(client) == "pod-2"
 
+            # A slice without an address says nothing of the others.
+            api.items = [
+                {"ports": [{"name": "http", "port": 1}], "endpoints": [{"addresses": []}]},
+                *slice_of(("pod-1", one, True)),
+            ]
+            await until(lambda: names(client) == {"pod-1"} == healthy(client))
+            api.items = slice_of(("pod-2", two, True))
+            await until(lambda: names(client) == {"pod-2"} == healthy(client))
+
             # The API server is away, or forbids: what is there stays.
             api.status = 403
             num_asked = len(api.asked)
@@ -216,9 +227,128 @@ async def test_a_name_is_looked_up_for_real(routing: Routing) -> None:
             assert await answered_by(client) == f"127.0.0.1:{port_of(engine)}"
 
 
-async def test_a_name_that_is_not_known_is_an_error_of_the_source() -> None:
-    with pytest.raises(UpstreamError, match=r"dns nowhere\.invalid"):
-        await DnsLookup(DnsSource(name="nowhere.invalid", port=1)).find()
+@pytest.mark.parametrize("name", ["nowhere.invalid", "a..b"])
+async def test_a_name_that_is_not_known_is_an_error_of_the_source(name: str) -> None:
+    with pytest.raises(UpstreamError, match=rf"dns {re.escape(name)}"):
+        await DnsLookup(DnsSource(name=name, port=1)).find()
+
+
+@dataclass
+class Named:
+    """A source that names what the test says, or fails."""
+
+    name: str
+    found: list[InstanceConfig] | None = None
+    every_s: float = 0.01
+    num_asked: int = 0
+
+    async def find(self) -> list[InstanceConfig] | None:
+        self.num_asked += 1
+        if self.found is None:
+            raise RuntimeError("broken")
+        return self.found
+
+    async def asked_twice_more(self) -> None:
+        num_before = self.num_asked
+        await until(lambda: self.num_asked >= num_before + 2)
+
+
+@asynccontextmanager
+async def discovering(client: Client, *sources: Named) -> AsyncIterator[None]:
+    async with asyncio.TaskGroup() as tasks:
+        task = tasks.create_task(Discovery(sources, client.router.upstreams).run())
+        yield
+        task.cancel()
+
+
+async def test_a_source_that_breaks_is_asked_on_and_stops_no_other(
+    routing: Routing, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        broken = Named("broken")
+        sound = Named("sound", [InstanceConfig(id="b", url=engine.url)])
+        async with discovering(client, broken, sound):
+            await until(lambda: names(client) == {"a", "b"})
+            await broken.asked_twice_more()
+            broken.found = [InstanceConfig(id="c", url=engine.url)]
+            await until(lambda: names(client) == {"a", "b", "c"})
+
+    assert [r.getMessage() for r in caplog.records if r.exc_info] == ["discovery: broken failed"]
+
+
+async def test_an_instance_whose_key_is_gone_is_taken_in_when_the_key_is_back(
+    routing: Routing, tmp_path: Path
+) -> None:
+    key = tmp_path / "key"
+    key.write_text("the-key")
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        with_key = InstanceConfig(id="b", url=engine.url, api_key_file=str(key))
+        source = Named("found", [with_key, InstanceConfig(id="c", url=engine.url)])
+        key.unlink()
+        async with discovering(client, source):
+            await until(lambda: names(client) == {"a", "c"})
+            await source.asked_twice_more()
+            key.write_text("the-key")
+            await until(lambda: names(client) == {"a", "b", "c"})
+
+
+async def test_a_file_with_an_instance_whose_key_is_gone_is_not_given_up(
+    routing: Routing, tmp_path: Path
+) -> None:
+    class Once(Named):
+        """Says what it found once, as a file that does not change."""
+
+        async def find(self) -> list[InstanceConfig] | None:
+            found = await super().find()
+            return found if self.num_asked == 1 else None
+
+    key = tmp_path / "key"
+    key.write_text("the-key")
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        source = Once("f", [InstanceConfig(id="b", url=engine.url, api_key_file=str(key))])
+        key.unlink()
+        async with discovering(client, source):
+            await source.asked_twice_more()
+            key.write_text("the-key")
+            await until(lambda: names(client) == {"a", "b"})
+
+
+async def test_what_an_operator_has_drained_is_not_brought_back(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        upstreams, found = client.router.upstreams, InstanceConfig(id="b", url=engine.url)
+        source, other = Named("one", [found]), Named("two", [])
+        async with discovering(client, source, other):
+            await until(lambda: names(client) == {"a", "b"})
+            upstreams.drain_for_good("b")
+            other.found = [found]
+            await until(lambda: names(client) == {"a"})
+            await source.asked_twice_more()
+            await other.asked_twice_more()
+            assert names(client) == {"a"}
+
+            upstreams.add(found)  # an operator does
+            upstreams.drain("b")
+            await until(lambda: "b" in names(client) and not upstreams["b"].leaving)
+            upstreams.drain_for_good("b")
+            await until(lambda: names(client) == {"a"})
+            source.found = other.found = []
+            await source.asked_twice_more()
+            await other.asked_twice_more()
+            source.found = [found]
+            await until(lambda: names(client) == {"a", "b"})
+
+
+async def test_that_an_instance_is_there_already_is_told_once(
+    routing: Routing, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        source = Named("found", [InstanceConfig(id="a", url=engine.url)])
+        async with discovering(client, source):
+            await source.asked_twice_more()
+            await source.asked_twice_more()
+
+    told = [r for r in caplog.records if "there already" in r.getMessage()]
+    assert len(told) == 1
 
 
 async def test_what_is_configured_stays_whatever_is_found(routing: Routing, tmp_path: Path) -> None:

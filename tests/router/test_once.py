@@ -7,10 +7,12 @@ from typing import Any
 
 import openai
 import pytest
+from aiohttp import web
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
 from vllm_workflow.client import attach
+from vllm_workflow.router.once import Key, Once
 
 pytestmark = pytest.mark.anyio
 
@@ -68,6 +70,56 @@ async def test_when_all_have_left_the_engine_is_freed(routing: Routing) -> None:
             call.cancel()
 
         await engine.wait_for(aborted=1)
+
+
+async def test_who_comes_when_all_have_just_left_gets_an_answer() -> None:
+    once, key = Once(), Key("", "", "", "Idempotency-Key", "k")
+    given_up, unwound = asyncio.Event(), asyncio.Event()
+
+    async def slow() -> web.Response:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            given_up.set()
+            await unwound.wait()
+            raise
+        raise AssertionError
+
+    async def prompt() -> web.Response:
+        unwound.set()
+        await asyncio.sleep(0)
+        return web.Response(text="answer")
+
+    first = asyncio.ensure_future(once.answer(key, b"", slow, again=True))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    first.cancel()
+    await given_up.wait()
+
+    async with asyncio.timeout(5):
+        answer = await once.answer(key, b"", prompt, again=True)
+    assert answer.text == "answer"
+    assert len(once) == 0
+
+
+async def test_a_call_that_has_been_given_up_does_not_end_the_one_after_it() -> None:
+    once, key = Once(), Key("", "", "", "Idempotency-Key", "k")
+    over = asyncio.Event()
+
+    async def answer() -> web.Response:
+        await over.wait()
+        return web.Response(text="answer")
+
+    first = asyncio.ensure_future(once.answer(key, b"", answer, again=True))
+    await asyncio.sleep(0)
+    first.cancel()
+    second = asyncio.ensure_future(once.answer(key, b"", answer, again=True))
+    await asyncio.wait([first])
+    await asyncio.sleep(0)
+    assert len(once) == 1  # whoever comes now joins the second
+    over.set()
+
+    assert (await second).text == "answer"
 
 
 async def test_it_runs_again_once_it_has_ended(routing: Routing) -> None:

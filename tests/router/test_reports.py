@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -27,11 +28,12 @@ vllm:num_requests_waiting_by_reason{engine="0",model_name="m",reason="capacity"}
 vllm:kv_cache_usage_perc{engine="0",model_name="m"} 0.5
 vllm:kv_cache_usage_perc{engine="1",model_name="m"} 0.25
 vllm:cache_config_info{block_size="16",engine="0",num_gpu_blocks="101",user="None"} 1.0
+vllm:cache_config_info{block_size="16",engine="1",num_gpu_blocks="201",user="None"} 1.0
 """
 
 
 def test_a_vllm_servers_load_is_read():
-    assert read_report(TEXT) == Report(num_calls=9.0, kv_usage=0.375, num_kv_tokens=1600)
+    assert read_report(TEXT) == Report(num_calls=9.0, kv_usage=0.375, num_kv_tokens=4800)
 
 
 @pytest.mark.parametrize(
@@ -51,7 +53,7 @@ def test_what_makes_no_sense_is_no_report(text: bytes):
 
 def test_without_a_size_that_can_be_the_size_is_unknown():
     for size in (b"None", b"0", b"1", b"9" * 40):
-        report = read_report(TEXT.replace(b'"101"', b'"' + size + b'"'))
+        report = read_report(re.sub(rb'"[12]01"', b'"' + size + b'"', TEXT))
         assert report is not None
         assert report.num_kv_tokens is None
 
@@ -141,6 +143,21 @@ async def test_what_others_have_to_do_there_counts_as_load(routing: Routing) -> 
         await until(lambda: num_others(client, "b") == 50)
         async with client.post() as response:
             assert response.headers["X-Workflow-Instance"] == "a"
+
+
+async def test_what_others_have_to_do_counts_again_after_an_instance_was_out(
+    routing: Routing,
+) -> None:
+    async with FakeEngine(load=(5, 0.2)).serving() as engine, routing(engine, seats=5) as client:
+        fleet = client.router.dispatcher.fleet
+        await until(lambda: fleet.is_healthy("a") and not fleet.has_room("m"))
+        engine.health = 500
+        client.router.upstreams.suspect("a")
+        await until(lambda: not fleet.is_healthy("a"))
+        engine.health = 200
+        await until(lambda: fleet.has_room("m"))
+        await until(lambda: not fleet.has_room("m"))
+        assert fleet.is_healthy("a")
 
 
 @pytest.mark.parametrize("policy", ["workflow", "least-outstanding"])

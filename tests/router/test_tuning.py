@@ -88,6 +88,8 @@ async def test_what_the_file_held_before_is_not_taken_over(tmp_path: Path) -> No
         ('{"alpha": 7}', "policy.json: alpha: expected a number from 0 to 1, got 7.0; policy"),
         ('{"alpha', "policy.json: cannot read policy: "),
         ("", "policy.json: cannot read policy: "),
+        ("[" * 100_000, "policy.json: cannot read policy: "),
+        ('{"alpha": ' + "9" * 5000 + "}", "policy.json: cannot read policy: "),
     ],
 )
 async def test_a_broken_file_is_told_of_once_and_changes_nothing(
@@ -107,6 +109,24 @@ async def test_a_broken_file_is_told_of_once_and_changes_nothing(
     write_policy(path, HEXGEN)
     await file.look()
     assert of.current == HEXGEN
+
+
+async def test_a_file_is_watched_on_whatever_its_policy_brings_about(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Broken(PolicySwitch):
+        def swap(self, policy: PolicyConfig) -> bool:
+            raise RuntimeError("broken")
+
+    path, of = tmp_path / "policy.json", switch()
+    file = PolicyFile(path, Broken(of.dispatcher, of._binder, Metrics()))
+    write_policy(path, HEXGEN)
+
+    await file.look()
+
+    (record,) = caplog.records
+    assert record.exc_info
+    assert "policy.json could not be taken over" in record.getMessage()
 
 
 async def test_a_file_that_goes_away_changes_nothing(tmp_path: Path) -> None:

@@ -125,6 +125,21 @@ def test_an_instance_that_answers_probes_is_not_hung_however_slow_it_is() -> Non
         assert not watched.is_stuck
 
 
+def test_a_probe_without_an_answer_met_silence_only_if_nothing_else_was_heard() -> None:
+    watched = Watched()
+    stream = watched.attempt()
+    watched.silence.probe_sent()
+    watched.gives(stream, 10, STEP_S)
+    assert not watched.silence.probe_ended(answered=False)
+
+    watched.sleep(STEP_S)
+    watched.silence.probe_sent()
+    watched.sleep(5.0)
+    assert watched.silence.probe_ended(answered=False)
+    watched.silence.probe_sent()
+    assert not watched.silence.probe_ended(answered=True)
+
+
 def test_bytes_of_one_call_speak_for_all() -> None:
     watched = Watched()
     watched.attempt(stream=False)

@@ -248,7 +248,9 @@ class NaiveEngine:
         if self.reorders:
             self.running.sort(key=lambda c: c.latest_start if config.preempt else c.key)
         if config.ordering == "slack" and config.late_patience_s:
-            while self.waiting and self.queue()[0].is_late(now) and not self.queue()[0].put_off:
+            for _ in range(64):
+                if not self.waiting or not self.queue()[0].is_late(now) or self.queue()[0].put_off:
+                    break
                 head = self.queue()[0]
                 head.put_off = True
                 head.key += config.late_patience_s
@@ -350,7 +352,7 @@ class NaiveEngine:
     def take_seat(self, call: NaiveCall, now: float) -> bool:
         for victim in self.victims(call, now)[:4]:
             cost_s = self.loss_s(victim, min(self.own(victim), self.lacking(call)))
-            if self.costs.pays(cost_s) and self.costs.may_lose(victim.run, cost_s):
+            if self.costs.pays(cost_s, now) and self.costs.may_lose(victim.run, cost_s):
                 self.take_from(victim, cost_s)
                 return True
         return False
@@ -364,7 +366,7 @@ class NaiveEngine:
             if self.own(victim) and self.costs.may_lose(victim.run, cost_s):
                 losses.append((victim, cost_s))
                 lacking -= self.own(victim)
-        if lacking <= 0 and self.costs.pays(sum(cost_s for _, cost_s in losses)):
+        if lacking <= 0 and self.costs.pays(sum(cost_s for _, cost_s in losses), now):
             for victim, cost_s in losses:
                 self.take_from(victim, cost_s)
 

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from tests.sim.builders import drive, engine_request, parts
+from tests.sim.builders import LATENCY, drive, engine_request, parts
 from tests.sim.naive import NaiveEngine
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel
@@ -142,6 +143,47 @@ def test_event_engine_takes_seats_and_blocks_when_the_stepping_engine_does(
     case: tuple[object, ...],
 ) -> None:
     check(case)
+
+
+def test_many_calls_that_become_late_at_once_step_back_over_several_steps() -> None:
+    late = [engine_request(f"l{i}", prompt=4, output=2, deadline=0.1) for i in range(150)]
+    rest = [engine_request(f"x{i}", prompt=4, output=9, deadline=5.0 + i) for i in range(5)]
+    begun = engine_request("begun", prompt=4, output=90, deadline=9.0)
+
+    check((LATENCY, PolicyConfig(preempt=False), 60, 2, [begun, *late, *rest], []))
+
+
+@pytest.mark.parametrize(
+    ("num_ended", "prompt", "output", "urgent_prompt", "urgent_at", "num_blocks", "per_token_s"),
+    [
+        (9, 21, 119, 85, 0.8, 40, 4e-3),
+        (5, 10, 86, 95, 0.2, 120, 4e-3),
+        (3, 56, 28, 79, 0.3, 40, 1e-3),
+        (2, 61, 81, 107, 0.5, 40, 2e-2),
+    ],
+)
+def test_a_call_is_preempted_once_none_has_ended_for_as_long_as_that_is_worth(
+    num_ended: int,
+    prompt: int,
+    output: int,
+    urgent_prompt: int,
+    urgent_at: float,
+    num_blocks: int,
+    per_token_s: float,
+) -> None:
+    """Some end one upon the other and say that the next ends soon, then none does."""
+    ended = [engine_request(f"e{i}", prompt=3, output=1, deadline=50.0) for i in range(num_ended)]
+    left = [
+        engine_request(f"l{i}", now=0.02, prompt=prompt + i, output=output, deadline=60.0 + i)
+        for i in range(2)
+    ]
+    urgent = engine_request(
+        "u", now=urgent_at, prompt=urgent_prompt, output=3, deadline=urgent_at + 4.0
+    )
+    latency = replace(LATENCY, per_token_s=per_token_s, per_token_below_knee_s=per_token_s)
+    config = PolicyConfig(preempt_waste_s=100.0)
+
+    check((latency, config, num_blocks, 2, [*ended, *left, urgent], []))
 
 
 def check(case: tuple[object, ...]) -> None:

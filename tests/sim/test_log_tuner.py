@@ -19,6 +19,7 @@ from vllm_workflow.sim.log_fit import as_fast, scaled, speeds
 from vllm_workflow.sim.log_tuner import tune_log
 from vllm_workflow.sim.log_window import OVER_AFTER_S, read_window, sim_instance, tail_window
 from vllm_workflow.sim.policy_files import append_history, write_policy
+from vllm_workflow.sim.tuner import TunerSettings
 
 BLIND = replace(HEXGEN, alpha=0.0)
 
@@ -156,6 +157,28 @@ def test_a_log_that_the_simulator_cannot_explain_changes_nothing(tmp_path: Path)
 
     assert not found.verdict.swap
     assert found.verdict.reason.startswith("the replay does not fit: the median call")
+
+
+def test_a_replay_that_nobody_can_judge_changes_nothing(tmp_path: Path) -> None:
+    log = read_window(logged(tmp_path / "log", BLIND, num_runs=9))  # 18 calls, 20 are needed
+
+    found = tune_log(log, points(BLIND, {"alpha": [0.9]}), TunerSettings(min_runs=5))
+
+    assert found.fit is not None
+    assert found.fit.error is None
+    assert not found.verdict.swap
+    assert found.verdict.reason == (
+        "nobody can tell whether the replay fits: no instance has 20 calls, of 18 in all"
+    )
+
+
+def test_a_log_without_the_runs_that_were_refused_is_not_tuned_on(tmp_path: Path) -> None:
+    present = replace(PRESETS["workflow"], admission="reject")
+    log = read_window(logged(tmp_path / "log", present, num_runs=120, rate=8.0))
+    assert 0 < len(log.runs) < 120
+
+    with pytest.raises(ConfigError, match=r"log: expected a log of all runs that came, got one"):
+        tune_log(log, points(present, {"relegate": [False]}))
 
 
 def test_the_command_prints_writes_and_keeps_a_history(

@@ -1,3 +1,4 @@
+import math
 from dataclasses import replace
 
 import pytest
@@ -113,6 +114,23 @@ def test_without_promises_the_p95_decides() -> None:
 
     assert verdict.swap, verdict.reason
     assert all(point.score.attainment is None for point in verdict.points)
+
+
+def test_runs_that_are_refused_are_missed_and_do_not_make_a_gain_endless() -> None:
+    """Far more than one run in twenty is refused, by both policies."""
+    present = replace(PRESETS["workflow"], admission="reject")
+    crowd = window(120, rate=8.0)
+    results = simulate(crowd.runs, crowd.fleet, present).runs
+    assert sum(not run.finished for run in results) > 0.05 * len(results)
+
+    verdict = tune(crowd, present, [replace(present, relegate=False), PRESETS["workflow"]])
+
+    assert verdict.gain is not None
+    assert math.isfinite(verdict.gain)
+    assert all(
+        math.isfinite(point.score.gain) and math.isfinite(point.score.p95_s)
+        for point in verdict.points
+    )
 
 
 def test_engines_keep_their_own_policy() -> None:

@@ -112,7 +112,15 @@ class Account:
 
     @property
     def is_idle(self) -> bool:
-        return not self.reserved and not self.num_others
+        """Whether no call of this ledger is there, and others leave a seat and some KV cache.
+
+        Such an instance takes any call: none will end here and make more room, and for the end
+        of others' calls the engine can wait itself.
+        """
+        return not self.reserved and (
+            not self.num_others
+            or (self.num_others < self.instance.max_num_seqs and self.kv.num_free_tokens > 0.0)
+        )
 
     @property
     def has_room(self) -> bool:
@@ -144,8 +152,9 @@ class Account:
         latency, num_ahead = instance.latency, self.num_ahead
         prefill_s, num_cached, num_new = self._prefill(need)
         queue_s, num_beside = 0.0, num_ahead
-        # An idle instance takes any call: no other will end and make more room.
-        if num_ahead and (num_ahead >= instance.max_num_seqs or num_new > kv.num_free_tokens):
+        if (num_ahead >= instance.max_num_seqs or num_new > kv.num_free_tokens) and (
+            not self.is_idle
+        ):
             queue_s, num_beside = self._room_s(num_new, now)
         num_decoded, context = need.num_decoded, need.context
         step_s = latency.decode_step_s(num_beside + 1, context)
@@ -182,7 +191,14 @@ class Account:
             )
         return prefill_s, num_cached, num_new
 
-    def _room_s(self, num_new_tokens: float, now: float) -> tuple[float, int]:
+    def own_wait_s(self, need: Need, now: float) -> float:
+        """Seconds until calls of this ledger end and leave room; `inf` if only others' can."""
+        _, _, num_new = self._prefill(need)
+        return self._room_s(num_new, now, others_s=math.inf)[0]
+
+    def _room_s(
+        self, num_new_tokens: float, now: float, *, others_s: float = _OTHERS_S
+    ) -> tuple[float, int]:
         """Seconds until a call finds a seat and KV room, and how many calls then run beside it.
 
         Calls are taken to end when it was predicted that they would, those that are overdue
@@ -191,22 +207,23 @@ class Account:
         """
         seats = self.instance.max_num_seqs
         free = self.kv.num_free_tokens
-        left = self.num_ahead
+        left, left_own = self.num_ahead, len(self.reserved)
         until = now
         ends = [
-            (end if end > now else now + _OVERDUE_SHARE * (now - start), num_tokens, 1)
+            (end if end > now else now + _OVERDUE_SHARE * (now - start), num_tokens, 1, 1)
             for _, start, end, num_tokens, _ in self.reserved.values()
         ]
         if self.num_others:
             # Nobody knows when they end; the next report may say that they have.
-            ends.append((now + _OTHERS_S, self.kv.num_other_tokens, self.num_others))
+            ends.append((now + others_s, self.kv.num_other_tokens, self.num_others, 0))
         ends.sort()
-        for end_time, num_tokens, num_calls in ends:
-            if left < seats and num_new_tokens <= free:
+        for end_time, num_tokens, num_calls, num_own in ends:
+            if left < seats and (num_new_tokens <= free or (not left_own and free > 0.0)):
                 break
             until = end_time
             free += num_tokens
             left -= num_calls
+            left_own -= num_own
         return until - now, left
 
 

@@ -61,55 +61,19 @@ class _Class:
         return self.promised_s / self.needed_s if self.needed_s > 0.0 else math.inf
 
 
-class Admission:
-    """The runs of one model that wait to begin, and the rule by which they do.
+class Demand:
+    """What the runs of one model are promised and need, learned as they come."""
 
-    Args:
-        margin: Kept in reserve, as a share of the predicted slowdown.
-        max_hold_share: Share of its SLO that a run can wait to begin and still be on time.
-        relegated_share: Share of beginnings that go to runs that have waited longer while
-            others wait, so that none starves.
-    """
-
-    def __init__(
-        self, pace: Pace, *, margin: float, max_hold_share: float, relegated_share: float
-    ) -> None:
-        self.pace = pace
-        self.num_relegated = 0
-        """Runs that began although they could not be on time any more."""
-        self._margin = margin
-        self._max_hold_share = max_hold_share
-        self._relegated_share = relegated_share
-        self._held: dict[int, OrderedDict[RunKey, list[Held]]] = {}
-        """Priority -> runs in order of arrival."""
-        self._key_of: dict[str, tuple[int, RunKey]] = {}
-        self._classes: OrderedDict[RunKey, _Class] = OrderedDict()
-        self._num_arrivals = 0
-        self._needed_s = 0.0
+    def __init__(self) -> None:
+        self.needed_s = 0.0
         """What a run needs on an idle fleet, mean over the latest."""
         self._needed_share = 0.0
         """That over what is promised, likewise."""
-        self._num_since_relegated = 0
-
-    def __len__(self) -> int:
-        return len(self._key_of)
-
-    def __contains__(self, request_id: str) -> bool:
-        return request_id in self._key_of
-
-    def calls(self) -> list[Held]:
-        """All that wait, in order of arrival."""
-        held = [h for runs in self._held.values() for calls in runs.values() for h in calls]
-        return sorted(held, key=lambda h: h.request.arrival_time)
+        self._num_arrivals = 0
+        self._classes: OrderedDict[RunKey, _Class] = OrderedDict()
 
     def arrived(self, request: StageRequest, idle_s: float, now: float) -> None:
-        """Note what a run that has just come is promised and needs.
-
-        Args:
-            request: Its first call.
-            idle_s: Service of that call on an idle fleet.
-            now: Instant.
-        """
+        """Note a run that has just come; see `Admission.arrived`."""
         needed_s, promised_s = idle_s + request.rest_s, request.deadline - now
         if promised_s <= needed_s:
             return  # nobody can keep such a promise, and others are not to be held up by it
@@ -124,8 +88,93 @@ class Admission:
         each.needed_s += rate * (needed_s - each.needed_s)
         self._num_arrivals += 1
         rate = max(_MIN_RATE, 1.0 / self._num_arrivals)
-        self._needed_s += rate * (needed_s - self._needed_s)
+        self.needed_s += rate * (needed_s - self.needed_s)
         self._needed_share += rate * (1.0 / each.bearable - self._needed_share)
+
+    def bearable_for(self, request: StageRequest) -> float:
+        """Slowdown at which a run is on time if it begins when it comes, and most others are."""
+        own = self._classes.get((request.tenant_id, request.workflow))
+        if own is None or own.num_arrivals < _MIN_ARRIVALS:
+            return self.bearable
+        return min(self.bearable, own.bearable)
+
+    @property
+    def bearable(self) -> float:
+        """Slowdown at which runs that begin when they come are on time, on average of all.
+
+        Harmonic, so that those with little to spare count, not those with hours.
+        """
+        if self._num_arrivals < _MIN_ARRIVALS:
+            return math.inf
+        return 1.0 / self._needed_share if self._needed_share > 0.0 else math.inf
+
+
+class Admission:
+    """The runs of one model that wait to begin, and the rule by which they do.
+
+    Args:
+        pace: Of the runs under way.
+        margin: Kept in reserve, as a share of the predicted slowdown.
+        max_hold_share: Share of its SLO that a run can wait to begin and still be on time.
+        relegated_share: Share of beginnings that go to runs that have waited longer while
+            others wait, so that none starves.
+        demand: What was learned of the model's runs under another policy.
+    """
+
+    def __init__(
+        self,
+        pace: Pace,
+        *,
+        margin: float,
+        max_hold_share: float,
+        relegated_share: float,
+        demand: Demand | None = None,
+    ) -> None:
+        self.pace = pace
+        self._demand = Demand() if demand is None else demand
+        self.num_relegated = 0
+        """Runs that began although they could not be on time any more."""
+        self._margin = margin
+        self._max_hold_share = max_hold_share
+        self._relegated_share = relegated_share
+        self._held: dict[int, OrderedDict[RunKey, list[Held]]] = {}
+        """Priority -> runs in order of arrival."""
+        self._key_of: dict[str, tuple[int, RunKey]] = {}
+        self._num_since_relegated = 0
+
+    def __len__(self) -> int:
+        return len(self._key_of)
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._key_of
+
+    @property
+    def num_waiting_runs(self) -> int:
+        """Runs that wait to begin, each with one call or more."""
+        return sum(map(len, self._held.values()))
+
+    def is_first(self, request_id: str) -> bool:
+        """Whether a call waits here, and its run has none that waits for longer."""
+        place = self._key_of.get(request_id)
+        if place is None:
+            return False
+        priority, key = place
+        return self._held[priority][key][0].request.request_id == request_id
+
+    def calls(self) -> list[Held]:
+        """All that wait, in order of arrival."""
+        held = [h for runs in self._held.values() for calls in runs.values() for h in calls]
+        return sorted(held, key=lambda h: h.request.arrival_time)
+
+    def arrived(self, request: StageRequest, idle_s: float, now: float) -> None:
+        """Note what a run that has just come is promised and needs.
+
+        Args:
+            request: Its first call.
+            idle_s: Service of that call on an idle fleet.
+            now: Instant.
+        """
+        self._demand.arrived(request, idle_s, now)
 
     def hold(self, held: Held) -> None:
         """Let a run wait; its further calls wait with it."""
@@ -157,7 +206,7 @@ class Admission:
 
         Args:
             now: Instant.
-            is_idle: Nothing runs at all, so that nothing is gained by waiting.
+            is_idle: Nothing runs where they could, so that nothing is gained by waiting.
         """
         if not self._key_of:
             return []
@@ -173,7 +222,7 @@ class Admission:
                 return self._take(priority, last)
             return self._relegate(priority, first)
         # Nobody who waits is sure to be on time: what room there is, is for them all the same.
-        if is_idle or self._slowdown_with_one_more(now) <= _ROOM * self._bearable:
+        if is_idle or self._slowdown_with_one_more(now) <= _ROOM * self._demand.bearable:
             if self._is_late(newest, now):
                 return self._relegate(priority, first)
             return self._take(priority, last)
@@ -185,43 +234,28 @@ class Admission:
             return True
         return _share_left(
             request, now
-        ) >= 1.0 - self._max_hold_share and self._slowdown_with_one_more(now) <= self._bearable_for(
-            request
-        )
+        ) >= 1.0 - self._max_hold_share and self._slowdown_with_one_more(
+            now
+        ) <= self._demand.bearable_for(request)
 
     def wait_s(self) -> float:
         """Seconds until all runs that wait have begun, if they begin as others end."""
         num_runs = self.pace.num_runs
         if num_runs == 0:
             return 0.0
-        run_s = self._needed_s * self.pace.slowdown(num_runs, self._needed_s)
-        return len(self._key_of) * run_s / num_runs
+        run_s = self._demand.needed_s * self.pace.slowdown(num_runs, self._demand.needed_s)
+        return self.num_waiting_runs * run_s / num_runs
 
     def _is_late(self, request: StageRequest, now: float) -> bool:
         """Whether a run would be late even if it began now, alone."""
         left = _share_left(request, now)
-        return left * self._bearable_for(request) < 1.0 + self._margin
-
-    def _bearable_for(self, request: StageRequest) -> float:
-        """Slowdown at which a run is on time if it begins when it comes, and most others are."""
-        own = self._classes.get((request.tenant_id, request.workflow))
-        if own is None or own.num_arrivals < _MIN_ARRIVALS:
-            return self._bearable
-        return min(self._bearable, own.bearable)
-
-    @property
-    def _bearable(self) -> float:
-        """Slowdown at which runs that begin when they come are on time, on average of all.
-
-        Harmonic, so that those with little to spare count, not those with hours.
-        """
-        if self._num_arrivals < _MIN_ARRIVALS:
-            return math.inf
-        return 1.0 / self._needed_share if self._needed_share > 0.0 else math.inf
+        return left * self._demand.bearable_for(request) < 1.0 + self._margin
 
     def _slowdown_with_one_more(self, now: float) -> float:
         self.pace.tick(now)
-        return (1.0 + self._margin) * self.pace.slowdown(self.pace.num_runs + 1, self._needed_s)
+        return (1.0 + self._margin) * self.pace.slowdown(
+            self.pace.num_runs + 1, self._demand.needed_s
+        )
 
     def _relegate(self, priority: int, key: RunKey) -> list[Held]:
         self.num_relegated += 1

@@ -87,6 +87,10 @@ class Backlog:
         """Return the first call of each kind, in order."""
         return sorted([calls[0] for calls in self._by_kind.values()])
 
+    def has_model(self, model: str) -> bool:
+        """Whether a call of a model waits."""
+        return model in [kind[0] for kind in self._by_kind]
+
     def walk(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
         """Yield the calls in order; each may be removed before the next is asked for.
 

@@ -216,7 +216,7 @@ class PolicyConfig:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as e:
+        except (OSError, ValueError, RecursionError) as e:
             raise ConfigError(f"{path}: cannot read policy: {e}") from None
         return cls.from_mapping(data, source=str(path))
 

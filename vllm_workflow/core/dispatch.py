@@ -7,7 +7,6 @@ the same decisions.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
@@ -15,6 +14,9 @@ from typing import Protocol
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.types import Candidate, StageRequest
+
+UNDRAWN_COST = 1e9
+"""More than any instance has calls in flight; finite, so that it can be written down."""
 
 
 class DispatchPolicy(Protocol):
@@ -62,7 +64,8 @@ class PowerOfTwo:
     Mitzenmacher, "The power of two choices in randomized load balancing" (2001); what many
     proxies do. Two distinct instances are drawn for each call, each pair as often as any
     other; the first drawn wins a tie, so that an idle fleet is used evenly. The draw is a hash
-    of seed and request id. An instance that was not drawn costs `inf`.
+    of seed and request id. An instance that was not drawn costs `UNDRAWN_COST` more: it is
+    chosen only where calls wait and neither of the drawn ones can start this one.
     """
 
     seed: int = 0
@@ -71,7 +74,7 @@ class PowerOfTwo:
         if len(candidates) == 1:
             return [float(candidates[0].num_outstanding)]
         first, second = self.draw(request.request_id, len(candidates))
-        costs = [math.inf] * len(candidates)
+        costs = [UNDRAWN_COST + c.num_outstanding for c in candidates]
         costs[first] = float(candidates[first].num_outstanding)
         costs[second] = candidates[second].num_outstanding + 0.5
         return costs

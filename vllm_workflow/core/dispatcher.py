@@ -11,6 +11,7 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 from dataclasses import asdict
 
+from vllm_workflow.core.admission import Demand
 from vllm_workflow.core.backlog import Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import slack_s
@@ -67,6 +68,7 @@ class Dispatcher:
         self._policy = build(config)
         self.tenants = None if tenants is None else TenantLedger(tenants)
         self._paces: dict[str, Pace] = {}
+        self._demands: dict[str, Demand] = {}
         self.waiting = self._waiting_room()
         self._record = record
         self._due: dict[str, Decision] = {}
@@ -80,7 +82,7 @@ class Dispatcher:
 
     def _waiting_room(self) -> WaitingRoom:
         if self.tenants is None:
-            return WaitingRoom(self.fleet, self._policy, self.config, self._paces)
+            return WaitingRoom(self.fleet, self._policy, self.config, self._paces, self._demands)
         return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants)
 
     def add(self, instance: Instance) -> None:
@@ -142,8 +144,7 @@ class Dispatcher:
         self.predictor.risk_quantile = config.risk_quantile
         self._policy = build(config)
         self.waiting = self._waiting_room()
-        for each in waiting:
-            self.waiting.enter(each.request, each.num_prompt_bytes, each.exclude, now)
+        self.waiting.take_over(waiting, now)
 
     def predict(
         self,
@@ -196,6 +197,7 @@ class Dispatcher:
             raise ValueError(f"request {request.request_id!r} is already in flight")
         excluded = tuple(exclude)
         if self.tenants is not None:
+            request = request._replace(tenant_id=self.tenants.billed(request.tenant_id))
             self.tenants.require(request, now)
         decision: Decision | None
         if self.config.late_binding or self.tenants is not None:

@@ -228,6 +228,16 @@ class Fleet:
                 return True
         return False
 
+    def own_wait_s(self, request: StageRequest, candidate: Candidate, now: float) -> float:
+        """Seconds until a call can start on an instance if nobody else's calls end there.
+
+        `inf` if it then never can: nobody knows when others' calls end.
+        """
+        account = self._accounts[candidate.instance_id]
+        if not account.num_others or candidate.queue_s <= 0.0:
+            return candidate.queue_s
+        return account.own_wait_s(Need(request, 0), now)
+
     def _num_at_most(self, request: StageRequest) -> int:
         """Tokens that an instance must be able to hold; 0 if none can hold what is guessed.
 
@@ -413,6 +423,13 @@ class Fleet:
             account = self._accounts.get(instance_id)
             return 0 if account is None else len(account.reserved)
         return sum(len(a.reserved) for a in self._accounts.values())
+
+    def is_idle(self, model: str) -> bool:
+        """Whether no call is in flight on any instance that serves a model."""
+        for account in self._accounts.values():
+            if account.reserved and account.instance.serves(model):
+                return False
+        return True
 
     def kv_used(self, instance_id: str) -> float | None:
         """Share of an instance's KV cache that its calls hold; None where its size is unknown."""

@@ -64,13 +64,29 @@ class Pace:
     def __contains__(self, key: _RunKey) -> bool:
         return key in self._runs
 
+    @property
+    def is_unused(self) -> bool:
+        """Whether no run is under way and no call is open."""
+        return not self.num_runs and not self._calls
+
+    @property
+    def next_expiry(self) -> float:
+        """Instant at which the first run that makes no call is taken to be over; `inf` if none."""
+        for key in self._idle:
+            return self._runs[key].end_time + self._patience_s
+        return math.inf
+
+    @property
+    def _patience_s(self) -> float:
+        return min(MAX_IDLE_S, 1.0 + 4.0 * self._gap_s)
+
     def tick(self, now: float) -> None:
         """Let time pass: runs that have made no call for long are over."""
         if now > self._time:
             if self.num_runs:
                 self._run_seconds += self.num_runs * (now - self._time)
             self._time = now
-        patience_s = min(MAX_IDLE_S, 1.0 + 4.0 * self._gap_s)
+        patience_s = self._patience_s
         while self._idle:
             key = next(iter(self._idle))
             run = self._runs[key]

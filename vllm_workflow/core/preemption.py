@@ -59,17 +59,23 @@ class PreemptionCosts:
             return 0.0
         return num_tokens * self._prefill_s / self._num_prefill_tokens
 
-    @property
-    def wait_s(self) -> float:
-        """Seconds between two ends of calls of late; `inf` while fewer than two have ended."""
+    def wait_s(self, now: float) -> float:
+        """Seconds between two ends of calls of late; `inf` while fewer than two have ended.
+
+        The time since the last end counts too: many calls may end in one step and then none
+        for long.
+
+        Args:
+            now: On the clock of `note_departure`.
+        """
         ends = self._departures
         if len(ends) < 2:
             return math.inf
-        return max(0.0, ends[-1] - ends[0]) / (len(ends) - 1)
+        return max(0.0, ends[-1] - ends[0], now - ends[0]) / (len(ends) - 1)
 
-    def pays(self, cost_s: float) -> bool:
+    def pays(self, cost_s: float, now: float) -> bool:
         """Whether not waiting for the next call to end is worth that much computing again."""
-        return MIN_GAIN * cost_s <= self.wait_s
+        return MIN_GAIN * cost_s <= self.wait_s(now)
 
     def may_lose(self, run_id: str, cost_s: float) -> bool:
         """Whether a run stays within what it may be made to compute again."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from vllm_workflow.core.errors import QuotaExceededError
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
@@ -26,6 +27,11 @@ STAY_GUEST_RATIO = 1.5
 GUEST_MARGIN = 0.5
 """What others on an instance must have to spare for a call of such a tenant to join them, as a
 share of what they are predicted to need: later calls come on top, and wrong predictions."""
+MAX_TENANTS = 1000
+"""Accounts beyond which a tenant that is not named gets none of its own: a client may make up
+names, and each costs memory and time."""
+SHARED_TENANT = ""
+"""Whose account such tenants share: that of the calls that name none."""
 _ROUNDING = 1e-9
 
 OnDelay = Callable[[str, str, float], None]
@@ -37,10 +43,12 @@ class _Run:
     num_in_flight: int = 0
     over_at: float = math.inf
     """Instant from which it no longer counts; `inf` while a call of it is in flight."""
+    is_final: bool = False
+    """Whether it is over as soon as none of its calls is in flight."""
 
 
 @dataclass(slots=True)
-class Account:
+class TenantAccount:
     """One tenant's."""
 
     config: TenantConfig
@@ -71,6 +79,9 @@ class Account:
         self.spent_tokens = self.missing_tokens(now) + num_tokens
         self.spent_at = max(now, self.spent_at)
 
+    def runs_under_way(self, now: float) -> list[str]:
+        return [key for key, run in self.runs.items() if run.over_at > now]
+
     def end_idle_runs(self, now: float) -> None:
         for over in [i for i, run in self.runs.items() if run.over_at <= now]:
             del self.runs[over]
@@ -97,7 +108,9 @@ class Account:
         return now, ""
 
     def _run_time(self, request: StageRequest, most: int, now: float) -> float:
-        known = self.runs.get(_run_id(request))
+        if len(self.runs) < most:
+            return now
+        known = self.runs.get(run_key(request))
         if known is not None and known.over_at > now:
             return now
         ends = sorted(run.over_at for run in self.runs.values() if run.over_at > now)
@@ -114,6 +127,15 @@ class _Sent:
     time: float
 
 
+class Shares(NamedTuple):
+    """Sums over all active tenants."""
+
+    least: float
+    """Virtual time of the one that has had least."""
+    weight: float
+    demand_s: float
+
+
 class TenantLedger:
     """Keeps account of tenants, from their first call until it no longer matters.
 
@@ -125,7 +147,10 @@ class TenantLedger:
         self.config = config
         self.on_delay: OnDelay | None = None
         self._configs = {tenant.name: tenant for tenant in config.named}
-        self._accounts: dict[str, Account] = {}
+        self._accounts: dict[str, TenantAccount] = {}
+        self._active: dict[str, TenantAccount] = {}
+        self._shares: Shares | None = None
+        """None after a change of any active account."""
         self._sent: dict[str, _Sent] = {}
         self._waiting: dict[str, float] = {}
         self._in_flight_s = 0.0
@@ -137,15 +162,28 @@ class TenantLedger:
         """Tenants whose past still matters."""
         return len(self._accounts)
 
-    def __iter__(self) -> Iterator[tuple[str, Account]]:
+    def __iter__(self) -> Iterator[tuple[str, TenantAccount]]:
         return iter(self._accounts.items())
 
-    def account(self, tenant_id: str) -> Account:
+    def billed(self, tenant_id: str) -> str:
+        """Return whose account a tenant's next call goes to, its own if there is room for it."""
+        if (
+            len(self._accounts) < MAX_TENANTS
+            or tenant_id in self._accounts
+            or tenant_id in self._configs
+        ):
+            return tenant_id
+        return SHARED_TENANT
+
+    def config_of(self, tenant_id: str) -> TenantConfig:
+        """Return what goes for a tenant."""
+        return self._configs.get(tenant_id, self.config.default)
+
+    def account(self, tenant_id: str) -> TenantAccount:
         """Return a tenant's account; a new one begins level with the tenant furthest behind."""
         account = self._accounts.get(tenant_id)
         if account is None:
-            config = self._configs.get(tenant_id, self.config.default)
-            account = self._accounts[tenant_id] = Account(config)
+            account = self._accounts[tenant_id] = TenantAccount(self.config_of(tenant_id))
         return account
 
     def virtual_time(self, tenant_id: str) -> float:
@@ -161,7 +199,7 @@ class TenantLedger:
         Raises:
             QuotaExceededError: It cannot.
         """
-        config = self._configs.get(request.tenant_id, self.config.default)
+        config = self.config_of(request.tenant_id)
         rate, burst = config.token_rate, config.token_burst
         if rate is None:
             return
@@ -201,14 +239,12 @@ class TenantLedger:
         self._waiting[request.request_id] = work_s
         account.demand_s += work_s
         if not account.num_waiting:
-            most = max(
-                (a.virtual_time for a in self._accounts.values() if a.is_active),
-                default=-math.inf,
-            )
+            most = max([a.virtual_time for a in self._active.values()], default=-math.inf)
             floor = most - self.config.credit * self._unit_s()
             account.virtual_time = max(account.virtual_time, floor)
         account.num_waiting += 1
         account.waiting_tokens += num_tokens(request)
+        self._changed(request.tenant_id, account)
 
     def left(self, request: StageRequest) -> None:
         """Note that a call no longer waits; of one that is sent, `began` comes first, so that
@@ -216,6 +252,7 @@ class TenantLedger:
         account = self._accounts[request.tenant_id]
         account.num_waiting -= 1
         account.demand_s -= self._waiting.pop(request.request_id)
+        self._shares = None
         account.waiting_tokens -= num_tokens(request)
         if not account.num_waiting:
             account.waiting_tokens = 0.0
@@ -233,13 +270,14 @@ class TenantLedger:
         """
         self._now = max(self._now, now)
         account = self._activate(request.tenant_id)
-        run_id = _run_id(request)
+        run_id = run_key(request)
         sent = _Sent(request.tenant_id, run_id, work_s, num_tokens(request), now)
         self._sent[request.request_id] = sent
         account.num_in_flight += 1
         account.demand_s += work_s
         account.virtual_time += work_s / account.config.weight
         self._in_flight_s += work_s
+        self._changed(request.tenant_id, account)
         if account.config.max_concurrent_runs is not None:
             run = account.runs.setdefault(run_id, _Run())
             run.num_in_flight += 1
@@ -268,6 +306,7 @@ class TenantLedger:
         account = self._accounts[sent.tenant_id]
         account.num_in_flight -= 1
         account.demand_s -= sent.work_s
+        self._shares = None
         self._in_flight_s = max(0.0, self._in_flight_s - sent.work_s) if self._sent else 0.0
         if outcome.ok and math.isfinite(work_ratio):
             account.virtual_time += sent.work_s * (work_ratio - 1.0) / account.config.weight
@@ -276,10 +315,11 @@ class TenantLedger:
         run = account.runs.get(sent.run_id)
         if run is not None:
             run.num_in_flight -= 1
-            if not request.workflow_id or (request.final and outcome.ok):
-                del account.runs[sent.run_id]
-            elif not run.num_in_flight:
+            run.is_final |= not request.workflow_id or (request.final and outcome.ok)
+            if run.num_in_flight <= 0:
                 run.over_at = end_time + RUN_IDLE_S
+                if run.is_final:
+                    del account.runs[sent.run_id]
         if account.config.token_rate is not None:
             account.spend(_actual_tokens(outcome, sent.tokens) - sent.tokens, end_time)
         self._forget(sent.tenant_id)
@@ -295,37 +335,53 @@ class TenantLedger:
         """Virtual time that a tenant may be ahead of another one that waits."""
         return self.config.lag * self._unit_s()
 
-    def is_guest(self, tenant_id: str) -> bool:
+    def is_guest(self, tenant_id: str, shares: Shares | None = None) -> bool:
         """Whether a tenant has had more than another active one, and wants far more than others.
 
         What it gets then is what the others leave: it may not make their runs late. Without
         the second condition, being ahead is chance.
+
+        Args:
+            tenant_id: The tenant.
+            shares: Those to compare it with; by default those of now.
         """
         account = self._accounts.get(tenant_id)
         if account is None or not account.is_active:
             return False
-        active = [a for a in self._accounts.values() if a.is_active]
-        ahead_s = account.virtual_time - min(a.virtual_time for a in active)
-        if ahead_s <= 0.0:
+        shares = shares or self.shares()
+        if account.virtual_time <= shares.least:
             return False
-        others = [a for a in active if a is not account]
-        weight = sum(a.config.weight for a in others)
-        demand_s = sum(a.demand_s for a in others)
+        own = account.config.weight
         ratio = STAY_GUEST_RATIO if account.num_waiting else GUEST_RATIO
-        return account.demand_s * weight > ratio * demand_s * account.config.weight
+        others_s = ratio * (shares.demand_s - account.demand_s) * own
+        # A tie is none, however the sums were rounded.
+        return account.demand_s * (shares.weight - own) > others_s * (1.0 + _ROUNDING)
+
+    def shares(self) -> Shares:
+        """Return what the active tenants have had and want now."""
+        if self._shares is None:
+            active = self._active.values()
+            self._shares = Shares(
+                min([a.virtual_time for a in active], default=math.inf),
+                sum(a.config.weight for a in active),
+                sum(a.demand_s for a in active),
+            )
+        return self._shares
 
     def _unit_s(self) -> float:
         """The work in flight per weight: it grows with the fleet, and so do its fluctuations."""
-        weights = sum(a.config.weight for a in self._accounts.values() if a.is_active)
-        return self._in_flight_s / weights if weights else 0.0
+        weight = self.shares().weight
+        return self._in_flight_s / weight if weight else 0.0
 
-    def _activate(self, tenant_id: str) -> Account:
+    def _changed(self, tenant_id: str, account: TenantAccount) -> None:
+        self._active[tenant_id] = account
+        self._shares = None
+
+    def _activate(self, tenant_id: str) -> TenantAccount:
         """Nobody saves up service by being idle."""
         account = self.account(tenant_id)
         if not account.is_active:
-            least = min(
-                (a.virtual_time for a in self._accounts.values() if a.is_active), default=-math.inf
-            )
+            least = min([a.virtual_time for a in self._active.values()], default=-math.inf)
             account.virtual_time = max(account.virtual_time, least)
         return account
 
@@ -335,9 +391,9 @@ class TenantLedger:
         if account.is_active:
             return
         account.demand_s = 0.0  # but for rounding
-        least = min(
-            (a.virtual_time for a in self._accounts.values() if a.is_active), default=math.inf
-        )
+        self._active.pop(tenant_id, None)
+        self._shares = None
+        least = min([a.virtual_time for a in self._active.values()], default=math.inf)
         for name, account in list(self._accounts.items()):
             if account.is_active or account.virtual_time > least:
                 continue
@@ -359,6 +415,6 @@ def _actual_tokens(outcome: Outcome, predicted: float) -> float:
     return predicted if outcome.ok or not math.isnan(outcome.ttft_s) else 0.0
 
 
-def _run_id(request: StageRequest) -> str:
+def run_key(request: StageRequest) -> str:
     """The run a call belongs to; a call that names none is one of its own."""
     return f"id {request.workflow_id}" if request.workflow_id else f"call {request.request_id}"

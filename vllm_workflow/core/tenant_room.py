@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator, Mapping
+from heapq import heapify, heappop, heappush, merge
 
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatch import DispatchPolicy
 from vllm_workflow.core.fleet import Fleet
-from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, TenantLedger
+from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, Shares, TenantLedger, run_key
+from vllm_workflow.core.tenants import TenantConfig
 from vllm_workflow.core.types import Candidate, StageRequest
 from vllm_workflow.core.waiting_room import Choice, WaitingRoom
 
@@ -49,8 +51,19 @@ class TenantWaitingRoom(WaitingRoom):
         """As in `WaitingRoom`; a new call may change whose turn it is, so all are looked at."""
         for turns in self._turns:
             turns.now, turns.held_until = now, math.inf
-        yield from super().starting(now) if self._config.late_binding else self._released(now)
-        self.held_until = min(turns.held_until for turns in self._turns)
+        if not self._config.late_binding:
+            yield from self._released(now)
+        elif self._fleet.has_room():
+            yield from super().starting(now)
+        else:
+            for turns in self._turns:
+                turns.find_held()
+            self._looked_at_version = self._fleet.version
+
+    @property
+    def held_until(self) -> float:
+        backlog, relegated = self._turns
+        return min(backlog.held_until, relegated.held_until)
 
     def _released(self, now: float) -> Iterator[Choice]:
         for waiting in self._in_turn(()):
@@ -102,7 +115,8 @@ class TenantBacklog(Backlog):
         self.held_until = math.inf
         """Instant from which a quota has room for a call that was found held."""
         self._ledger = ledger
-        self._queues: dict[str, Backlog] = {}
+        self._queues: dict[str, _Queue] = {}
+        self._with_quota: dict[str, _Queue] = {}
 
     def add(
         self,
@@ -114,7 +128,13 @@ class TenantBacklog(Backlog):
         level: int = 0,
     ) -> Waiting:
         waiting = super().add(request, key, num_prompt_bytes, exclude, level=level)
-        self._queues.setdefault(request.tenant_id, Backlog())._insert(waiting)
+        queue = self._queues.get(request.tenant_id)
+        if queue is None:
+            config = self._ledger.config_of(request.tenant_id)
+            queue = self._queues[request.tenant_id] = _Queue(config)
+            if queue.has_quota:
+                self._with_quota[request.tenant_id] = queue
+        queue._insert(waiting)
         return waiting
 
     def remove(self, request_id: str) -> Waiting | None:
@@ -124,65 +144,189 @@ class TenantBacklog(Backlog):
             self._queues[tenant_id].remove(request_id)
             if not len(self._queues[tenant_id]):
                 del self._queues[tenant_id]
+                self._with_quota.pop(tenant_id, None)
         return waiting
 
     def walk(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
         """Yield the calls that no quota holds, in turn; the one just yielded may be removed."""
-        turns = [
-            _Turn(tenant_id, queue, self._ledger, passed_over)
-            for tenant_id, queue in self._queues.items()
-        ]
         # Not a generator: what is held must be known even if no call is ever asked for.
-        return self._merged([turn for turn in turns if self._go_on(turn)])
+        return self._merged(self._turns_of(self._queues, passed_over))
+
+    def find_held(self) -> None:
+        """As `walk` without asking for a call."""
+        self._turns_of(self._with_quota, ())
+
+    def _turns_of(self, queues: Mapping[str, _Queue], passed_over: Container[Kind]) -> list[_Turn]:
+        shares = self._ledger.shares()
+        turns = []
+        for tenant_id, queue in queues.items():
+            turn = _Turn(tenant_id, queue, self._ledger, shares, passed_over)
+            head = queue.only_head
+            if head is not None:
+                turn.head = head
+                turns.append(turn)
+                continue
+            turn.calls = queue.walk(turn.passed_over)
+            if self._go_on(turn):
+                turns.append(turn)
+        return turns
 
     def _merged(self, turns: list[_Turn]) -> Iterator[Waiting]:
-        while turns:
-            turn = turns[0] if len(turns) == 1 else self._next(turns)
-            head = turn.head
+        """Merge what tenants have.
+
+        On the way a tenant's virtual time only grows, and so does the lag: who has come within
+        it stays so until its turn.
+        """
+        by_time = []
+        for number, turn in enumerate(turns):
+            turn.at = (turn.account.virtual_time, number, turn)
+            by_time.append(turn.at)
+        heapify(by_time)
+        limit = by_time[0][0] + self._ledger.lag_s if by_time else 0.0
+        within = [(turn.head, turn) for time, _, turn in by_time if time <= limit]
+        beyond = [at for at in by_time if at[0] > limit]
+        heapify(within)
+        heapify(beyond)
+        while beyond or within:
+            while by_time[0][2].at is not by_time[0]:  # it has moved on since, or is through
+                heappop(by_time)
+            limit = by_time[0][0] + self._ledger.lag_s
+            while beyond and beyond[0][0] <= limit:
+                turn = heappop(beyond)[2]
+                heappush(within, (turn.head, turn))
+            head, turn = heappop(within)
+            turn.begin()
             yield head
             if head.request.request_id in self:
                 turn.pass_over()
-            if not self._go_on(turn):
-                turns.remove(turn)
-
-    def _next(self, turns: Collection[_Turn]) -> _Turn:
-        limit = min(turn.virtual_time for turn in turns) + self._ledger.lag_s
-        return min((t for t in turns if t.virtual_time <= limit), key=lambda t: t.head)
+            _, number, _ = turn.at
+            turn.at = (turn.virtual_time, number, turn)
+            if self._go_on(turn):
+                heappush(by_time, turn.at)
+                heappush(beyond, turn.at)
 
     def _go_on(self, turn: _Turn) -> bool:
         """Find the next call of a tenant that may be sent; the others' are not concerned."""
-        for waiting in turn.calls:
+        if turn.calls is None:
+            turn.calls = _after(turn.head, turn.queue.walk(turn.passed_over))
+        while (waiting := next(turn.calls, None)) is not None:
             time, quota = turn.account.ready_time(waiting.request, self.now)
             if time <= self.now:
                 turn.head = waiting
                 return True
             self._ledger.hold(waiting.request, quota, self.now)
             self.held_until = min(self.held_until, max(time, self.now + _MIN_HOLD_S))
-            if quota != "runs":  # a call of a run that is under way may still go
+            if quota != "runs":
                 return False
+            # No call of another new run can go before that, but one of a run under way can.
+            under_way = turn.account.runs_under_way(self.now)
+            for request in turn.queue.not_seen_outside(under_way):
+                self._ledger.hold(request, quota, self.now)
+            turn.calls = turn.queue.walk_runs(under_way, turn.passed_over, waiting)
         return False
+
+
+class _Queue(Backlog):
+    """The calls of one tenant.
+
+    Args:
+        config: What goes for the tenant.
+    """
+
+    def __init__(self, config: TenantConfig) -> None:
+        super().__init__()
+        self.has_quota = config.has_quota
+        by_run = config.max_concurrent_runs is not None
+        self._runs: dict[str, Backlog] | None = {} if by_run else None
+        self._not_seen: dict[str, dict[str, StageRequest]] = {}
+        """By run, calls that `not_seen_outside` has not returned."""
+
+    def _insert(self, waiting: Waiting) -> None:
+        super()._insert(waiting)
+        if self._runs is not None:
+            request, key = waiting.request, run_key(waiting.request)
+            self._runs.setdefault(key, Backlog())._insert(waiting)
+            self._not_seen.setdefault(key, {})[request.request_id] = request
+
+    def remove(self, request_id: str) -> Waiting | None:
+        waiting = super().remove(request_id)
+        if waiting is not None and self._runs is not None:
+            key = run_key(waiting.request)
+            self._runs[key].remove(request_id)
+            self._not_seen.get(key, {}).pop(request_id, None)
+            if not len(self._runs[key]):
+                del self._runs[key]
+                self._not_seen.pop(key, None)
+        return waiting
+
+    @property
+    def only_head(self) -> Waiting | None:
+        """The first call, if none but its own kind waits and no quota can hold it."""
+        if self.has_quota or len(self._by_kind) != 1:
+            return None
+        (calls,) = self._by_kind.values()
+        return calls[0]
+
+    def walk_runs(
+        self, keys: Iterable[str], passed_over: Container[Kind], after: Waiting
+    ) -> Iterator[Waiting]:
+        """As `walk`, those of some runs that come after a call."""
+        runs = self._runs or {}
+        each = [runs[key].walk(passed_over) for key in keys if key in runs]
+        return _after(after, merge(*each))
+
+    def not_seen_outside(self, keys: Collection[str]) -> Iterator[StageRequest]:
+        """Yield the calls of all runs but some, each once."""
+        outside = [key for key in self._not_seen if key not in keys]
+        for key in outside:
+            yield from self._not_seen.pop(key).values()
 
 
 class _Turn:
     """One tenant's queue, and how far it has been looked through."""
 
-    __slots__ = ("_is_guest", "_ledger", "_passed_s", "_refused", "account", "calls", "head")
+    __slots__ = (
+        "_is_guest",
+        "_ledger",
+        "_passed_s",
+        "_refused",
+        "_shares",
+        "_tenant_id",
+        "account",
+        "at",
+        "calls",
+        "head",
+        "passed_over",
+        "queue",
+    )
 
+    at: tuple[float, int, _Turn]
+    """Its virtual time when it was last known, and a number that no other has."""
     head: Waiting
 
     def __init__(
         self,
         tenant_id: str,
-        queue: Backlog,
+        queue: _Queue,
         ledger: TenantLedger,
+        shares: Shares,
         passed_over: Container[Kind],
     ) -> None:
         self.account = ledger.account(tenant_id)
+        self.queue = queue
+        self._tenant_id = tenant_id
         self._ledger = ledger
-        self._is_guest = ledger.is_guest(tenant_id)
+        self._shares = shares
+        self._is_guest: bool | None = None
         self._passed_s = 0.0
         self._refused: set[Kind] = set()
-        self.calls = queue.walk(_Either(passed_over, self._refused))
+        self.passed_over = _Either(passed_over, self._refused)
+        self.calls: Iterator[Waiting] | None = None
+
+    def begin(self) -> None:
+        """To be called before a call of it is yielded; most turns never come."""
+        if self._is_guest is None:
+            self._is_guest = self._ledger.is_guest(self._tenant_id, self._shares)
 
     @property
     def virtual_time(self) -> float:
@@ -193,6 +337,10 @@ class _Turn:
         self._passed_s += self._ledger.work_s(self.head.request.request_id)
         if self._is_guest:  # where others cannot spare room for one, they can for none
             self._refused.add(self.head.kind)
+
+
+def _after(last: Waiting, calls: Iterator[Waiting]) -> Iterator[Waiting]:
+    return (waiting for waiting in calls if waiting > last)
 
 
 class _Either:

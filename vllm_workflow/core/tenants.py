@@ -28,7 +28,8 @@ class TenantConfig:
     """Calls of it at the instances at a time, >= 1; further ones wait. None: as many as fit."""
     max_concurrent_runs: int | None = None
     """Runs of it under way at a time, >= 1; calls of further ones wait. A run is under way from
-    its first call at an instance until its final call, or until it was idle for a minute."""
+    its first call at an instance until its final call and those beside it have ended, or until
+    it was idle for a minute."""
     tokens_per_minute: float | None = None
     """Tokens of prompts and answers, > 0; calls wait until they are within it. None: no bound."""
     burst_tokens: float | None = None
@@ -51,6 +52,12 @@ class TenantConfig:
             raise ConfigError("burst_tokens: expected tokens_per_minute beside it, got none")
         if self.slo_s is not None and self.slo_scale is not None:
             raise ConfigError("slo_scale: expected none beside slo_s, got both")
+
+    @property
+    def has_quota(self) -> bool:
+        """Whether calls may have to wait for one."""
+        quotas = self.max_concurrent_calls, self.max_concurrent_runs, self.tokens_per_minute
+        return quotas != (None, None, None)
 
     @property
     def token_rate(self) -> float | None:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
-from vllm_workflow.core.admission import Admission, Held, run_key
+from vllm_workflow.core.admission import Demand, Held, run_key
+from vllm_workflow.core.admissions import Admissions
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
@@ -18,8 +19,8 @@ from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.types import Candidate, StageRequest
 
 _MAX_LOOKED_AT = 16
-"""Calls that turn out not to fit, after which no more are looked at when something has changed.
-Those for which every instance is full are passed over at no cost."""
+"""Calls of one kind that turn out not to fit, after which no more of it are looked at when
+something has changed. Those for which every instance is full are passed over at no cost."""
 
 
 class Choice(NamedTuple):
@@ -39,11 +40,9 @@ class WaitingRoom:
         fleet: What they wait for.
         policy: Chooses among the instances that can start a call.
         config: Order of the calls, and whether runs are relegated.
-        paces: What was learned of the runs of each model.
+        paces: How runs of each model slow each other down.
+        demands: What runs of each model are promised and need.
     """
-
-    held_until: float = math.inf
-    """Instant from which a call may start that could not although there was room."""
 
     def __init__(
         self,
@@ -51,12 +50,14 @@ class WaitingRoom:
         policy: DispatchPolicy,
         config: PolicyConfig,
         paces: dict[str, Pace] | None = None,
+        demands: dict[str, Demand] | None = None,
     ) -> None:
         self.backlog = Backlog()
         self.relegated = Backlog()
         """Calls of runs under way that can no longer be on time: they wait for all others."""
         self.paces = {} if paces is None else paces
-        self._admissions: dict[str, Admission] = {}
+        self._demands = {} if demands is None else demands
+        self._admissions = Admissions(self.paces, config, self._demands)
         self._fleet = fleet
         self._policy = policy
         self._config = config
@@ -72,12 +73,17 @@ class WaitingRoom:
     @property
     def num_held(self) -> int:
         """First calls of runs that have not begun."""
-        return sum(map(len, self._admissions.values()))
+        return len(self._admissions)
+
+    @property
+    def held_until(self) -> float:
+        """Instant from which a call may start that could not although there was room."""
+        return self._admissions.next_expiry
 
     @property
     def num_relegated(self) -> int:
         """Runs that have begun although they could not be on time any more."""
-        return sum(a.num_relegated for a in self._admissions.values())
+        return self._admissions.num_relegated
 
     @property
     def has_news(self) -> bool:
@@ -111,21 +117,42 @@ class WaitingRoom:
         held = Held(request, num_prompt_bytes, exclude)
         if not self._relegates:
             return self._line_up(held, now)
-        admission = self._admission_of(request)
+        admission = self._admissions.of(request.model, now)
         if request.request_id in admission:
             raise ValueError(f"request {request.request_id!r} is already waiting")
-        # A run that has been forgotten, or began under another policy, is under way too.
-        if run_key(request) in admission.pace or request.attained_s > 0.0:
-            return self._line_up(held, now)
-        if not request.has_deadline:
+        if self._is_under_way(request, now):
             return self._line_up(held, now)
         admission.arrived(request, idle_s, now)
-        admission.hold(held)
-        for waiting in self._begin(admission, now):
+        self._admissions.hold(held, now)
+        for waiting in self._begin(request.model, now):
             if waiting.request is request:
                 return waiting
             self._looked_at_version = -1
         return None
+
+    def take_over(self, calls: Iterable[Held], now: float) -> None:
+        """Give calls that have waited in another room their places here; `starting` must follow.
+
+        They count as arrivals no second time.
+
+        Args:
+            calls: In order of arrival.
+            now: Instant.
+        """
+        for held in calls:
+            if not self._relegates or self._is_under_way(held.request, now):
+                self._line_up(held, now)
+            else:
+                self._admissions.hold(held, now)
+
+    def _is_under_way(self, request: StageRequest, now: float) -> bool:
+        """Whether a call does not have to wait for its run to begin.
+
+        A run that has been forgotten, or began under another policy, is under way too; one
+        without a deadline is never held.
+        """
+        pace = self._admissions.of(request.model, now).pace
+        return run_key(request) in pace or request.attained_s > 0.0 or not request.has_deadline
 
     def leave(self, request_id: str) -> StageRequest | None:
         """Take a call out; None if it does not wait."""
@@ -134,11 +161,8 @@ class WaitingRoom:
             self._looked_at_version = -1  # others may have been held up by it
             self._closed(waiting.request, end_time=math.nan, idle_s=0.0, ok=False)
             return waiting.request
-        for admission in self._admissions.values():
-            held = admission.leave(request_id)
-            if held is not None:
-                return held.request
-        return None
+        held = self._admissions.leave(request_id)
+        return None if held is None else held.request
 
     def ended(self, request: StageRequest, *, end_time: float, idle_s: float, ok: bool) -> None:
         """Note that a call that had been started has ended.
@@ -155,7 +179,7 @@ class WaitingRoom:
         """Refuse a run that has just come, if the policy says so; the caller withdraws it.
 
         Args:
-            request: Its first call.
+            request: A call that waits; only the first of a run can be refused.
 
         Raises:
             OverloadedError: It would wait too long to begin.
@@ -164,7 +188,7 @@ class WaitingRoom:
         if (
             self._config.admission != "reject"
             or admission is None
-            or request.request_id not in admission
+            or not admission.is_first(request.request_id)
         ):
             return
         wait_s, promised_s = admission.wait_s(), request.deadline - request.arrival_time
@@ -173,7 +197,8 @@ class WaitingRoom:
             raise OverloadedError(
                 f"model {request.model!r}: run {request.workflow_id!r} would begin in "
                 f"{wait_s:.0f} s: expected at most {most_s:.0f} s of its SLO, {promised_s:.0f} s; "
-                f"{admission.pace.num_runs} runs are under way, {len(admission)} wait to begin",
+                f"{admission.pace.num_runs} runs are under way, {admission.num_waiting_runs} wait "
+                "to begin",
                 retry_after_s=wait_s,
             )
 
@@ -182,25 +207,11 @@ class WaitingRoom:
         if pace is not None:
             pace.closed(run_key(request), request, end_time=end_time, idle_s=idle_s, ok=ok)
 
-    def _admission_of(self, request: StageRequest) -> Admission:
-        admission = self._admissions.get(request.model)
-        if admission is None:
-            config = self._config
-            admission = self._admissions[request.model] = Admission(
-                self.paces.setdefault(request.model, Pace()),
-                margin=config.relegation_margin,
-                max_hold_share=config.max_hold_share,
-                relegated_share=config.relegated_share,
-            )
-        return admission
-
-    def _begin(self, admission: Admission, now: float) -> Iterator[Waiting]:
-        """Let the runs begin that may."""
-        if not len(admission):
-            return
+    def _begin(self, model: str, now: float) -> Iterator[Waiting]:
+        """Let the runs of a model begin that may."""
         while True:
-            is_idle = not self.backlog and not self._fleet.num_outstanding()
-            begun = admission.beginning(now, is_idle=is_idle)
+            is_idle = self._fleet.is_idle(model) and not self.backlog.has_model(model)
+            begun = self._admissions.beginning(model, now, is_idle=is_idle)
             if not begun:
                 return
             for held in begun:
@@ -210,7 +221,7 @@ class WaitingRoom:
         """Let a call of a run under way wait for an instance."""
         request, num_prompt_bytes, exclude = held
         if self._relegates:
-            admission = self._admission_of(request)
+            admission = self._admissions.of(request.model, now)
             admission.pace.opened(run_key(request), request, now)
             if is_hopeless(request, now):
                 return self.relegated.add(request, request.deadline, num_prompt_bytes, exclude)
@@ -219,11 +230,14 @@ class WaitingRoom:
 
     def by_arrival(self) -> list[Held]:
         """All calls, the one that came first first."""
-        held = (h for admission in self._admissions.values() for h in admission.calls())
-        lined_up = (
-            Held(w.request, w.num_prompt_bytes, w.exclude) for w in (*self.backlog, *self.relegated)
-        )
-        return sorted((*lined_up, *held), key=lambda h: h.request.arrival_time)
+        calls = [
+            Held(w.request, w.num_prompt_bytes, w.exclude)
+            for each in (self.backlog, self.relegated)
+            for w in each
+        ]
+        for admission in self._admissions.holding.values():
+            calls.extend(admission.calls())
+        return sorted(calls, key=lambda h: h.request.arrival_time)
 
     def stranded(self) -> list[StageRequest]:
         """Calls that no healthy instance serves any more."""
@@ -251,13 +265,14 @@ class WaitingRoom:
             newest_candidates: What has just been predicted of it, if anything has.
         """
         fleet = self._fleet
-        if newest is None and self._relegates:
-            for admission in self._admissions.values():
-                for _ in self._begin(admission, now):
+        if newest is None and self._admissions.holding:
+            for model in list(self._admissions.holding):
+                for _ in self._begin(model, now):
                     pass
         if self._relegates:
             self._relegate(now)
         full: set[Kind] = set()
+        num_in_vain: dict[Kind, int] = {}
         blocked: dict[Kind, Waiting] = {}
         if newest is None or fleet.version != self._looked_at_version:
             turn = self._in_turn(full)
@@ -266,9 +281,9 @@ class WaitingRoom:
             if fleet.has_room():
                 blocked = self._ahead_of(newest)
         claims: dict[str, float] | None = None
-        num_in_vain = num_started = 0
+        num_started = 0
         for waiting in turn:
-            if not fleet.has_room() or num_in_vain == _MAX_LOOKED_AT:
+            if not fleet.has_room():
                 break
             kind = waiting.kind
             if not fleet.has_room(*kind):
@@ -277,7 +292,7 @@ class WaitingRoom:
                 continue
             if not fleet.can_start(waiting.request, waiting.exclude):
                 blocked.setdefault(kind, waiting)
-                num_in_vain += 1
+                _count_in_vain(kind, num_in_vain, full)
                 continue
             if waiting is newest and newest_candidates and not num_started:
                 candidates = newest_candidates
@@ -292,7 +307,7 @@ class WaitingRoom:
             elif self._has_guests and self._is_guest(waiting):
                 able = [i for i in able if self._bears(waiting, candidates[i], now)]
             if not able:
-                num_in_vain += 1
+                _count_in_vain(kind, num_in_vain, full)
                 continue
             num_started += 1
             self._num_since_relegated += 1
@@ -352,13 +367,19 @@ class WaitingRoom:
         )
 
     def _claims(self, blocked: Mapping[Kind, Waiting], now: float) -> dict[str, float]:
-        """Instances that the first blocked call of each kind waits for, and for how long."""
+        """Instances that the first blocked call of each kind waits for, and for how long.
+
+        One that waits for the end of others' calls holds nobody back: that may never come.
+        """
         claims: dict[str, float] = {}
         for waiting in blocked.values():
-            candidates = self._candidates(waiting, now)
-            first = min(candidates, key=lambda c: c.queue_s, default=None)
-            if first is not None and first.queue_s > 0.0:
-                claims.setdefault(first.instance_id, first.queue_s)
+            first, least_s = "", math.inf
+            for candidate in self._candidates(waiting, now):
+                wait_s = self._fleet.own_wait_s(waiting.request, candidate, now)
+                if wait_s < least_s:
+                    first, least_s = candidate.instance_id, wait_s
+            if 0.0 < least_s < math.inf:
+                claims.setdefault(first, least_s)
         return claims
 
     def _is_guest(self, waiting: Waiting) -> bool:
@@ -368,6 +389,13 @@ class WaitingRoom:
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
         """Whether a guest may join others on an instance."""
         return True
+
+
+def _count_in_vain(kind: Kind, num_in_vain: dict[Kind, int], passed_over: set[Kind]) -> None:
+    """Note that a call does not fit; where many do not, no more of that kind are looked at."""
+    num_calls = num_in_vain[kind] = num_in_vain.get(kind, 0) + 1
+    if num_calls >= _MAX_LOOKED_AT:
+        passed_over.add(kind)
 
 
 def _without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting]:

@@ -93,11 +93,11 @@ class Preemption:
             self._starved_id = head.request_id
 
     def _free_seat_for(self, request: Any, call: LiveCall, now: float) -> bool:
-        num_lacking = self._num_lacking_blocks(request)
+        num_lacking, monotonic = self._num_lacking_blocks(request), self._clock.monotonic()
         for _, victim in zip(range(MAX_PRICED), self._victims(call, now)):
             num_own = self._num_own_blocks(victim) if num_lacking > 0 else 0
             cost_s = self._loss_s(victim, min(num_own, num_lacking))
-            if self.costs.pays(cost_s) and self._may_lose(victim, cost_s):
+            if self.costs.pays(cost_s, monotonic) and self._may_lose(victim, cost_s):
                 self._preempt(victim, cost_s, cause="seat")
                 return True
         return False
@@ -114,7 +114,8 @@ class Preemption:
             if num_own > 0 and self._may_lose(victim, cost_s):
                 losses.append((victim, cost_s))
                 num_lacking -= num_own
-        if num_lacking <= 0 and self.costs.pays(sum(cost_s for _, cost_s in losses)):
+        cost_s = sum(cost_s for _, cost_s in losses)
+        if num_lacking <= 0 and self.costs.pays(cost_s, self._clock.monotonic()):
             for victim, cost_s in losses:
                 self._preempt(victim, cost_s, cause="kv")
 

@@ -30,6 +30,9 @@ from vllm_workflow.engine.stats import EngineStats, StatsPublisher
 
 logger = logging.getLogger("vllm.workflow")
 
+MAX_PUT_OFF = 64
+"""Waiting requests that one step lets step back; if more became late at once, the next steps go
+on, so that no step takes long for it."""
 _ABORTED = (RequestStatus.FINISHED_ABORTED, RequestStatus.FINISHED_ERROR)
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -244,7 +247,7 @@ class SlackOrder:
     def _put_off(self, now: float) -> None:
         """Let the head of the queue be one that can still be on time, if there is any."""
         waiting: OrderedRequestQueue = self._scheduler.waiting
-        while waiting:
+        for _ in range(min(MAX_PUT_OFF, len(waiting))):
             head = waiting.peek_request()
             if not self.calls.put_off(self.calls.of(head), now):
                 break

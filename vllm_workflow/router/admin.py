@@ -25,7 +25,8 @@ from vllm_workflow.router.routes import (
     expect,
     metrics_response,
 )
-from vllm_workflow.router.upstreams import Upstream, Upstreams
+from vllm_workflow.router.upstream import Upstream
+from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.yaml_config import validated
 
 MAX_BODY_BYTES = 1 << 20
@@ -162,7 +163,7 @@ class Admin:
                 status=409,
                 param="drain",
             )
-        self._upstreams.drain(instance_id)
+        self._upstreams.drain_for_good(instance_id)
         return web.json_response({"id": instance_id, "num_in_flight": num_in_flight}, status=202)
 
     async def _do_reload(self, request: web.Request) -> web.Response:

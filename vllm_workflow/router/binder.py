@@ -53,7 +53,7 @@ class Binder:
         self._look_at(self._dispatcher.waiting.held_until)
 
     def _look_at(self, time_: float) -> None:
-        """Poll again when a quota has room for a call that it holds."""
+        """Poll again when time alone may have made room for a call that is held."""
         if time_ == self._look_time:
             return
         if self._look is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import secrets
 from collections.abc import Callable
@@ -16,7 +17,8 @@ from vllm_workflow.router.admin import package_version
 from vllm_workflow.router.board import Board
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.routes import answering, expect
-from vllm_workflow.router.upstreams import Upstream, Upstreams
+from vllm_workflow.router.upstream import Upstream
+from vllm_workflow.router.upstreams import Upstreams
 
 Check = Callable[[web.Request], None]
 """Raises `RequestError` where a key is wanted and not given."""
@@ -76,13 +78,17 @@ class Dashboard:
             raise RequestError(
                 f"since: expected an integer from 0, got {since!a:.80}", param="since"
             )
-        return web.json_response(self.state(int(since)), headers={"Cache-Control": "no-store"})
+        return web.Response(
+            text=self.state(int(since)),
+            content_type="application/json",
+            headers={"Cache-Control": "no-store"},
+        )
 
-    def state(self, since: int = 0) -> dict[str, Any]:
-        """Return what the page shows; see `Board.snapshot`."""
+    def state(self, since: int = 0) -> str:
+        """Return what the page shows, as a JSON object; see `Board.snapshot`."""
         config = self._dispatcher.config
         late = "+late" if config.late_binding else ""
-        return {
+        shown = {
             "version": package_version(),
             "policy": {
                 "name": f"{config.dispatch}+{config.ordering}{late}",
@@ -91,8 +97,8 @@ class Dashboard:
             "num_in_flight": self._dispatcher.num_in_flight,
             "instances": [self._instance(upstream) for upstream in self._upstreams],
             "tuning": self._tuning(),
-            **self._board.snapshot(since),
         }
+        return f"{json.dumps(shown)[:-1]}, {self._board.snapshot(since)[1:]}"
 
     def _instance(self, upstream: Upstream) -> dict[str, Any]:
         instance_id, fleet = upstream.config.id, self._dispatcher.fleet

@@ -60,6 +60,10 @@ class Discovery:
     def __init__(self, sources: Iterable[Source], upstreams: Upstreams) -> None:
         self._sources = list(sources)
         self._upstreams = upstreams
+        self._untaken: dict[str, list[InstanceConfig]] = {}
+        """What sources have found and could not be taken in as a whole."""
+        self._told: set[tuple[str, str]] = set()
+        """Sources and instances of theirs that are there already."""
 
     async def look(self) -> None:
         """Ask every source once."""
@@ -83,25 +87,53 @@ class Discovery:
         """Ask once; returns what went wrong, which is logged unless it was so `before`."""
         try:
             found = await source.find()
+            if found is None:
+                found = self._untaken.get(source.name)
+            if found is not None:
+                self._untaken[source.name] = found
+                self._take(source.name, found)
+                del self._untaken[source.name]
         except (ConfigError, UpstreamError) as e:
             if str(e) != before:
                 _logger.error("discovery: %s; its instances stay as they are", e)
             return str(e)
-        if found is not None:
-            self._take(source.name, found)
+        except Exception as e:  # whatever one source says, the others are asked on
+            if repr(e) != before:
+                _logger.exception("discovery: %s failed", source.name)
+            return repr(e)
         return ""
 
     def _take(self, source: str, found: Iterable[InstanceConfig]) -> None:
+        """Have the upstreams agree with what was found.
+
+        Raises:
+            ConfigError: Of an instance that cannot be used now; the others were taken in.
+        """
         wanted = {config.id: config for config in found}
         for upstream in list(self._upstreams):
             if upstream.source == source and upstream.config.id not in wanted:
                 self._upstreams.drain(upstream.config.id)
+        self._told = {each for each in self._told if each[0] != source or each[1] in wanted}
+        kept_out = self._upstreams.keep_out(source, wanted)
+        problem: ConfigError | None = None
         for config in wanted.values():
             there = self._upstreams.get(config.id)
+            if config.id in kept_out:
+                continue
             if there is not None and there.source != source and not there.leaving:
-                _logger.warning("discovery: %s: %r is there already", source, config.id)
+                self._tell_once(source, config.id)
             elif there is None or there.leaving or there.config != config:
-                self._upstreams.add(config, source=source)
+                try:
+                    self._upstreams.add(config, source=source)
+                except ConfigError as e:  # a key that is no longer there
+                    problem = e
+        if problem is not None:
+            raise problem
+
+    def _tell_once(self, source: str, instance_id: str) -> None:
+        if (source, instance_id) not in self._told:
+            self._told.add((source, instance_id))
+            _logger.warning("discovery: %s: %r is there already", source, instance_id)
 
 
 class FileWatch:
@@ -148,7 +180,7 @@ class DnsLookup:
         config = self._config
         try:
             addresses = await self._resolve(config.name, config.port)
-        except OSError as e:
+        except (OSError, UnicodeError) as e:  # the latter: no name of a host can be such
             raise UpstreamError(f"{self.name}: {e}") from None
         return [_instance(config, address, config.port) for address in sorted(set(addresses))]
 
@@ -185,7 +217,7 @@ class EndpointSlices:
             ]
         except (OSError, aiohttp.ClientError, TimeoutError) as e:
             raise UpstreamError(f"{self.name}: {type(e).__name__}: {e}") from None
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise UpstreamError(f"{self.name}: expected EndpointSlices, got {e!r:.200}") from None
 
     def _credentials(self) -> tuple[str, ssl.SSLContext | bool]:
@@ -204,7 +236,8 @@ class EndpointSlices:
         ]
         for endpoint in piece.get("endpoints") or ():
             # Not told means ready, says the API.
-            if ports and (endpoint.get("conditions") or {}).get("ready") is not False:
+            is_ready = (endpoint.get("conditions") or {}).get("ready") is not False
+            if ports and is_ready and endpoint["addresses"]:
                 pod = (endpoint.get("targetRef") or {}).get("name") or ""
                 yield endpoint["addresses"][0], ports[0], pod
 

@@ -29,7 +29,8 @@ from vllm_workflow.router.call import Call, forwarded_body, response_headers
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.tries import is_refusal
-from vllm_workflow.router.upstreams import Upstream, Upstreams
+from vllm_workflow.router.upstream import Upstream
+from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import MAX_USAGE_BYTES
 
 _LARGE_BODY_BYTES = 1 << 20

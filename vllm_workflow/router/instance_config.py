@@ -19,6 +19,8 @@ from vllm_workflow.router.credentials import read_key
 from vllm_workflow.yaml_config import Name, Strict
 
 _LATENCY = LatencyModel()
+_Count = Annotated[int, Field(ge=1, le=1 << 53)]
+"""As far as each is a float, too."""
 
 
 class LatencyConfig(Strict):
@@ -36,7 +38,7 @@ class LatencyConfig(Strict):
     per_seq_us: Annotated[float, Field(ge=0)] = _LATENCY.per_seq_s * 1e6
     per_kv_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_kv_token_s * 1e6
     per_prefill_kv_token_us: Annotated[float, Field(ge=0)] = _LATENCY.per_prefill_kv_token_s * 1e6
-    max_num_batched_tokens: Annotated[int, Field(ge=1)] = _LATENCY.max_num_batched_tokens
+    max_num_batched_tokens: _Count = _LATENCY.max_num_batched_tokens
 
     def build(self, base: LatencyModel = _LATENCY) -> LatencyModel:
         """Return `base` with what is set here."""
@@ -63,9 +65,9 @@ class InstanceConfig(Strict):
     """File that `vllm-workflow profile` wrote; replaces `model_shape`."""
     models: list[Name] = Field(default_factory=list)
     """Models it serves; asked of the server if empty."""
-    max_num_seqs: Annotated[int, Field(ge=1)] = 256
+    max_num_seqs: _Count = 256
     """As the server was started with; vLLM's own default is this, or more on large GPUs."""
-    num_kv_tokens: Annotated[int, Field(ge=1)] | None = None
+    num_kv_tokens: _Count | None = None
     """Tokens that its KV cache holds; by default those of the profile, or as datasheets say."""
     latency: LatencyConfig = LatencyConfig()
     api_key_env: str = ""

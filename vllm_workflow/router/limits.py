@@ -29,6 +29,8 @@ class LimitsConfig(Strict):
     """From the first byte of a request until its headers are there; then 408."""
     body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Until a body is there; then 408."""
+    write_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
+    """An answer of which nothing is taken for this long is given up, and its connection closed."""
     idle_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 75.0
     """A connection without a request is closed after this long."""
 

@@ -117,7 +117,8 @@ class Once:
             running = _Running(_digest(body), asyncio.ensure_future(start()))
             self._running[key] = running
             assert running.task is not None
-            running.task.add_done_callback(lambda _: self._running.pop(key, None))
+            mine = running
+            running.task.add_done_callback(lambda _: self._drop(key, mine))
         if running.task is None:
             raise RequestError(
                 f"{key.kind}: this call is still running, as a stream",
@@ -131,8 +132,14 @@ class Once:
         finally:
             running.num_waiting -= 1
             if not running.num_waiting:
+                self._drop(key, running)  # who comes now must not wait for what is given up
                 running.task.cancel()
         return _copy(answer)
+
+    def _drop(self, key: Key, running: _Running) -> None:
+        """Forget a call, unless another one has come under its key since."""
+        if self._running.get(key) is running:
+            del self._running[key]
 
 
 def _checked(running: _Running, key: Key, body: bytes) -> bool:

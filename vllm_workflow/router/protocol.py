@@ -29,10 +29,12 @@ class Protocol(web.RequestHandler):
     """One connection of a client.
 
     aiohttp's own timer closes a connection on which no request is complete
-    `idle_timeout_s` after the last one; the timer here is for headers that have begun.
+    `idle_timeout_s` after the last one; the timers here are for headers that have begun, and for
+    an answer that is not read. The latter runs while the transport has more to send than it
+    wants to hold, so it costs nothing where clients read.
     """
 
-    __slots__ = ("_head_timer", "_limits", "_listener")
+    __slots__ = ("_head_timer", "_limits", "_listener", "_write_timer")
 
     def __init__(self, listener: Listener, **kwargs: Any) -> None:
         limits = listener.limits
@@ -50,6 +52,7 @@ class Protocol(web.RequestHandler):
         self._listener = listener
         self._limits = limits
         self._head_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -61,7 +64,29 @@ class Protocol(web.RequestHandler):
     def connection_lost(self, exc: BaseException | None) -> None:
         self._listener.num_connections -= 1
         self._stop_timer()
+        self._stop_write_timer()
         super().connection_lost(exc)
+
+    def pause_writing(self) -> None:
+        super().pause_writing()
+        if self._write_timer is None:
+            self._write_timer = asyncio.get_running_loop().call_later(
+                self._limits.write_timeout_s, self._write_is_late
+            )
+
+    def resume_writing(self) -> None:
+        self._stop_write_timer()
+        super().resume_writing()
+
+    def _write_is_late(self) -> None:
+        self._write_timer = None
+        if isinstance(self.transport, asyncio.Transport):
+            self.transport.abort()
+
+    def _stop_write_timer(self) -> None:
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)

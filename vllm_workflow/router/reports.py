@@ -26,7 +26,7 @@ class Report(NamedTuple):
     kv_usage: float
     """Share of its KV blocks in use, from 0 to 1; mean over its engines."""
     num_kv_tokens: int | None
-    """That its KV cache holds; None if it does not tell."""
+    """That its KV cache holds, summed over its engines; None if it does not tell."""
 
 
 def read_report(text: bytes) -> Report | None:
@@ -44,15 +44,19 @@ def read_report(text: bytes) -> Report | None:
         num_usages += name == b"kv_cache_usage_perc"
     if len(totals) < 3:
         return None
-    config = _CONFIG.search(text)
-    labels = {name: int(value) for name, value in _LABEL.findall(config[1])} if config else {}
-    # vLLM keeps one block for itself.
-    num_tokens = labels.get(b"block_size", 0) * (labels.get(b"num_gpu_blocks", 0) - 1)
+    num_tokens = sum(_num_kv_tokens(labels) for labels in _CONFIG.findall(text))
     return Report(
         num_calls=totals[b"num_requests_running"] + totals[b"num_requests_waiting"],
         kv_usage=min(1.0, totals[b"kv_cache_usage_perc"] / num_usages),
         num_kv_tokens=num_tokens if num_tokens > 0 else None,
     )
+
+
+def _num_kv_tokens(labels: bytes) -> int:
+    """Return what one engine's KV cache holds; 0 if it does not tell."""
+    values = {name: int(value) for name, value in _LABEL.findall(labels)}
+    # vLLM keeps one block for itself.
+    return max(0, values.get(b"block_size", 0) * (values.get(b"num_gpu_blocks", 0) - 1))
 
 
 @dataclass(slots=True)

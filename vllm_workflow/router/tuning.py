@@ -91,7 +91,13 @@ class PolicyFile:
             await self.look()
 
     async def look(self) -> None:
-        """Take over what is new."""
+        """Take over what is new. Whatever goes wrong is logged, and changes nothing."""
+        try:
+            await self._look()
+        except Exception:
+            _logger.exception("%s could not be taken over", self._path)
+
+    async def _look(self) -> None:
         signature = await asyncio.to_thread(_signature, self._path)
         if signature == self._seen:
             return

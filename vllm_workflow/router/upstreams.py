@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-import ssl
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
 import aiohttp
-from multidict import CIMultiDict
 
 from vllm_workflow.core.account import Instance
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.reports import Others, read_report
-from vllm_workflow.router.watch import Silence, WatchClock, watch
+from vllm_workflow.router.upstream import Upstream
+from vllm_workflow.router.watch import WatchClock, watch
 
 PROBE_EVERY_S = 1.0
 PROBE_SICK_EVERY_S = 0.5
@@ -31,66 +31,9 @@ REPORT_EVERY = 2
 """Probes between two looks at how busy an instance is."""
 MODELS_EVERY = 15
 """Probes between two looks at `/v1/models`, which adapters may change."""
+_MAX_ANSWER_BYTES = 16 << 20
+"""Of `/v1/models` and `/metrics`; a server that says more is not listened to."""
 _logger = logging.getLogger(__name__)
-
-
-class Upstream:
-    """One instance as an HTTP server."""
-
-    def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
-        self.reconfigure(config)
-        self.refuses_key = False
-        """Whether it last said so of the key that the router has for it."""
-        self.source = ""
-        """Who found it; empty if it was configured."""
-        self.leaving = False
-        """Gets no more calls, and is forgotten when the last one has ended."""
-        self.cards: list[dict[str, Any]] = []
-        """What it last said of its models; empty if it never did."""
-        self.num_probes_to_models = 0
-        self.num_probes_to_report = 0
-        self.others = Others()
-        """What it has to do for somebody else."""
-        self.num_kv_tokens: int | None = None
-        """That it says its KV cache holds."""
-        self.probe_now = asyncio.Event()
-        self.watcher: asyncio.Task[None] | None = None
-        self.asking: asyncio.Task[None] | None = None
-        """Asks how busy it is; ends by itself."""
-        self.silence = Silence(clock)
-        """Told by each call when it begins, of its bytes, and when it ends."""
-        self.generation = 0
-        """How often it has come back."""
-        self.is_stuck = False
-        """Its engine gave nothing while its server was well, so that its word does not count."""
-
-    def reconfigure(self, config: InstanceConfig) -> None:
-        """Take another configuration, key and certificates among it, for what is sent next."""
-        authorization = config.authorization()
-        self.ssl: ssl.SSLContext | bool = (
-            config.tls.context() if config.url.startswith("https:") else True
-        )
-        self.own_headers = {"Authorization": authorization} if authorization else {}
-        """Headers that replace a client's."""
-        self.config = config
-        self.url = config.url
-
-    def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
-        """Return the headers to send for a call that came with `headers`."""
-        if not self.own_headers:
-            return headers
-        result = headers.copy()
-        result.update(self.own_headers)
-        return result
-
-    def model_cards(self) -> list[dict[str, Any]]:
-        """Entries of `/v1/models`, made up for configured models it does not tell about."""
-        names = self.config.models
-        if not names:
-            return self.cards
-        told = {card.get("id"): card for card in self.cards}
-        bare = {"object": "model", "created": 0, "owned_by": "vllm"}
-        return [told.get(name, {"id": name, **bare}) for name in names]
 
 
 class Upstreams:
@@ -119,6 +62,8 @@ class Upstreams:
         self._metrics = metrics
         self._clock = WatchClock()
         self._upstreams: dict[str, Upstream] = {}
+        self._drained: dict[str, str] = {}
+        """Instances that operators have drained, and who had found each."""
         self._watchers: asyncio.TaskGroup | None = None
         for config in configs:
             self.add(config)
@@ -137,8 +82,11 @@ class Upstreams:
             upstream.reconfigure(config)
         upstream.leaving = False
         upstream.source = source
+        self._drained.pop(config.id, None)
         if moved:
+            upstream.num_moves += 1
             upstream.num_kv_tokens = None
+            upstream.others = Others()  # as the fleet forgets them
         self._dispatcher.add(self._built(upstream))
         if moved:
             self._dispatcher.mark(config.id, healthy=False)
@@ -164,6 +112,25 @@ class Upstreams:
         _logger.info("instance %s is leaving", instance_id)
         upstream.probe_now.set()
         self._changed()
+
+    def drain_for_good(self, instance_id: str) -> None:
+        """Drain an instance, and have no source bring it back, see `keep_out`.
+
+        Raises:
+            KeyError: There is none of that name.
+        """
+        source = self._upstreams[instance_id].source
+        self.drain(instance_id)
+        self._drained[instance_id] = source
+
+    def keep_out(self, source: str, found: Container[str]) -> set[str]:
+        """Return which instances a source may not bring: operators have drained them.
+
+        That ends when the source that had found one names it no more, and when an operator adds
+        it.
+        """
+        self._drained = {i: of for i, of in self._drained.items() if of != source or i in found}
+        return {instance_id for instance_id in self._drained if instance_id in found}
 
     def _forget(self, upstream: Upstream) -> None:
         del self._upstreams[upstream.config.id]
@@ -210,7 +177,7 @@ class Upstreams:
         """Probe each instance once."""
         async with asyncio.TaskGroup() as tasks:
             for upstream in self:
-                tasks.create_task(self._probe(upstream))
+                tasks.create_task(self._look(upstream))
 
     async def run(self) -> None:
         """Watch until cancelled."""
@@ -248,10 +215,18 @@ class Upstreams:
             if upstream.leaving and not self.num_in_flight(upstream.config.id):
                 self._forget(upstream)
                 return
+            await self._look(upstream)
+
+    async def _look(self, upstream: Upstream) -> None:
+        """Probe once. Whatever one instance brings about, the others are watched on."""
+        try:
             await self._probe(upstream)
+        except Exception:
+            _logger.exception("instance %s could not be probed", upstream.config.id)
 
     async def _probe(self, upstream: Upstream) -> None:
         healthy, reason, answered = False, "no answer to /health", False
+        num_moves = upstream.num_moves
         upstream.silence.probe_sent()
         try:
             async with self._get(upstream, "/health") as response:
@@ -262,7 +237,9 @@ class Upstreams:
         except (aiohttp.ClientError, OSError) as e:
             answered, reason = True, str(e) or type(e).__name__
         finally:
-            upstream.silence.probe_ended(answered=answered)
+            is_silent = upstream.silence.probe_ended(answered=answered)
+        if upstream.num_moves != num_moves:
+            return
         if healthy and upstream.is_stuck:
             healthy = await self._is_moving(upstream)
         if healthy:
@@ -271,8 +248,10 @@ class Upstreams:
             await self._refresh_models(upstream)
             if upstream.refuses_key:
                 healthy, reason = False, "it refuses the router's key (api_key_env, api_key_file)"
+        if upstream.num_moves != num_moves:
+            return
         self._mark(upstream, healthy, reason)
-        if not answered:
+        if is_silent:
             upstream.silence.abandon(begun=True)
         if not healthy or not self._reads_load:
             return
@@ -304,13 +283,19 @@ class Upstreams:
             upstream.num_probes_to_models -= 1
             return
         upstream.num_probes_to_models = MODELS_EVERY
+        num_moves, refuses_key = upstream.num_moves, upstream.refuses_key
         try:
             async with self._get(upstream, "/v1/models") as response:
-                upstream.refuses_key = bool(upstream.own_headers) and response.status in {401, 403}
-                cards = (await response.json())["data"] if response.status == 200 else []
+                refuses_key = bool(upstream.own_headers) and response.status in {401, 403}
+                cards = json.loads(await _body(response))["data"] if response.status == 200 else []
             cards = [card for card in cards if isinstance(card["id"], str)]
-        except (aiohttp.ClientError, OSError, TimeoutError, ValueError, KeyError, TypeError):
+        except (aiohttp.ClientError, OSError, TimeoutError):
             cards = []
+        except (ValueError, KeyError, TypeError, RecursionError):  # no JSON, or not this one
+            cards = []
+        if upstream.num_moves != num_moves:
+            return
+        upstream.refuses_key = refuses_key
         if cards and cards != upstream.cards:
             upstream.cards = cards
             if not upstream.leaving:
@@ -325,6 +310,12 @@ class Upstreams:
 
     async def _ask_load(self, upstream: Upstream) -> None:
         """Ask now and then for calls that others have sent; an answer that is none means none."""
+        try:
+            await self._ask_load_now(upstream)
+        except Exception:
+            _logger.exception("instance %s could not be asked for its load", upstream.config.id)
+
+    async def _ask_load_now(self, upstream: Upstream) -> None:
         if upstream.leaving:
             return
         upstream.num_probes_to_report -= 1
@@ -332,13 +323,13 @@ class Upstreams:
             return
         upstream.num_probes_to_report = REPORT_EVERY
         instance_id, fleet = upstream.config.id, self._dispatcher.fleet
-        num_before = self.num_in_flight(instance_id)
+        num_before, num_moves = self.num_in_flight(instance_id), upstream.num_moves
         try:
             async with self._get(upstream, "/metrics") as response:
-                report = read_report(await response.read()) if response.status == 200 else None
-        except (aiohttp.ClientError, OSError, TimeoutError):
+                report = read_report(await _body(response)) if response.status == 200 else None
+        except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             report = None
-        if upstream.leaving or instance_id not in fleet:
+        if upstream.leaving or instance_id not in fleet or upstream.num_moves != num_moves:
             return
         if report is None:
             changed = upstream.others.forget()
@@ -376,8 +367,10 @@ class Upstreams:
         timeout = aiohttp.ClientTimeout(
             total=PROBE_TIMEOUT_S, sock_connect=_PROBE_CONNECT_TIMEOUT_S
         )
+        # The session leaves bodies as they come, for clients; these are read here.
+        headers = {**upstream.own_headers, "Accept-Encoding": "identity"}
         return self._session.get(
-            upstream.url + path, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
+            upstream.url + path, timeout=timeout, headers=headers, ssl=upstream.ssl
         )
 
     def _mark(self, upstream: Upstream, healthy: bool, reason: str) -> None:
@@ -385,9 +378,24 @@ class Upstreams:
             return
         upstream.generation += healthy
         self._dispatcher.mark(upstream.config.id, healthy=healthy)
+        upstream.others = Others()  # as the fleet forgets them
         self._metrics.healthy(upstream.config.id, healthy)
         self._changed()
         if healthy:
             _logger.info("instance %s is healthy", upstream.config.id)
         else:
             _logger.warning("instance %s is not healthy: %s", upstream.config.id, reason)
+
+
+async def _body(response: aiohttp.ClientResponse) -> bytes:
+    """Read an answer.
+
+    Raises:
+        ValueError: It is too long.
+    """
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > _MAX_ANSWER_BYTES:
+            raise ValueError(f"expected at most {_MAX_ANSWER_BYTES} bytes, got more")
+    return bytes(body)

@@ -106,12 +106,14 @@ class Silence:
     def probe_sent(self) -> None:
         self._probe_sent_at = self._clock.now
 
-    def probe_ended(self, *, answered: bool) -> None:
+    def probe_ended(self, *, answered: bool) -> bool:
+        """Note the end of a probe; returns whether it met nothing but silence."""
         sent_at, self._probe_sent_at = self._probe_sent_at, None
         if answered and sent_at is not None:
             self._heard_at = self._clock.now
             took_s = self._clock.now - sent_at
             self._slowest_probe_s = max(took_s, _FORGET_PROBES * self._slowest_probe_s)
+        return not answered and sent_at is not None and self._heard_at <= sent_at
 
     def abandon(self, *, begun: bool) -> None:
         """End the waits for answers that this instance will not give.

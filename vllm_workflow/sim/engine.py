@@ -27,6 +27,8 @@ from vllm_workflow.sim.step_series import StepSeries
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
 DEFAULT_BLOCK_SIZE = 16
+MAX_PUT_OFF = 64
+"""Waiting calls that one step lets step back, as `engine.slack_order` does."""
 
 
 class EventEngine:
@@ -284,7 +286,9 @@ class EventEngine:
     def _put_off_late(self, now: float) -> None:
         """Let the head of the queue be a call that can still be on time, if there is any."""
         waiting, ranking = self._waiting, self._ranking
-        while ranking.put_off_from(head := waiting.head()) < now:
+        for _ in range(MAX_PUT_OFF):
+            if ranking.put_off_from(head := waiting.head()) >= now:
+                break
             ranking.put_off(head)
             waiting.rekey(head)
 

@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.metrics import mean, percentile, slo_attainment
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.declare import declared
 from vllm_workflow.sim.fleet import SimInstance
-from vllm_workflow.sim.log_fit import Speed, as_fast, speeds
+from vllm_workflow.sim.log_fit import MIN_CALLS, Speed, as_fast, speeds
 from vllm_workflow.sim.log_window import LogWindow, sim_instance
 from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.tuner import TunerSettings, Verdict, Window, engines_of, tune
@@ -45,11 +46,14 @@ class Fit:
     speeds: Mapping[str, Speed]
 
     @property
-    def error(self) -> float:
-        """Share by which the median call of an instance is off, mean over calls; 0 if unknown."""
+    def error(self) -> float | None:
+        """Share by which the median call of an instance is off, mean over calls.
+
+        None if no instance has calls enough to tell.
+        """
         known = [each for each in self.speeds.values() if math.isfinite(each.error)]
         num_calls = sum(each.num_calls for each in known)
-        return sum(e.error * e.num_calls for e in known) / num_calls if known else 0.0
+        return sum(e.error * e.num_calls for e in known) / num_calls if known else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,24 +89,43 @@ def tune_log(
         max_runs: Of the window, the last so many; None for all.
 
     Raises:
-        ConfigError: See `tune`.
+        ConfigError: See `tune`; or a log under admission 'reject', which lacks
+            the runs that were refused.
     """
     settings = settings or TunerSettings()
     incumbent = incumbent or log.policy
+    if "reject" in (log.policy.admission, log.first_policy.admission):
+        raise ConfigError(
+            f"{log.source}: expected a log of all runs that came, got one made under admission "
+            "'reject', which does not hold those that it refused: a replay would have too little "
+            "load. Tune on a log made under 'accept'"
+        )
     if max_runs is not None:
         log = replace(log, runs=log.runs[-max_runs:])
     window = _window(log, fleet, workflows, engine_policy)
     if len(window.runs) - len(window.uncounted) < settings.min_runs or fleet is not None:
         return LogVerdict(verdict=tune(window, incumbent, points, settings), fit=None)
     window, fit = fitted(log, window)
-    if fit.error > MAX_ERROR:
-        reason = (
-            f"the replay does not fit: the median call of an instance is off by "
-            f"{fit.error:.0%}, at most {MAX_ERROR:.0%} would do"
-        )
+    reason = _why_not(fit)
+    if reason is not None:
         verdict = Verdict(swap=False, reason=reason, policy=incumbent, incumbent=incumbent)
         return LogVerdict(verdict=verdict, fit=fit)
     return LogVerdict(verdict=tune(window, incumbent, points, settings), fit=fit)
+
+
+def _why_not(fit: Fit) -> str | None:
+    """Return why a replay says nothing about the fleet; None if it does."""
+    if fit.error is None:
+        return (
+            f"nobody can tell whether the replay fits: no instance has {MIN_CALLS} calls, of "
+            f"{sum(each.num_calls for each in fit.speeds.values())} in all"
+        )
+    if fit.error > MAX_ERROR:
+        return (
+            f"the replay does not fit: the median call of an instance is off by "
+            f"{fit.error:.0%}, at most {MAX_ERROR:.0%} would do"
+        )
+    return None
 
 
 def as_happened(log: LogWindow, *, fleet: Sequence[SimInstance] | None = None) -> Window:

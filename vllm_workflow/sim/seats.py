@@ -123,6 +123,8 @@ class SeatPreemption:
             if not call.is_urgent(now, urgent_slack_s):
                 until = call.urgent_from(now, urgent_slack_s)
                 break
+            if any(True for _ in self._victims(call, now)):
+                return now  # what it loses and what waiting costs change from step to step
         for victim in self._running:
             if now < victim.protected_until < until:
                 until = victim.protected_until
@@ -133,7 +135,7 @@ class SeatPreemption:
         for _, victim in zip(range(MAX_PRICED), self._victims(call, now)):
             num_own = self._num_own_blocks(victim) if num_lacking > 0 else 0
             cost_s = self._loss_s(victim, min(num_own, num_lacking))
-            if self._costs.pays(cost_s) and self._costs.may_lose(victim.run_id, cost_s):
+            if self._costs.pays(cost_s, now) and self._costs.may_lose(victim.run_id, cost_s):
                 self._take_from(victim, cost_s)
                 return True
         return False
@@ -149,7 +151,7 @@ class SeatPreemption:
             if num_own > 0 and self._costs.may_lose(victim.run_id, cost_s):
                 losses.append((victim, cost_s))
                 num_lacking -= num_own
-        if num_lacking <= 0 and self._costs.pays(sum(cost_s for _, cost_s in losses)):
+        if num_lacking <= 0 and self._costs.pays(sum(cost_s for _, cost_s in losses), now):
             for victim, cost_s in losses:
                 self._take_from(victim, cost_s)
 

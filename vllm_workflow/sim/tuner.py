@@ -2,15 +2,17 @@
 
 Successive halving at level 1, in three parts. Every point of the grid is tried on a quarter of
 the window, the best few on half of it, each time otherwise arranged (`sim.replicates`) and all
-on the same runs and arrivals. The best is then held against the present policy on arrangements
-that had no part in choosing it, so that having been the luckiest of many counts for nothing.
+on the same runs and arrivals. The best is then held against the present policy on further
+arrangements of the same runs. So what was luck of an arrangement when it was chosen counts for
+nothing then; what is luck of these runs counts again, and only fresh traffic can tell it.
 
 What is compared is
 
     J = attainment + p95_weight · ln(P95 of the present policy / P95)
 
 Attainment is the share of runs within their SLO. With the default weight a P95 that is 10 %
-shorter is worth one point of it, so it decides only where attainment does not.
+shorter is worth one point of it, so it decides only where attainment does not. Runs that are
+refused are missed in attainment and are not in P95, which is that of the runs that finished.
 """
 
 from __future__ import annotations
@@ -92,6 +94,7 @@ class Score:
     attainment: float | None
     """None if no run has an SLO."""
     p95_s: float
+    """Of the runs that finished; 0 if none did."""
     gain: float
     """J minus that of the present policy; 0 for the latter."""
 
@@ -118,11 +121,11 @@ class Verdict:
     """The one to run from now on."""
     incumbent: PolicyConfig
     gain: float | None = None
-    """Of the best other point, mean over fresh arrangements; None if none was tried."""
+    """Of the best other point, mean over the arrangements of the final; None if none was tried."""
     gain_low: float | None = None
     """What the gain exceeds with the confidence asked for."""
     num_replicates: int = 0
-    """Fresh arrangements that this is from."""
+    """Arrangements that this is from."""
     num_runs: int = 0
     """Of the window that count."""
     num_calls: int = 0
@@ -187,7 +190,7 @@ class _Tuner:
         return sorted(self._others, key=lambda p: self._points[p].score.gain, reverse=True)
 
     def _final(self, challenger: PolicyConfig, num_runs: int) -> Verdict:
-        """Hold the best point against the present policy on fresh arrangements."""
+        """Hold the best point against the present policy on further arrangements."""
         settings, number = self._settings, len(RUNGS) + 1
         mine: list[_Outcome] = []
         present: list[_Outcome] = []
@@ -287,7 +290,7 @@ def _outcome(runs: Sequence[RunResult]) -> _Outcome:
     latencies_s = [run.latency_s for run in runs]
     return _Outcome(
         slo_attainment(latencies_s, [run.slo_s for run in runs]),
-        percentile(latencies_s, 95.0) or 0.0,
+        percentile([s for s in latencies_s if s < math.inf], 95.0) or 0.0,
     )
 
 

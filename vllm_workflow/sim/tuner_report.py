@@ -41,7 +41,8 @@ def text(found: LogVerdict) -> str:
         lines += ["", *_table(verdict.points, verdict.incumbent), ""]
         lines.append(
             f"Tried on {_shares()} of the window, otherwise arranged each time; those at "
-            f"'final' on {verdict.num_replicates} whole arrangements that chose nothing. Gain: "
+            f"'final' on {verdict.num_replicates} further arrangements of all of it: the same runs "
+            "that they were chosen on, in another order. Gain: "
             "attainment + 0.1 · ln(P95 ratio) unless set otherwise, against the present policy on "
             "the same runs and arrivals. Rows of different rungs do not compare."
         )

@@ -1,0 +1,74 @@
+"""One instance as an HTTP server: where it is, and what it last said of itself."""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from typing import Any
+
+from multidict import CIMultiDict
+
+from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.reports import Others
+from vllm_workflow.router.watch import Silence, WatchClock
+
+
+class Upstream:
+    """One instance as an HTTP server."""
+
+    def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
+        self.reconfigure(config)
+        self.refuses_key = False
+        """Whether it last said so of the key that the router has for it."""
+        self.source = ""
+        """Who found it; empty if it was configured."""
+        self.leaving = False
+        """Gets no more calls, and is forgotten when the last one has ended."""
+        self.cards: list[dict[str, Any]] = []
+        """What it last said of its models; empty if it never did."""
+        self.num_probes_to_models = 0
+        self.num_probes_to_report = 0
+        self.others = Others()
+        """What it has to do for somebody else."""
+        self.num_kv_tokens: int | None = None
+        """That it says its KV cache holds."""
+        self.probe_now = asyncio.Event()
+        self.watcher: asyncio.Task[None] | None = None
+        self.asking: asyncio.Task[None] | None = None
+        """Asks how busy it is; ends by itself."""
+        self.silence = Silence(clock)
+        """Told by each call when it begins, of its bytes, and when it ends."""
+        self.generation = 0
+        """How often it has come back."""
+        self.num_moves = 0
+        """What was asked before one of them says nothing of what is there after it."""
+        self.is_stuck = False
+        """Its engine gave nothing while its server was well, so that its word does not count."""
+
+    def reconfigure(self, config: InstanceConfig) -> None:
+        """Take another configuration, key and certificates among it, for what is sent next."""
+        authorization = config.authorization()
+        self.ssl: ssl.SSLContext | bool = (
+            config.tls.context() if config.url.startswith("https:") else True
+        )
+        self.own_headers = {"Authorization": authorization} if authorization else {}
+        """Headers that replace a client's."""
+        self.config = config
+        self.url = config.url
+
+    def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+        """Return the headers to send for a call that came with `headers`."""
+        if not self.own_headers:
+            return headers
+        result = headers.copy()
+        result.update(self.own_headers)
+        return result
+
+    def model_cards(self) -> list[dict[str, Any]]:
+        """Entries of `/v1/models`, made up for configured models it does not tell about."""
+        names = self.config.models
+        if not names:
+            return self.cards
+        told = {card.get("id"): card for card in self.cards}
+        bare = {"object": "model", "created": 0, "owned_by": "vllm"}
+        return [told.get(name, {"id": name, **bare}) for name in names]

@@ -80,7 +80,7 @@ class Protocol(web.RequestHandler):
 
     def _write_is_late(self) -> None:
         self._write_timer = None
-        if isinstance(self.transport, asyncio.Transport):
+        if self.transport is not None:  # uvloop's is no asyncio.Transport
             self.transport.abort()
 
     def _stop_write_timer(self) -> None:

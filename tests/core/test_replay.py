@@ -12,7 +12,9 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError, QuotaExceededError
 from vllm_workflow.core.events import (
     Added,
+    Cleared,
     Event,
+    Evicted,
     Marked,
     Polled,
     Removed,
@@ -31,7 +33,10 @@ Step = tuple[str, int, float]
 steps = st.lists(
     st.tuples(
         st.sampled_from(
-            ["submit", "submit", "submit", "settle", "fail", "mark", "add", "remove", "swap"]
+            [
+                *("submit", "submit", "submit", "settle", "fail", "mark", "add", "remove", "swap"),
+                *("evict", "clear"),
+            ]
         ),
         st.integers(0, 30),
         st.floats(0.001, 100.0),
@@ -89,6 +94,10 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.add(instance("c", latency=SLOW, max_num_seqs=1 + pick))
         elif what == "remove" and "c" in brain.fleet:
             brain.remove("c")
+        elif what == "evict":
+            brain.evict("ab"[pick % 2], (pick % 3, 7))
+        elif what == "clear":
+            brain.clear("ab"[pick % 2])
         elif what == "swap":
             brain.swap(POLICIES[pick % len(POLICIES)], now=now)
         for decision in brain.poll(now):
@@ -138,6 +147,10 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
                 brain.remove(event.instance_id)
             case Marked():
                 brain.mark(event.instance_id, healthy=event.healthy)
+            case Evicted():
+                brain.evict(event.instance_id, event.chain_hashes)
+            case Cleared():
+                brain.clear(event.instance_id)
             case Submitted():
                 brain.submit(
                     event.request,

@@ -19,6 +19,8 @@ from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
     Added,
+    Cleared,
+    Evicted,
     Marked,
     Polled,
     Record,
@@ -114,6 +116,16 @@ class Dispatcher:
             self._record(
                 Reported(instance_id=instance_id, num_others=num_others, kv_share=kv_share)
             )
+
+    def evict(self, instance_id: str, chain_hashes: tuple[int, ...]) -> None:
+        """Note pieces of prompts that an instance caches no more; see `KvLedger.forget`."""
+        if self.fleet.evict(instance_id, chain_hashes) and self._record is not None:
+            self._record(Evicted(instance_id=instance_id, chain_hashes=chain_hashes))
+
+    def clear(self, instance_id: str) -> None:
+        """Note that an instance's prefix cache is empty."""
+        if self.fleet.evict(instance_id, None) and self._record is not None:
+            self._record(Cleared(instance_id=instance_id))
 
     def restore_speed(
         self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float

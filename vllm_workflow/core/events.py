@@ -72,6 +72,21 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evicted:
+    """An instance told that it caches some pieces of prompts no more."""
+
+    instance_id: str
+    chain_hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleared:
+    """An instance told that its prefix cache is empty."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """What an earlier process had learned of an instance was taken over."""
 
@@ -123,6 +138,8 @@ Event = (
     | Removed
     | Marked
     | Reported
+    | Evicted
+    | Cleared
     | Restored
     | Submitted
     | Polled
@@ -134,7 +151,7 @@ Record = Callable[[Event], None]
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
     for cls in (
-        *(Started, Swapped, Added, Removed, Marked, Reported, Restored),
+        *(Started, Swapped, Added, Removed, Marked, Reported, Evicted, Cleared, Restored),
         *(Submitted, Polled, Withdrawn, Settled),
     )
 }

@@ -8,6 +8,7 @@ caller's affair (fixed pieces of text in a router, the parts of a trace in a sim
 from __future__ import annotations
 
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -160,6 +161,17 @@ class KvLedger:
         """Forget every prefix that no call in flight reads: the engine has restarted."""
         for chain_hash in list(self._idle):
             self._forget(chain_hash)
+
+    def forget(self, chain_hashes: Iterable[int]) -> int:
+        """Hold some pieces no more, but those that a call in flight reads, which it computes.
+
+        Returns:
+            How many of them were held.
+        """
+        gone = [chain_hash for chain_hash in chain_hashes if chain_hash in self._idle]
+        for chain_hash in gone:
+            self._forget(chain_hash)
+        return len(gone)
 
     def __len__(self) -> int:
         return len(self._held)

@@ -11,7 +11,9 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import (
     Added,
+    Cleared,
     Event,
+    Evicted,
     Marked,
     Polled,
     Removed,
@@ -64,6 +66,10 @@ def replay(
                 dispatcher.report(
                     event.instance_id, num_others=event.num_others, kv_share=event.kv_share
                 )
+            case Evicted():
+                dispatcher.evict(event.instance_id, event.chain_hashes)
+            case Cleared():
+                dispatcher.clear(event.instance_id)
             case Restored():
                 dispatcher.restore_speed(**asdict(event))
             case Submitted():

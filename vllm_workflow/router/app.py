@@ -26,6 +26,7 @@ from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.discovery import Discovery, sources
 from vllm_workflow.router.forward import ADDED_BY_AIOHTTP, Sessions
 from vllm_workflow.router.keeper import Keeper
+from vllm_workflow.router.kv_events import KvEvents
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.protocol import Listener
@@ -120,6 +121,7 @@ async def serve(
             binder.instances_changed,
             reads_load=config.read_load,
         )
+        kv_events = KvEvents(dispatcher, upstreams, metrics.registry)
         access = Access(config.auth)
         bodies = Bodies(config.max_body_mb, config.limits)
         proxy = Proxy(
@@ -134,6 +136,7 @@ async def serve(
             set_priority=config.set_priority,
             log_prompts=config.log_prompts,
             tracing=tracing,
+            kv_events=kv_events,
         )
         tls = config.tls.context() if config.tls else None
         reload = Reloader(
@@ -148,6 +151,7 @@ async def serve(
         watchers = [
             upstreams.run(),
             discovery.run(),
+            kv_events.run(),
             _expire_runs(proxy),
             *(each.run() for each in (log, keeper) if each),
         ]

@@ -86,7 +86,13 @@ def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def forwarded_body(
-    call: Call, decision: Decision, ordering: OrderingPolicy | None, *, now: float, unix_time: float
+    call: Call,
+    decision: Decision,
+    ordering: OrderingPolicy | None,
+    *,
+    now: float,
+    unix_time: float,
+    has_session: bool = False,
 ) -> bytes:
     """Return the body for one attempt, with the budget that is left at `now`.
 
@@ -96,6 +102,7 @@ def forwarded_body(
         ordering: Gives the `priority` to add; None to add none, except one from a hint.
         now: Instant on the clock of `call.request`.
         unix_time: The same instant as seconds since 1970.
+        has_session: Name the call in the engine's KV events, unless the client has a name for it.
     """
     if not call.takes_xargs:
         return call.body.raw
@@ -103,6 +110,8 @@ def forwarded_body(
     xargs: dict[str, str | int] = {}
     if info.names_run or request.has_deadline:
         xargs = _xargs(info, request, decision, now)
+    if has_session and not _names_session(call):
+        xargs["session_id"] = request.request_id
     priority = info.priority
     if "X-Vllm-Priority" in call.headers:
         priority = None
@@ -113,6 +122,16 @@ def forwarded_body(
             key += unix_time - now
         priority = priority_of(key, info.priority or 0)
     return with_additions(call.body, xargs, priority=priority)
+
+
+def _names_session(call: Call) -> bool:
+    """Whether the client says itself what vLLM takes for `session_id`."""
+    theirs = call.body.members.get("vllm_xargs")
+    return (
+        bool(call.body.members.get("session_id"))
+        or "X-Session-ID" in call.headers
+        or (isinstance(theirs, dict) and bool(theirs.get("session_id")))
+    )
 
 
 def priority_of(key: float, level: int = 0) -> int:

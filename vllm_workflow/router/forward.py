@@ -168,6 +168,7 @@ class Forwarder:
             self._ordering() if self._ordering else None,
             now=attempt.start_time,
             unix_time=time.time(),
+            has_session=bool(upstream.config.kv_events),
         )
         session = self._sessions.fresh if fresh else self._sessions.kept
         return await session.post(

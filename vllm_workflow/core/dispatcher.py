@@ -83,9 +83,10 @@ class Dispatcher:
                     record(Marked(instance_id=instance.instance_id, healthy=False))
 
     def _waiting_room(self) -> WaitingRoom:
+        learned = self._paces, self._demands
         if self.tenants is None:
-            return WaitingRoom(self.fleet, self._policy, self.config, self._paces, self._demands)
-        return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants)
+            return WaitingRoom(self.fleet, self._policy, self.config, *learned)
+        return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants, *learned)
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; a new one counts as healthy."""

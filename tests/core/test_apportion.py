@@ -88,14 +88,16 @@ def test_a_quota_that_goes_lets_calls_go_that_it_held() -> None:
 
 def test_runs_in_flight_count_for_a_quota_of_runs_that_comes() -> None:
     brain = brain_with(AT_ONCE, only(weight=2.0))
-    submitted(brain, "first")
+    for name in ("one", "other"):
+        brain.submit(stage_request(name, tenant_id="t", workflow_id="run"), now=0.0)
 
     brain.apportion(only(max_concurrent_runs=1), now=1.0)
 
-    assert submitted(brain, "second", now=1.0) == []
-    settle(brain, "first")
-    assert started(brain, 2.0) == []
-    assert started(brain, 100.0) == ["second"]
+    assert submitted(brain, "next", now=1.0) == []
+    settle(brain, "one")
+    assert started(brain, 100.0) == []  # the other one is still under way
+    settle(brain, "other")
+    assert started(brain, 101.0) == ["next"]
 
 
 def test_tokens_used_up_under_the_old_rate_stay_used_up() -> None:

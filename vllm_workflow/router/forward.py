@@ -57,7 +57,7 @@ class Forwarder:
         upstreams: Where to, and who watches them.
         sessions: By which connections.
         metrics: Told of answers that broke off.
-        ordering: Returns what gives the `priority` to add, now; None to add none.
+        ordering: Returns what gives the `priority` to add, now; None: none is to be added.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Forwarder:
         upstreams: Upstreams,
         sessions: Sessions,
         metrics: Metrics,
-        ordering: Callable[[], OrderingPolicy] | None,
+        ordering: Callable[[], OrderingPolicy | None],
     ) -> None:
         self._upstreams = upstreams
         self._sessions = sessions
@@ -165,7 +165,7 @@ class Forwarder:
         body = forwarded_body(
             call,
             attempt.decision,
-            self._ordering() if self._ordering else None,
+            self._ordering(),
             now=attempt.start_time,
             unix_time=time.time(),
         )

@@ -299,7 +299,7 @@ async def from_file(path: Path, text: str) -> AsyncIterator[tuple[Client, Callab
 
     write(text)
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(60),
         serve(read(), read) as router,
         aiohttp.ClientSession() as session,
     ):

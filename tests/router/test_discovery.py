@@ -31,7 +31,7 @@ pytestmark = pytest.mark.anyio
 
 async def until(holds: Callable[[], bool | Awaitable[bool]]) -> None:
     """Wait until something holds; the test's own timeout ends it."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while True:
             result = holds()
             if result if isinstance(result, bool) else await result:

@@ -24,10 +24,10 @@ from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.discovery import Discovery, sources
-from vllm_workflow.router.forward import ADDED_BY_AIOHTTP, Sessions
 from vllm_workflow.router.keeper import Keeper
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.pool import CONNECT_TIMEOUT_S, KEEPALIVE_S
 from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.recorder import recorder
@@ -38,9 +38,6 @@ from vllm_workflow.router.tenants import TenantMetrics
 from vllm_workflow.router.tuning import PolicyFile, PolicySwitch, Tuning
 from vllm_workflow.router.upstreams import Upstreams
 
-_CONNECT_TIMEOUT_S = 5.0
-_KEEPALIVE_S = 3.0
-"""Below the 5 s after which vLLM closes a kept connection, so that no call meets the closing."""
 _EXPIRE_EVERY_S = 5.0
 
 
@@ -98,14 +95,7 @@ async def serve(
             stack.callback(log.flush)
         if tracing:
             stack.push_async_callback(asyncio.to_thread, tracing.close)
-        session = await stack.enter_async_context(_session(_connector(keep=True)))
-        assert session.connector is not None
-        calls = await stack.enter_async_context(
-            _session(session.connector, owned=False, skipped=ADDED_BY_AIOHTTP)
-        )
-        fresh = await stack.enter_async_context(
-            _session(_connector(keep=False), skipped=ADDED_BY_AIOHTTP)
-        )
+        session = await stack.enter_async_context(_session())
         binder = Binder(dispatcher)
         metrics.count_held(
             lambda: dispatcher.waiting.num_held, lambda: dispatcher.waiting.num_relegated
@@ -120,13 +110,13 @@ async def serve(
             binder.instances_changed,
             reads_load=config.read_load,
         )
+        stack.callback(upstreams.close)
         access = Access(config.auth)
         bodies = Bodies(config.max_body_mb, config.limits)
         proxy = Proxy(
             dispatcher,
             binder,
             upstreams,
-            Sessions(calls, fresh),
             metrics,
             access=access,
             bodies=bodies,
@@ -244,21 +234,11 @@ async def _beside(*coroutines: Coroutine[Any, Any, None]) -> AsyncIterator[None]
                 raise result
 
 
-def _connector(*, keep: bool) -> aiohttp.TCPConnector:
-    """Return what makes connections, and keeps them for the next call or not."""
-    return aiohttp.TCPConnector(
-        limit=0, keepalive_timeout=_KEEPALIVE_S if keep else None, force_close=not keep
-    )
-
-
-def _session(
-    connector: aiohttp.BaseConnector, *, owned: bool = True, skipped: tuple[str, ...] = ()
-) -> aiohttp.ClientSession:
+def _session() -> aiohttp.ClientSession:
+    """Return what asks instances how they are; calls have connections of their own, see `Pool`."""
     return aiohttp.ClientSession(
-        connector=connector,
-        connector_owner=owned,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=skipped,
     )

@@ -16,19 +16,15 @@ from vllm_workflow.router.auth import KeyCheck
 from vllm_workflow.router.background import beside
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
-from vllm_workflow.router.forward import ADDED_BY_AIOHTTP, Sessions
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.parts import Parts, build
+from vllm_workflow.router.pool import CONNECT_TIMEOUT_S, KEEPALIVE_S
 from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.records import recording
 from vllm_workflow.router.reload import Reloader
 from vllm_workflow.router.routes import Routes, check_operator
 from vllm_workflow.router.upstreams import Upstreams
-
-_CONNECT_TIMEOUT_S = 5.0
-_KEEPALIVE_S = 3.0
-"""Below the 5 s after which vLLM closes a kept connection, so that no call meets the closing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,15 +60,9 @@ async def serve(
     """
     async with AsyncExitStack() as stack:
         records = await stack.enter_async_context(recording(config))
-        session = await stack.enter_async_context(_session(_connector(keep=True)))
-        assert session.connector is not None
-        kept = await stack.enter_async_context(
-            _session(session.connector, owned=False, skipped=ADDED_BY_AIOHTTP)
-        )
-        fresh = await stack.enter_async_context(
-            _session(_connector(keep=False), skipped=ADDED_BY_AIOHTTP)
-        )
-        parts = build(config, records, session, Sessions(kept, fresh))
+        session = await stack.enter_async_context(_session())
+        parts = build(config, records, session)
+        stack.callback(parts.upstreams.close)
         await parts.begin()
         await stack.enter_async_context(beside(*parts.watchers()))
         reload = Reloader(config, read, parts)
@@ -125,21 +115,11 @@ def _routes(parts: Parts) -> web.Application:
     ).build()
 
 
-def _connector(*, keep: bool) -> aiohttp.TCPConnector:
-    """Return what makes connections, and keeps them for the next call or not."""
-    return aiohttp.TCPConnector(
-        limit=0, keepalive_timeout=_KEEPALIVE_S if keep else None, force_close=not keep
-    )
-
-
-def _session(
-    connector: aiohttp.BaseConnector, *, owned: bool = True, skipped: tuple[str, ...] = ()
-) -> aiohttp.ClientSession:
+def _session() -> aiohttp.ClientSession:
+    """Return what asks instances how they are; calls have connections of their own, see `Pool`."""
     return aiohttp.ClientSession(
-        connector=connector,
-        connector_owner=owned,
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=_CONNECT_TIMEOUT_S),
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),
-        skip_auto_headers=skipped,
     )

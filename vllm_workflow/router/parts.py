@@ -16,7 +16,6 @@ from vllm_workflow.router.auth import Access, KeyCheck
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.discovery import Discovery, sources
-from vllm_workflow.router.forward import Sessions
 from vllm_workflow.router.keeper import Keeper
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
@@ -75,16 +74,13 @@ class Parts:
             self.proxy.runs.expire(time.monotonic())
 
 
-def build(
-    config: RouterConfig, records: Records, session: aiohttp.ClientSession, calls: Sessions
-) -> Parts:
+def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession) -> Parts:
     """Put a router together.
 
     Args:
         config: Checked.
         records: Told of everything.
         session: Asks instances how they are.
-        calls: Connections for calls.
     """
     dispatcher = Dispatcher(
         Fleet(),
@@ -109,7 +105,6 @@ def build(
         dispatcher,
         binder,
         upstreams,
-        calls,
         metrics,
         access=access,
         bodies=bodies,

@@ -22,7 +22,7 @@ from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_response
-from vllm_workflow.router.forward import Forwarder, Sessions
+from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
 from vllm_workflow.router.metrics import Metrics
@@ -55,7 +55,6 @@ class Proxy:
         dispatcher: Dispatcher,
         binder: Binder,
         upstreams: Upstreams,
-        sessions: Sessions,
         metrics: Metrics,
         *,
         access: Access,
@@ -68,7 +67,7 @@ class Proxy:
         self._dispatcher = dispatcher
         self._binder = binder
         self._upstreams = upstreams
-        self._forwarder = Forwarder(upstreams, sessions, metrics, self._ordering)
+        self._forwarder = Forwarder(upstreams, metrics, self._ordering)
         self.max_wait_s = max_wait_s
         """This, and the next two, may be replaced."""
         self.set_priority = set_priority

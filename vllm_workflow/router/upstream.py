@@ -8,6 +8,7 @@ from typing import Any
 from multidict import CIMultiDict
 
 from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.reports import Others
 from vllm_workflow.router.watch import Silence, WatchClock
 
@@ -16,6 +17,7 @@ class Upstream:
     """One instance as an HTTP server."""
 
     def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
+        self._pool: Pool | None = None
         self.reconfigure(config)
         self.refuses_key = False
         """Whether it last said so of the key that the router has for it."""
@@ -54,6 +56,21 @@ class Upstream:
         """Headers that replace a client's."""
         self.config = config
         self.url = config.url
+        self.close()
+
+    @property
+    def pool(self) -> Pool:
+        """Connections for calls, as it is configured now."""
+        if self._pool is None or self._pool.url != self.url:
+            self.close()
+            self._pool = Pool(self.url, self.ssl)
+        return self._pool
+
+    def close(self) -> None:
+        """End the connections that are kept for calls."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
         """Return the headers to send for a call that came with `headers`."""

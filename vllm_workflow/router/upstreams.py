@@ -151,6 +151,7 @@ class Upstreams:
 
     def _forget(self, upstream: Upstream) -> None:
         del self._upstreams[upstream.config.id]
+        upstream.close()
         self._metrics.forget(upstream.config.id)
         _logger.info("instance %s is gone", upstream.config.id)
 
@@ -189,6 +190,11 @@ class Upstreams:
         upstream = self._upstreams[instance_id]
         upstream.num_probes_to_models = 0  # it may have been restarted with another one
         upstream.probe_now.set()
+
+    def close(self) -> None:
+        """End the connections that are kept for calls."""
+        for upstream in self:
+            upstream.close()
 
     async def probe_all(self) -> None:
         """Probe each instance once."""

@@ -12,6 +12,7 @@ from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import (
     Added,
     Cleared,
+    Apportioned,
     Event,
     Evicted,
     Marked,
@@ -56,6 +57,8 @@ def replay(
             case Swapped():
                 if policy is None:
                     dispatcher.swap(event.policy, now=event.now)
+            case Apportioned():
+                dispatcher.apportion(event.tenants, now=event.now)
             case Added():
                 dispatcher.add(event.instance)
             case Removed():

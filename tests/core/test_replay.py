@@ -12,8 +12,8 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError, QuotaExceededError
 from vllm_workflow.core.events import (
     Added,
-    Cleared,
     Apportioned,
+    Cleared,
     Event,
     Evicted,
     Marked,

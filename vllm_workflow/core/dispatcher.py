@@ -19,9 +19,9 @@ from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
     Added,
+    Apportioned,
     Cleared,
     Evicted,
-    Apportioned,
     Marked,
     Polled,
     Record,

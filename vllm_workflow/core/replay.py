@@ -11,8 +11,8 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import (
     Added,
-    Cleared,
     Apportioned,
+    Cleared,
     Event,
     Evicted,
     Marked,

@@ -310,8 +310,13 @@ class Dispatcher:
             self._record(Polled(now=now, decisions=decisions))
         return list(decisions)
 
-    def withdraw(self, request_id: str) -> bool:
-        """Give up a call that waits; returns whether it did."""
+    def withdraw(self, request_id: str, *, refused: bool = False) -> bool:
+        """Give up a call that waits; returns whether it did.
+
+        Args:
+            request_id: Of the call.
+            refused: See `Withdrawn`.
+        """
         request = self.waiting.leave(request_id)
         if request is None:
             return False
@@ -319,7 +324,7 @@ class Dispatcher:
         if self.tenants is not None:
             self.tenants.left(request)
         if self._record is not None:
-            self._record(Withdrawn(request_id=request_id))
+            self._record(Withdrawn(request_id=request_id, refused=refused))
         return True
 
     def _bind_waiting(

@@ -131,6 +131,8 @@ class Withdrawn:
     """A call that waited was given up."""
 
     request_id: str
+    refused: bool = False
+    """By the router, and its run with it; else its client left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

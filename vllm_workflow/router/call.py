@@ -102,7 +102,7 @@ def forwarded_body(
         ordering: Gives the `priority` to add; None to add none, except one from a hint.
         now: Instant on the clock of `call.request`.
         unix_time: The same instant as seconds since 1970.
-        has_session: Name the call in the engine's KV events, unless the client has a name for it.
+        has_session: Name the call in the engine's KV events, unless its body has a name for it.
     """
     if not call.takes_xargs:
         return call.body.raw
@@ -110,8 +110,6 @@ def forwarded_body(
     xargs: dict[str, str | int] = {}
     if info.names_run or request.has_deadline:
         xargs = _xargs(info, request, decision, now)
-    if has_session and not _names_session(call):
-        xargs["session_id"] = request.request_id
     priority = info.priority
     if "X-Vllm-Priority" in call.headers:
         priority = None
@@ -121,17 +119,14 @@ def forwarded_body(
         if ordering.key_is_instant:
             key += unix_time - now
         priority = priority_of(key, info.priority or 0)
-    return with_additions(call.body, xargs, priority=priority)
+    session_id = request.request_id if has_session and not _names_session(call.body) else None
+    return with_additions(call.body, xargs, priority=priority, session_id=session_id)
 
 
-def _names_session(call: Call) -> bool:
-    """Whether the client says itself what vLLM takes for `session_id`."""
-    theirs = call.body.members.get("vllm_xargs")
-    return (
-        bool(call.body.members.get("session_id"))
-        or "X-Session-ID" in call.headers
-        or (isinstance(theirs, dict) and bool(theirs.get("session_id")))
-    )
+def _names_session(body: Body) -> bool:
+    """Whether the body says what vLLM takes for `session_id`; a header counts less there."""
+    theirs = body.members.get("vllm_xargs")
+    return "session_id" in body.members or (isinstance(theirs, dict) and "session_id" in theirs)
 
 
 def priority_of(key: float, level: int = 0) -> int:

@@ -361,5 +361,6 @@ def _refusal(call: Call, error: OverloadedError) -> web.Response:
         headers={
             "X-Request-Id": call.request_id,
             "Retry-After": str(math.ceil(error.retry_after_s)),
+            "X-Workflow-Refused": "overloaded",
         },
     )

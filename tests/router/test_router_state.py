@@ -17,7 +17,7 @@ from vllm_workflow.core.replay import replay
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.engine import metadata
 from vllm_workflow.engine.metadata import Reading
-from vllm_workflow.router import app
+from vllm_workflow.router import parts
 from vllm_workflow.router.metrics import MAX_LABEL_VALUES
 
 pytestmark = pytest.mark.anyio
@@ -286,7 +286,7 @@ async def test_a_run_whose_final_call_failed_goes_on(routing: Routing) -> None:
 async def test_an_idle_run_ends_without_another_call(
     routing: Routing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_EXPIRE_EVERY_S", 0.01)
+    monkeypatch.setattr(parts, "_EXPIRE_EVERY_S", 0.01)
     async with FakeEngine().serving() as engine, routing(engine) as client:
         client.router.proxy.runs._ttl_s = 0.01
         await call(client, Workflow_Id="a", Workflow_Slo_Ms="60000")

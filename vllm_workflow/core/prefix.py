@@ -176,10 +176,10 @@ class KvLedger:
         Returns:
             How many of them were held.
         """
-        gone = [chain_hash for chain_hash in chain_hashes if chain_hash in self._idle]
-        for chain_hash in gone:
-            self._forget(chain_hash)
-        return len(gone)
+        num_before = len(self._idle)
+        for chain_hash in chain_hashes:
+            self._num_idle_tokens -= self._idle.pop(chain_hash, 0)
+        return num_before - len(self._idle)
 
     def __len__(self) -> int:
         return len(self._held) + len(self._idle)

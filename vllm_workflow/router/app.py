@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -24,6 +24,7 @@ from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.discovery import Discovery, sources
+from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.keeper import Keeper
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
@@ -153,15 +154,16 @@ async def serve(
                     config.admin.host, config.admin.port, tls, where="admin.host, admin.port"
                 )
             )
-        app = Routes(
+        routes = Routes(
             proxy,
             upstreams,
             metrics,
             access,
             operator,
             more=_dashboard(board, dispatcher, upstreams, access, operator),
-        ).build()
-        listener = _listener(app, config, reload)
+        )
+        app = routes.build()
+        listener = _listener(app, config, reload, routes.calls())
         url = await stack.enter_async_context(listener.listening(config.host, config.port, tls))
         yield Router(url, admin_url, dispatcher, upstreams, proxy, metrics, reload, app)
 
@@ -199,8 +201,13 @@ def _dashboard(
     return Dashboard(board, dispatcher, upstreams, check).add_to
 
 
-def _listener(app: web.Application, config: RouterConfig, reload: Reloader) -> Listener:
-    listener = Listener(app, config.limits, grace_s=config.shutdown_grace_s)
+def _listener(
+    app: web.Application,
+    config: RouterConfig,
+    reload: Reloader,
+    calls: Mapping[str, Handle] | None = None,
+) -> Listener:
+    listener = Listener(app, config.limits, grace_s=config.shutdown_grace_s, calls=calls)
     reload.listeners.append(listener)
     return listener
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -17,11 +17,11 @@ from aiohttp import http_exceptions, web
 
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.errors import error_json, error_response
+from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.limits import LimitsConfig
+from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
 
 _logger = logging.getLogger(__name__)
-_LINGERING_S = 2.0
-"""A refused body is read and thrown away for this long, so that its sender sees the answer."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -44,7 +44,7 @@ class Protocol(web.RequestHandler):
             max_line_size=limits.max_header_bytes,
             max_field_size=limits.max_header_bytes,
             max_headers=limits.max_headers,
-            lingering_time=_LINGERING_S,
+            lingering_time=LINGERING_S,
             access_log=None,  # type: ignore[arg-type]
             logger=_logger,
             **kwargs,
@@ -161,9 +161,30 @@ class Protocol(web.RequestHandler):
 
 
 class Listener:
-    """An application on an address."""
+    """An application on an address.
 
-    def __init__(self, app: web.Application, limits: LimitsConfig, *, grace_s: float) -> None:
+    Args:
+        app: Answers what is no plain call.
+        limits: Of what clients may send.
+        grace_s: For calls under way at the end.
+        calls: What answers plain calls, by path.
+    """
+
+    def __init__(
+        self,
+        app: web.Application,
+        limits: LimitsConfig,
+        *,
+        grace_s: float,
+        calls: Mapping[str, Handle] | None = None,
+    ) -> None:
+        self.handles = {
+            f"POST {path} HTTP/1.1".encode(): handle for path, handle in (calls or {}).items()
+        }
+        """By request line."""
+        self.plain: set[PlainConnection] = set()
+        self.is_ending = False
+        self._grace_s = grace_s
         self.limits = limits
         """May be replaced: connections made from then on have the new ones."""
         self.num_connections = 0
@@ -175,6 +196,27 @@ class Listener:
     def server(self) -> web.Server:
         assert self._runner.server is not None
         return self._runner.server
+
+    def aiohttp_protocol(self, loop: asyncio.AbstractEventLoop) -> Protocol:
+        """Return what reads all that clients may send."""
+        return Protocol(self, loop=loop)
+
+    def _protocol(self, loop: asyncio.AbstractEventLoop) -> asyncio.Protocol:
+        return PlainConnection(self, loop) if self.handles else self.aiohttp_protocol(loop)
+
+    async def _end_plain(self) -> None:
+        """Let plain calls under way end, for as long as they may, and close their connections."""
+        self.is_ending = True
+        for connection in list(self.plain):
+            connection.end()
+        tasks = [connection.task for connection in self.plain if connection.task is not None]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self._grace_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for connection in list(self.plain):
+            connection.abort()
 
     @asynccontextmanager
     async def listening(
@@ -190,7 +232,7 @@ class Listener:
         try:
             try:
                 server = await loop.create_server(
-                    lambda: Protocol(self, loop=loop), host, port, ssl=tls, backlog=1024
+                    lambda: self._protocol(loop), host, port, ssl=tls, backlog=1024
                 )
             except OSError as e:
                 raise ConfigError(
@@ -203,7 +245,7 @@ class Listener:
             finally:
                 server.close()
         finally:
-            await self._runner.cleanup()
+            await asyncio.gather(self._end_plain(), self._runner.cleanup())
 
 
 def _refusal(error: http_exceptions.HttpProcessingError, limits: LimitsConfig) -> tuple[int, str]:

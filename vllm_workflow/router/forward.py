@@ -42,14 +42,14 @@ class Forwarder:
     Args:
         upstreams: Where to, and who watches them.
         metrics: Told of answers that broke off.
-        ordering: Returns what gives the `priority` to add, now; None to add none.
+        ordering: Returns what gives the `priority` to add, now; None: none is to be added.
     """
 
     def __init__(
         self,
         upstreams: Upstreams,
         metrics: Metrics,
-        ordering: Callable[[], OrderingPolicy] | None,
+        ordering: Callable[[], OrderingPolicy | None],
     ) -> None:
         self._upstreams = upstreams
         self._metrics = metrics
@@ -158,7 +158,7 @@ class Forwarder:
         body = forwarded_body(
             call,
             attempt.decision,
-            self._ordering() if self._ordering else None,
+            self._ordering(),
             now=attempt.start_time,
             unix_time=time.time(),
         )

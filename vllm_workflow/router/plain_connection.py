@@ -51,6 +51,7 @@ class PlainConnection(asyncio.Protocol):
         "_limits",
         "_listener",
         "_loop",
+        "_num_trusts",
         "_parser",
         "_transport",
         "_write_timer",
@@ -64,6 +65,7 @@ class PlainConnection(asyncio.Protocol):
         """Answers the request under way."""
         self._listener = listener
         self._limits = listener.limits
+        self._num_trusts = listener.num_trusts
         self._loop = loop
         self._transport: asyncio.Transport | None = None
         self._parser: HttpRequestParser | None = HttpRequestParser(self)
@@ -78,7 +80,8 @@ class PlainConnection(asyncio.Protocol):
 
     @property
     def is_ending(self) -> bool:
-        return self._listener.is_ending
+        listener = self._listener
+        return listener.is_ending or self._num_trusts != listener.num_trusts
 
     # Its life.
 
@@ -112,7 +115,7 @@ class PlainConnection(asyncio.Protocol):
         transport = self._transport
         assert transport is not None
         self._leave()
-        protocol = self._listener.aiohttp_protocol(self._loop)
+        protocol = self._listener.aiohttp_protocol(self._num_trusts)
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
         if data:  # when what waits for requests there has begun to

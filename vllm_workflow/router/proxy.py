@@ -68,9 +68,10 @@ class Proxy:
         self._dispatcher = dispatcher
         self._binder = binder
         self._upstreams = upstreams
-        ordering = self._ordering if set_priority else None
-        self._forwarder = Forwarder(upstreams, metrics, ordering)
-        self._max_wait_s = max_wait_s
+        self._forwarder = Forwarder(upstreams, metrics, self._ordering)
+        self.max_wait_s = max_wait_s
+        """This, and the next two, may be replaced."""
+        self.set_priority = set_priority
         self._metrics = metrics
         self._access = access
         self._bodies = bodies
@@ -85,8 +86,8 @@ class Proxy:
         """Fingerprint of the policy that decides now."""
         return self._dispatcher.config.fingerprint
 
-    def _ordering(self) -> OrderingPolicy:
-        return self._dispatcher.config.build_ordering()
+    def _ordering(self) -> OrderingPolicy | None:
+        return self._dispatcher.config.build_ordering() if self.set_priority else None
 
     async def handle(self, exchange: Exchange, *, takes_xargs: bool) -> Answer:
         """Answer one call.
@@ -229,7 +230,7 @@ class Proxy:
     async def _relay(self, request: Exchange | None, call: Call) -> tuple[Answer, bool]:
         """Ask instances until one answers; then stay with it. Returns whether it ended well."""
         tries = Tries(
-            partial(self._give_up_time, call), self._max_wait_s, self._upstreams.generation
+            partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
         )
         while tries.may_go_on:
             try:

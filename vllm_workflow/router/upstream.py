@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from typing import Any
 
 from multidict import CIMultiDict
@@ -24,6 +23,8 @@ class Upstream:
         """Whether it last said so of the key that the router has for it."""
         self.source = ""
         """Who found it; empty if it was configured."""
+        self.is_disowned = False
+        """Whoever found it is gone."""
         self.leaving = False
         """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
@@ -49,10 +50,8 @@ class Upstream:
 
     def reconfigure(self, config: InstanceConfig) -> None:
         """Take another configuration, key and certificates among it, for what is sent next."""
-        authorization = config.authorization()
-        self.ssl: ssl.SSLContext | bool = (
-            config.tls.context() if config.url.startswith("https:") else True
-        )
+        self.ssl = config.ssl
+        authorization = config.authorization
         self.own_headers = {"Authorization": authorization} if authorization else {}
         """Headers that replace a client's."""
         self.config = config

@@ -81,8 +81,11 @@ async def serve(
                     config.admin.host, config.admin.port, where="admin.host, admin.port"
                 )
             )
-        app = _routes(parts)
-        listener = Listener(app, config.limits, tls, grace_s=config.shutdown_grace_s)
+        routes = _routes(parts)
+        app = routes.build()
+        listener = Listener(
+            app, config.limits, tls, grace_s=config.shutdown_grace_s, calls=routes.calls()
+        )
         reload.listeners.append(listener)
         url = await stack.enter_async_context(listener.listening(config.host, config.port))
         yield Router(
@@ -103,7 +106,7 @@ def _admin(parts: Parts, operator: KeyCheck, reload: Reloader) -> web.Applicatio
     ).build()
 
 
-def _routes(parts: Parts) -> web.Application:
+def _routes(parts: Parts) -> Routes:
     def add_dashboard(app: web.Application) -> None:
         board, access, operator = parts.records.board, parts.access, parts.operator
         if board is not None:
@@ -112,7 +115,7 @@ def _routes(parts: Parts) -> web.Application:
 
     return Routes(
         parts.proxy, parts.upstreams, parts.metrics, parts.access, parts.operator, add_dashboard
-    ).build()
+    )
 
 
 def _session() -> aiohttp.ClientSession:

@@ -11,7 +11,7 @@ import logging
 import os
 import socket
 import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,11 +19,11 @@ from aiohttp import http_exceptions, web
 
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.errors import error_json, error_response
+from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.limits import LimitsConfig
+from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
 
 _logger = logging.getLogger(__name__)
-_LINGERING_S = 2.0
-"""A refused body is read and thrown away for this long, so that its sender sees the answer."""
 _BACKLOG = 1024
 """Connections that may wait to be taken."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
@@ -40,7 +40,7 @@ class Protocol(web.RequestHandler):
 
     __slots__ = ("_head_timer", "_limits", "_listener", "_trust", "_write_timer")
 
-    def __init__(self, listener: Listener, **kwargs: Any) -> None:
+    def __init__(self, listener: Listener, num_trusts: int, **kwargs: Any) -> None:
         limits = listener.limits
         super().__init__(
             listener.server,
@@ -48,14 +48,14 @@ class Protocol(web.RequestHandler):
             max_line_size=limits.max_header_bytes,
             max_field_size=limits.max_header_bytes,
             max_headers=limits.max_headers,
-            lingering_time=_LINGERING_S,
+            lingering_time=LINGERING_S,
             access_log=None,  # type: ignore[arg-type]
             logger=_logger,
             **kwargs,
         )
         self._listener = listener
         self._limits = limits
-        self._trust = listener.num_trusts
+        self._trust = num_trusts
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -174,10 +174,11 @@ class Listener:
     """An application on an address.
 
     Args:
-        app: Answers.
+        app: Answers what is no plain call.
         limits: Of connections.
         tls: That connections are taken with; None: in plain text.
         grace_s: How long calls under way may take to end when it closes.
+        calls: What answers plain calls, by path.
     """
 
     def __init__(
@@ -187,7 +188,15 @@ class Listener:
         tls: ssl.SSLContext | None,
         *,
         grace_s: float,
+        calls: Mapping[str, Handle] | None = None,
     ) -> None:
+        self.handles = {
+            f"POST {path} HTTP/1.1".encode(): handle for path, handle in (calls or {}).items()
+        }
+        """By request line."""
+        self.plain: set[PlainConnection] = set()
+        self.is_ending = False
+        """Whether every answer is the last one on its connection."""
         self.limits = limits
         """May be replaced: connections made from then on have the new ones."""
         self.grace_s = grace_s
@@ -271,8 +280,18 @@ class Listener:
         self._servers = servers
         self.num_trusts += distrusts
 
-    def _protocol(self) -> Protocol:
-        return Protocol(self, loop=asyncio.get_running_loop())
+    def _protocol(self) -> asyncio.Protocol:
+        if self.handles:
+            return PlainConnection(self, asyncio.get_running_loop())
+        return self.aiohttp_protocol(self.num_trusts)
+
+    def aiohttp_protocol(self, num_trusts: int) -> Protocol:
+        """Return what reads all that clients may send.
+
+        Args:
+            num_trusts: As it was when the connection was made.
+        """
+        return Protocol(self, num_trusts, loop=asyncio.get_running_loop())
 
     def _close_servers(self) -> None:
         for server in self._servers:
@@ -281,8 +300,21 @@ class Listener:
     async def _end_connections(self) -> None:
         """Let calls under way end, for as long as they may."""
         await asyncio.sleep(0)  # what has been sent up to now is begun
+        self.is_ending = True
         self.server.pre_shutdown()
-        await self.server.shutdown(self.grace_s)
+        await asyncio.gather(self._end_plain(), self.server.shutdown(self.grace_s))
+
+    async def _end_plain(self) -> None:
+        for connection in list(self.plain):
+            connection.end()
+        tasks = [connection.task for connection in self.plain if connection.task is not None]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self.grace_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for connection in list(self.plain):
+            connection.abort()
 
 
 def _refusal(error: http_exceptions.HttpProcessingError, limits: LimitsConfig) -> tuple[int, str]:

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from hashlib import sha256
+from typing import Any, NamedTuple
 
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.prefix import KvLedger
 from vllm_workflow.core.types import Candidate, StageRequest
 
+_MIN_DRIFT_WEIGHT = 0.05
+"""Share of one call in the drift factor: about the last twenty calls decide."""
+_PRIOR_DRIFT_WEIGHT = 4.0
+"""Calls that the configured latency counts for until then."""
+_MAX_DRIFT = 8.0
 _OVERDUE_SHARE = 0.25
 """A call that has outlived its prediction is taken to need this share of its age still."""
 _OTHERS_S = 2.0
@@ -105,6 +112,47 @@ class Account:
         self.instance = instance
         self.kv.resize(_capacity(instance))
 
+    def observe(self, predicted_s: float, actual_s: float) -> None:
+        """Correct its speed by one finished call; see `Fleet.observe`."""
+        ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
+        if math.isfinite(ratio) and ratio > 0.0:
+            self.num_observed += 1
+            weight = max(_MIN_DRIFT_WEIGHT, 1.0 / (_PRIOR_DRIFT_WEIGHT + self.num_observed))
+            step = weight * math.log(min(max(ratio, 1 / _MAX_DRIFT), _MAX_DRIFT))
+            drift = self.drift * math.exp(step)
+            self.drift = min(max(drift, 1 / _MAX_DRIFT), _MAX_DRIFT)
+
+    def observe_cached(self, predicted: int, actual: int) -> None:
+        """Learn how far it caches what it is believed to; see `Fleet.observe_cached`."""
+        if predicted > 0:
+            share = min(max(actual / predicted, 0.0), 1.0)
+            self.hit_share += _MIN_DRIFT_WEIGHT * (share - self.hit_share)
+
+    def speed(self) -> dict[str, Any]:
+        """Return what was learned, as plain values that `restore_speed` takes."""
+        return {
+            "latency": latency_fingerprint(self.instance.latency),
+            "drift": self.drift,
+            "num_observed": self.num_observed,
+            "hit_share": self.hit_share,
+        }
+
+    def restore_speed(
+        self, latency: str, drift: float, num_observed: int, hit_share: float
+    ) -> bool:
+        """Begin with what was learned earlier; see `Fleet.restore_speed`.
+
+        Raises:
+            ValueError: A number that cannot be.
+        """
+        if not (1 / _MAX_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
+            raise ValueError(f"drift, hit_share: got {drift!r}, {hit_share!r}")
+        if latency_fingerprint(self.instance.latency) != latency:
+            return False
+        self.drift, self.hit_share = drift, hit_share
+        self.num_observed = max(0, num_observed)
+        return True
+
     @property
     def num_ahead(self) -> int:
         """Calls there, whoever sent them."""
@@ -128,6 +176,15 @@ class Account:
         return self.healthy and (
             self.is_idle
             or (self.num_ahead < self.instance.max_num_seqs and self.kv.num_free_tokens > 0.0)
+        )
+
+    def is_eligible(self, need: Need, exclude: Collection[str]) -> bool:
+        """Whether it may get a call, now or later."""
+        return (
+            self.healthy
+            and need.num_at_most <= self.kv.num_tokens
+            and self.instance.serves(need.request.model)
+            and self.instance.instance_id not in exclude
         )
 
     def can_start(self, need: Need) -> bool:
@@ -249,3 +306,8 @@ def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> floa
 
 def _capacity(instance: Instance) -> float:
     return math.inf if instance.num_kv_tokens is None else instance.num_kv_tokens
+
+
+def latency_fingerprint(latency: LatencyModel) -> str:
+    """Return what tells one latency model from another."""
+    return sha256(repr(latency).encode()).hexdigest()[:12]

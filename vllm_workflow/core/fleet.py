@@ -7,10 +7,8 @@ is needed and no decision can interleave with another.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from hashlib import sha256
 from itertools import islice
 from typing import Any
 
@@ -22,21 +20,15 @@ from vllm_workflow.core.account import (
     max_stretch,
     num_own_tokens,
 )
+from vllm_workflow.core.holders import Holders
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
 __all__ = ["Fleet", "Instance", "max_stretch"]
 
-_MIN_DRIFT_WEIGHT = 0.05
-"""Share of one call in the drift factor: about the last twenty calls decide."""
-_PRIOR_DRIFT_WEIGHT = 4.0
-"""Calls that the configured latency counts for until then."""
-_MAX_DRIFT = 8.0
 LARGE_FLEET = 16
 """Instances of a fleet up to which every decision looks at all of them."""
-_MAX_HOLDERS = 1 << 16
-"""Pieces of prompts whose last instance is remembered: prompts come from clients."""
 
 
 class Fleet:
@@ -47,8 +39,8 @@ class Fleet:
         self._leaving: set[str] = set()
         """Those of them that were removed, but for the calls in flight there."""
         self._rooms = Rooms()
-        self._last_holder: OrderedDict[int, str] = OrderedDict()
-        """Instance that got a prompt's piece last, by its chain hash; in a large fleet."""
+        self._holders = Holders()
+        """Of a large fleet."""
         self._capacities: list[tuple[tuple[str, ...], float]] = []
         """(models, KV tokens), each once."""
         self.version = 0
@@ -179,7 +171,7 @@ class Fleet:
         accounts: Iterable[Account] = self._accounts.values()
         if shortlist and self.is_large:
             accounts = self._shortlist(need, exclude)
-        return tuple([a.predict(need, now) for a in accounts if _is_eligible(a, need, exclude)])
+        return tuple([a.predict(need, now) for a in accounts if a.is_eligible(need, exclude)])
 
     @property
     def is_large(self) -> bool:
@@ -193,26 +185,26 @@ class Fleet:
         """
         need = Need(request, self._num_at_most(request))
         everyone = list(self._accounts.values())
-        each = [a.alone_s(need) for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+        each = [a.alone_s(need) for a in _spread(everyone) if a.is_eligible(need, exclude)]
         if not each:
-            each = [a.alone_s(need) for a in everyone if _is_eligible(a, need, exclude)]
+            each = [a.alone_s(need) for a in everyone if a.is_eligible(need, exclude)]
         return sum(each) / len(each) if each else None
 
     def _shortlist(self, need: Need, exclude: Collection[str]) -> Iterable[Account]:
         """Instances of a large fleet to look at: all that can start a call, if they are few."""
 
         def able(accounts: Iterable[Account]) -> list[Account]:
-            return [a for a in accounts if a.can_start(need) and _is_eligible(a, need, exclude)]
+            return [a for a in accounts if a.can_start(need) and a.is_eligible(need, exclude)]
 
         fitting = list(self._rooms.at_least(need.num_own_tokens))
         found = able(_spread(fitting)) or able(fitting)[:LARGE_FLEET]
         if not found:
             everyone = list(self._accounts.values())
-            found = [a for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+            found = [a for a in _spread(everyone) if a.is_eligible(need, exclude)]
             return found or everyone
         chosen = {account.instance.instance_id: account for account in found}
         for segment in need.request.prefix:
-            instance_id = self._last_holder.get(segment.chain_hash, "")
+            instance_id = self._holders.last(segment)
             account = self._accounts.get(instance_id)
             if account is not None and account.has_room and account.can_start(need):
                 chosen[instance_id] = account
@@ -240,7 +232,7 @@ class Fleet:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
         need = Need(request, self._num_at_most(request))
         for account in self._rooms.at_least(need.num_own_tokens):
-            if account.can_start(need) and _is_eligible(account, need, exclude):
+            if account.can_start(need) and account.is_eligible(need, exclude):
                 return True
         return False
 
@@ -286,10 +278,7 @@ class Fleet:
             predicted: `num_cached_tokens` of its candidate; 0 says nothing.
             actual: As the engine counted.
         """
-        if predicted > 0:
-            account = self._accounts[instance_id]
-            share = min(max(actual / predicted, 0.0), 1.0)
-            account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
+        self._accounts[instance_id].observe_cached(predicted, actual)
 
     @property
     def num_instances(self) -> int:
@@ -338,7 +327,7 @@ class Fleet:
             num_tokens = account.kv.num_new_tokens(request.prefix, num_own)
             account.kv.admit(request_id, request.prefix, num_own)
             if self.is_large:
-                self._note_holder(request, candidate.instance_id)
+                self._holders.note(request.prefix, candidate.instance_id)
         account.reserved[request_id] = Reserved(
             candidate.service_s,
             now,
@@ -348,13 +337,6 @@ class Fleet:
         )
         account.outstanding_s += candidate.service_s
         self._rooms.note(account)
-
-    def _note_holder(self, request: StageRequest, instance_id: str) -> None:
-        for segment in request.prefix:
-            self._last_holder[segment.chain_hash] = instance_id
-            self._last_holder.move_to_end(segment.chain_hash)
-        while len(self._last_holder) > _MAX_HOLDERS:
-            self._last_holder.popitem(last=False)
 
     def release(self, request_id: str, instance_id: str, *, ran: bool = True) -> None:
         """Stop counting a call, however it ended. Safe to call twice.
@@ -382,26 +364,11 @@ class Fleet:
                 guess of a length says nothing about speed.
             actual_s: The same as measured; `nan` is ignored.
         """
-        account = self._accounts[instance_id]
-        ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
-        if math.isfinite(ratio) and ratio > 0.0:
-            account.num_observed += 1
-            weight = max(_MIN_DRIFT_WEIGHT, 1.0 / (_PRIOR_DRIFT_WEIGHT + account.num_observed))
-            step = weight * math.log(min(max(ratio, 1 / _MAX_DRIFT), _MAX_DRIFT))
-            drift = account.drift * math.exp(step)
-            account.drift = min(max(drift, 1 / _MAX_DRIFT), _MAX_DRIFT)
+        self._accounts[instance_id].observe(predicted_s, actual_s)
 
     def speeds(self) -> dict[str, dict[str, Any]]:
         """Return what was learned of each instance, as plain values that `restore_speed` takes."""
-        return {
-            instance_id: {
-                "latency": latency_fingerprint(account.instance.latency),
-                "drift": account.drift,
-                "num_observed": account.num_observed,
-                "hit_share": account.hit_share,
-            }
-            for instance_id, account in self._accounts.items()
-        }
+        return {instance_id: each.speed() for instance_id, each in self._accounts.items()}
 
     def restore_speed(
         self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
@@ -419,13 +386,11 @@ class Fleet:
         Raises:
             ValueError: A number that cannot be.
         """
-        if not (1 / _MAX_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
-            raise ValueError(f"drift, hit_share: got {drift!r}, {hit_share!r}")
         account = self._accounts.get(instance_id)
-        if account is None or latency_fingerprint(account.instance.latency) != latency:
+        if account is None:
             return False
-        account.drift, account.hit_share = drift, hit_share
-        account.num_observed = max(0, num_observed)
+        if not account.restore_speed(latency, drift, num_observed, hit_share):
+            return False
         self.version += 1
         return True
 
@@ -457,24 +422,9 @@ class Fleet:
         return self._accounts[instance_id].outstanding_s
 
 
-def latency_fingerprint(latency: LatencyModel) -> str:
-    """Return what tells one latency model from another."""
-    return sha256(repr(latency).encode()).hexdigest()[:12]
-
-
 def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens: float) -> float:
     return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
         max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
-    )
-
-
-def _is_eligible(account: Account, need: Need, exclude: Collection[str]) -> bool:
-    """Whether an instance may get a call, now or later."""
-    return (
-        account.healthy
-        and need.num_at_most <= account.kv.num_tokens
-        and account.instance.serves(need.request.model)
-        and account.instance.instance_id not in exclude
     )
 
 

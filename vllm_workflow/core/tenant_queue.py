@@ -54,12 +54,12 @@ class TenantQueue(Backlog):
         return calls[0]
 
     def walk_runs(
-        self, keys: Iterable[str], passed_over: Container[Kind], after: Waiting
+        self, keys: Iterable[str], passed_over: Container[Kind], last: Waiting
     ) -> Iterator[Waiting]:
         """As `walk`, those of some runs that come after a call."""
         runs = self._runs or {}
         each = [runs[key].walk(passed_over) for key in keys if key in runs]
-        return after(after, merge(*each))
+        return after(last, merge(*each))
 
     def not_seen_outside(self, keys: Collection[str]) -> Iterator[StageRequest]:
         """Yield the calls of all runs but some, each once."""

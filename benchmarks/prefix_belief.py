@@ -138,7 +138,7 @@ def main() -> None:
     parser.add_argument("--num-prompts", type=int, default=200, help="of the router's own")
     parser.add_argument("--num-warmups", type=int, default=40, help="short ones, not counted")
     parser.add_argument("--num-heads", type=int, default=12)
-    parser.add_argument("--head-chars", type=int, default=6000)
+    parser.add_argument("--head-chars", type=int, default=6144)
     parser.add_argument("--tail-chars", type=int, default=800)
     parser.add_argument("--output-len", type=int, default=16)
     parser.add_argument("--max-concurrency", type=int, default=4)

@@ -23,9 +23,9 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_workflow"
 CORE = (
     *("account", "admission", "admissions", "backlog", "deadline", "dispatch", "dispatcher"),
-    *("fleet", "handover", "histogram", "latency", "learned", "lengths", "pace", "predictor"),
-    *("preemption", "prefix", "remaining", "rooms", "run_path", "runs", "tenant_ledger"),
-    *("tenant_room", "transitions", "types", "waiting_room"),
+    *("fleet", "handover", "histogram", "latency", "learned", "lengths", "ordering", "pace"),
+    *("predictor", "preemption", "prefix", "remaining", "rooms", "run_path", "runs"),
+    *("tenant_ledger", "tenant_room", "transitions", "types", "value", "waiting_room"),
 )
 SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from vllm_workflow.core.account import (
     Account,
@@ -19,7 +19,6 @@ from vllm_workflow.core.account import (
     Need,
     Reserved,
     max_stretch,
-    num_own_tokens,
 )
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.rooms import Rooms
@@ -27,14 +26,14 @@ from vllm_workflow.core.types import Candidate, StageRequest
 
 __all__ = ["Fleet", "Instance", "max_stretch"]
 
-_MIN_DRIFT_WEIGHT = 0.05
+_MIN_DRIFT_WEIGHT: Final = 0.05
 """Share of one call in the drift factor: about the last twenty calls decide."""
-_PRIOR_DRIFT_WEIGHT = 4.0
+_PRIOR_DRIFT_WEIGHT: Final = 4.0
 """Calls that the configured latency counts for until then."""
-_MAX_DRIFT = 8.0
-LARGE_FLEET = 16
+_MAX_DRIFT: Final = 8.0
+LARGE_FLEET: Final = 16
 """Instances of a fleet up to which every decision looks at all of them."""
-_MAX_HOLDERS = 1 << 16
+_MAX_HOLDERS: Final = 1 << 16
 """Pieces of prompts whose last instance is remembered: prompts come from clients."""
 
 
@@ -52,6 +51,8 @@ class Fleet:
         """(models, KV tokens), each once."""
         self.version = 0
         """Grows with whatever may have made room for a further call."""
+        self._need: Need | None = None
+        """Of the call that was looked at last, until the instances change."""
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; calls in flight on it stay counted."""
@@ -91,6 +92,7 @@ class Fleet:
 
     def _note_capacities(self) -> None:
         each = [a for i, a in self._accounts.items() if i not in self._leaving]
+        self._need = None
         self._capacities = list(dict.fromkeys([(a.instance.models, a.kv.num_tokens) for a in each]))
 
     def _sharing_latency(self, instance: Instance) -> Instance:
@@ -159,11 +161,25 @@ class Fleet:
             shortlist: Of more than `LARGE_FLEET` instances, predict it on some of those that can
                 start it, spread over the fleet, and on those that got its prompt's head last.
         """
-        need = Need(request, self._num_at_most(request))
+        need = self._need_of(request)
         accounts: Iterable[Account] = self._accounts.values()
         if shortlist and self.is_large:
             accounts = self._shortlist(need, exclude)
-        return tuple([a.predict(need, now) for a in accounts if _is_eligible(a, need, exclude)])
+        return tuple([a.predict(need, now) for a in accounts if a.is_eligible(need, exclude)])
+
+    def _need_of(self, request: StageRequest) -> Need:
+        """What a call asks of any instance; several questions in turn are about the same one."""
+        need = self._need
+        if need is None or need.request is not request:
+            need = self._need = Need(request, self._num_at_most(request))
+        return need
+
+    def renamed(self, request: StageRequest, service_s: float) -> StageRequest:
+        """Return a call with another `service_s`, which nothing here depends on."""
+        made = request.with_service(service_s)
+        if self._need is not None and self._need.request is request:
+            self._need.request = made
+        return made
 
     @property
     def is_large(self) -> bool:
@@ -175,24 +191,24 @@ class Fleet:
 
         None if no healthy instance outside `exclude` serves its model and can hold it.
         """
-        need = Need(request, self._num_at_most(request))
+        need = self._need_of(request)
         everyone = list(self._accounts.values())
-        each = [a.alone_s(need) for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+        each = [a.alone_s(need) for a in _spread(everyone) if a.is_eligible(need, exclude)]
         if not each:
-            each = [a.alone_s(need) for a in everyone if _is_eligible(a, need, exclude)]
+            each = [a.alone_s(need) for a in everyone if a.is_eligible(need, exclude)]
         return sum(each) / len(each) if each else None
 
     def _shortlist(self, need: Need, exclude: Collection[str]) -> Iterable[Account]:
         """Instances of a large fleet to look at: all that can start a call, if they are few."""
 
         def able(accounts: Iterable[Account]) -> list[Account]:
-            return [a for a in accounts if a.can_start(need) and _is_eligible(a, need, exclude)]
+            return [a for a in accounts if a.can_start(need) and a.is_eligible(need, exclude)]
 
         fitting = list(self._rooms.at_least(need.num_own_tokens))
         found = able(_spread(fitting)) or able(fitting)[:LARGE_FLEET]
         if not found:
             everyone = list(self._accounts.values())
-            found = [a for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+            found = [a for a in _spread(everyone) if a.is_eligible(need, exclude)]
             return found or everyone
         chosen = {account.instance.instance_id: account for account in found}
         for segment in need.request.prefix:
@@ -222,9 +238,9 @@ class Fleet:
 
     def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
-        need = Need(request, self._num_at_most(request))
+        need = self._need_of(request)
         for account in self._rooms.at_least(need.num_own_tokens):
-            if account.can_start(need) and _is_eligible(account, need, exclude):
+            if account.can_start(need) and account.is_eligible(need, exclude):
                 return True
         return False
 
@@ -236,7 +252,7 @@ class Fleet:
         account = self._accounts[candidate.instance_id]
         if not account.num_others or candidate.queue_s <= 0.0:
             return candidate.queue_s
-        return account.own_wait_s(Need(request, 0), now)
+        return account.own_wait_s(self._need_of(request), now)
 
     def _num_at_most(self, request: StageRequest) -> int:
         """Tokens that an instance must be able to hold; 0 if none can hold what is guessed.
@@ -318,9 +334,8 @@ class Fleet:
             )
         num_tokens = 0.0
         if request is not None:
-            num_own = num_own_tokens(request)
-            num_tokens = account.kv.num_new_tokens(request.prefix, num_own)
-            account.kv.admit(request_id, request.prefix, num_own)
+            num_own = self._need_of(request).num_own_tokens
+            num_tokens = account.kv.admit(request_id, request.prefix, num_own)
             if self.is_large:
                 self._note_holder(request, candidate.instance_id)
         account.reserved[request_id] = Reserved(
@@ -449,16 +464,6 @@ def latency_fingerprint(latency: LatencyModel) -> str:
 def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens: float) -> float:
     return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
         max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
-    )
-
-
-def _is_eligible(account: Account, need: Need, exclude: Collection[str]) -> bool:
-    """Whether an instance may get a call, now or later."""
-    return (
-        account.healthy
-        and need.num_at_most <= account.kv.num_tokens
-        and account.instance.serves(need.request.model)
-        and account.instance.instance_id not in exclude
     )
 
 

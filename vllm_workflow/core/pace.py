@@ -4,42 +4,51 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, final
 
 from vllm_workflow.core.types import Candidate, StageRequest
 
-MAX_RUNS = 20_000
+MAX_RUNS: Final = 20_000
 """Runs followed at a time: their names come from clients."""
-MAX_IDLE_S = 60.0
+MAX_IDLE_S: Final = 60.0
 """A run without a call for this long is taken to be over."""
-_MEMORY_S = 3000.0
+_MEMORY_S: Final = 3000.0
 """Seconds of service, as on an idle fleet, after which what was seen has faded to a third."""
-_PRIOR_RUNS = 30.0
+_PRIOR_RUNS: Final = 30.0
 """Runs that the prediction of the slope counts for."""
-_SHARING_RATE = 0.02
-_GAP_RATE = 0.02
+_SHARING_RATE: Final = 0.02
+_GAP_RATE: Final = 0.02
 
 _RunKey = tuple[str, str]
 
 
-@dataclass(slots=True)
+@final
 class _Run:
-    num_open: int = 0
-    """Calls made and not yet ended."""
-    end_time: float = 0.0
-    """Of the call that ended last."""
-    goes_on: bool = True
-    """Whether calls are expected to follow."""
-    is_counted: bool = False
+    __slots__ = ("end_time", "goes_on", "is_counted", "num_open")
+
+    def __init__(self) -> None:
+        self.num_open = 0
+        """Calls made and not yet ended."""
+        self.end_time = 0.0
+        """Of the call that ended last."""
+        self.goes_on = True
+        """Whether calls are expected to follow."""
+        self.is_counted = False
 
 
-class _Open(NamedTuple):
-    time: float
-    run_seconds: float
-    """Of all runs, up to then."""
+@final
+class _Open:
+    """A call that has not ended."""
+
+    __slots__ = ("run_seconds", "time")
+
+    def __init__(self, time: float, run_seconds: float) -> None:
+        self.time = time
+        self.run_seconds = run_seconds
+        """Of all runs, up to then."""
 
 
+@final
 class Pace:
     """Follows the runs under way. Every step costs the same however many they are."""
 

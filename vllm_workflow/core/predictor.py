@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, final
 
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.learned import Learned
@@ -23,26 +23,46 @@ from vllm_workflow.core.runs import Attained, AttainedService
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import WorkflowProfile
 
-_REST_KEPT_FOR = 32
+_REST_KEPT_FOR: Final = 32
 """Outcomes after which the rest of a run is predicted anew: it changes slowly, costs time."""
 
 _FINAL: Expected = 0.0, CLIENT
 _UNKNOWN: Expected = 0.0, PRIOR
-_MAX_TEXT_BYTES = 1 << 20
+_MAX_TEXT_BYTES: Final = 1 << 20
 """Bodies beyond this say nothing about tokens per byte."""
 
-_MAX_RESTS = 1024
+_MAX_RESTS: Final = 1024
 """Predictions kept at most: the model in their key comes from clients."""
 
 
-class Sent(NamedTuple):
+@final
+class Sent:
     """A call on its way."""
 
-    request: StageRequest
-    decision: Decision
-    num_prompt_bytes: int
-    time: float
+    __slots__ = (
+        "decision",
+        "num_prompt_bytes",
+        "request",
+        "time",
+    )
+
+    request: Final[StageRequest]
+    decision: Final[Decision]
+    num_prompt_bytes: Final[int]
+    time: Final[float]
     """Instant at which it was bound."""
+
+    def __init__(
+        self,
+        request: StageRequest,
+        decision: Decision,
+        num_prompt_bytes: int,
+        time: float,
+    ) -> None:
+        self.request = request
+        self.decision = decision
+        self.num_prompt_bytes = num_prompt_bytes
+        self.time = time
 
 
 class Predictor:
@@ -113,19 +133,29 @@ class Predictor:
         )
         rest_s, rest_from = _FINAL if request.final else self._rest_s(request)
         self.num_predicted[output_from, rest_from] += 1
-        return request._replace(
-            num_prompt_tokens=num_prompt_tokens,
-            expected_output_tokens=output_tokens,
-            expected_from=output_from,
-            max_output_tokens=max_tokens,
-            rest_s=rest_s,
-            rest_from=rest_from,
-            attained_s=attained.total_s,
-            attained_path_s=attained.path_s,
-            prefix=tuple(
-                Segment(chain_hash, lengths.prompt_tokens(num_bytes))
-                for chain_hash, num_bytes in head
-            ),
+        prefix = [Segment(at, lengths.prompt_tokens(num_bytes)) for at, num_bytes in head]
+        return StageRequest(
+            request.request_id,
+            request.arrival_time,
+            request.workflow_id,
+            request.workflow,
+            request.stage,
+            request.tenant_id,
+            request.model,
+            request.priority,
+            request.deadline,
+            request.run_arrival_time,
+            attained.total_s,
+            attained.path_s,
+            rest_s,
+            request.service_s,
+            num_prompt_tokens,
+            output_tokens,
+            max_tokens,
+            tuple(prefix),
+            request.final,
+            output_from,
+            rest_from,
         )
 
     def attained(self, request: StageRequest) -> Attained:

@@ -8,10 +8,11 @@ to end is then followed by what waited for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
-MAX_CALLS_OF_RUN = 256
+MAX_CALLS_OF_RUN: Final = 256
 """Calls of a run that are kept; of later ones only the time counts."""
-MAX_STAGES_OF_RUN = 64
+MAX_STAGES_OF_RUN: Final = 64
 _NO_ROUNDS: Mapping[str, int] = {}
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush, merge
+from typing import Final
 
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
@@ -15,7 +16,7 @@ from vllm_workflow.core.tenants import TenantConfig
 from vllm_workflow.core.types import Candidate, StageRequest
 from vllm_workflow.core.waiting_room import Choice, WaitingRoom
 
-_MIN_HOLD_S = 1e-3
+_MIN_HOLD_S: Final = 1e-3
 """Nobody looks again sooner than this whether a quota has room."""
 
 
@@ -183,7 +184,7 @@ class TenantBacklog(Backlog):
             by_time.append(turn.at)
         heapify(by_time)
         limit = by_time[0][0] + self._ledger.lag_s if by_time else 0.0
-        within = [(turn.head, turn) for time, _, turn in by_time if time <= limit]
+        within = [(turn.head.place, turn) for time, _, turn in by_time if time <= limit]
         beyond = [at for at in by_time if at[0] > limit]
         heapify(within)
         heapify(beyond)
@@ -193,8 +194,9 @@ class TenantBacklog(Backlog):
             limit = by_time[0][0] + self._ledger.lag_s
             while beyond and beyond[0][0] <= limit:
                 turn = heappop(beyond)[2]
-                heappush(within, (turn.head, turn))
-            head, turn = heappop(within)
+                heappush(within, (turn.head.place, turn))
+            turn = heappop(within)[1]
+            head = turn.head
             turn.begin()
             yield head
             if head.request.request_id in self:
@@ -264,8 +266,8 @@ class _Queue(Backlog):
         """The first call, if none but its own kind waits and no quota can hold it."""
         if self.has_quota or len(self._by_kind) != 1:
             return None
-        (calls,) = self._by_kind.values()
-        return calls[0]
+        (line,) = self._by_kind.values()
+        return line.calls[0]
 
     def walk_runs(
         self, keys: Iterable[str], passed_over: Container[Kind], after: Waiting
@@ -340,7 +342,9 @@ class _Turn:
 
 
 def _after(last: Waiting, calls: Iterator[Waiting]) -> Iterator[Waiting]:
-    return (waiting for waiting in calls if waiting > last)
+    for waiting in calls:
+        if last < waiting:
+            yield waiting
 
 
 class _Either:

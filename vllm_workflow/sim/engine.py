@@ -16,6 +16,7 @@ once more and keep their seat and blocks as long.
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
@@ -26,8 +27,8 @@ from vllm_workflow.sim.prefix_cache import BlockPool
 from vllm_workflow.sim.step_series import StepSeries
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
-DEFAULT_BLOCK_SIZE = 16
-MAX_PUT_OFF = 64
+DEFAULT_BLOCK_SIZE: Final = 16
+MAX_PUT_OFF: Final = 64
 """Waiting calls that one step lets step back, as `engine.slack_order` does."""
 
 

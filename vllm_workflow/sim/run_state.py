@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.sim.results import CallResult, RunResult
 from vllm_workflow.sim.types import PrefixPart, TraceCall, TraceRun
 
-BYTES_PER_TOKEN = 4.0
+BYTES_PER_TOKEN: Final = 4.0
 """Of prompts; the dispatcher starts from the same guess and learns from what is counted."""
 
 

@@ -7,16 +7,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from typing import Final
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.preemption import PreemptionCosts
 from vllm_workflow.sim.live import LiveCall, WaitingLine
 from vllm_workflow.sim.prefix_cache import BlockPool
 
-MAX_PREEMPTIONS = 3
-MAX_CANDIDATES = 8
-MAX_VICTIMS = 32
-MAX_PRICED = 4
+MAX_PREEMPTIONS: Final = 3
+MAX_CANDIDATES: Final = 8
+MAX_VICTIMS: Final = 32
+MAX_PRICED: Final = 4
 
 
 class SeatPreemption:

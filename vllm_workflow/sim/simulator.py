@@ -11,6 +11,7 @@ import math
 import time as clock
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -47,7 +48,7 @@ from vllm_workflow.sim.types import (
     TraceRun,
 )
 
-_MAX_TOKENS = 2048
+_MAX_TOKENS: Final = 2048
 """Clients bound every answer by this, or by a multiple of it that the longest one needs."""
 _FIRST, _THEN, _ENGINE = 0, 1, 2
 """Priorities at one instant: outages, then calls, then steps, which see all calls of it."""

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
-_MAX_STEPS = 1 << 40
+_MAX_STEPS: Final = 1 << 40
 
 
 class StepSeries:

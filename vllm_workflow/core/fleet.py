@@ -31,6 +31,7 @@ _MIN_DRIFT_WEIGHT: Final = 0.05
 _PRIOR_DRIFT_WEIGHT: Final = 4.0
 """Calls that the configured latency counts for until then."""
 _MAX_DRIFT: Final = 8.0
+_MIN_DRIFT: Final = 1 / 8.0
 LARGE_FLEET: Final = 16
 """Instances of a fleet up to which every decision looks at all of them."""
 _MAX_HOLDERS: Final = 1 << 16
@@ -51,6 +52,8 @@ class Fleet:
         """(models, KV tokens), each once."""
         self.version = 0
         """Grows with whatever may have made room for a further call."""
+        self._listed: list[Account] | None = None
+        """All accounts, until the instances change."""
         self._need: Need | None = None
         """Of the call that was looked at last, until the instances change."""
 
@@ -61,6 +64,7 @@ class Fleet:
         account = self._accounts.get(instance.instance_id)
         if account is None:
             account = self._accounts[instance.instance_id] = Account(instance)
+            self._listed = None
         else:
             account.replace(instance)
         self._leaving.discard(instance.instance_id)
@@ -85,6 +89,7 @@ class Fleet:
         if instance_id in self._leaving and not self._accounts[instance_id].reserved:
             self._leaving.discard(instance_id)
             del self._accounts[instance_id]
+            self._listed = None
 
     def __contains__(self, instance_id: object) -> bool:
         """Whether an instance is there and was not removed."""
@@ -191,12 +196,16 @@ class Fleet:
 
         None if no healthy instance outside `exclude` serves its model and can hold it.
         """
-        need = self._need_of(request)
-        everyone = list(self._accounts.values())
+        need, everyone = self._need_of(request), self._everyone()
         each = [a.alone_s(need) for a in _spread(everyone) if a.is_eligible(need, exclude)]
         if not each:
             each = [a.alone_s(need) for a in everyone if a.is_eligible(need, exclude)]
         return sum(each) / len(each) if each else None
+
+    def _everyone(self) -> list[Account]:
+        if self._listed is None:
+            self._listed = list(self._accounts.values())
+        return self._listed
 
     def _shortlist(self, need: Need, exclude: Collection[str]) -> Iterable[Account]:
         """Instances of a large fleet to look at: all that can start a call, if they are few."""
@@ -207,7 +216,7 @@ class Fleet:
         fitting = list(self._rooms.at_least(need.num_own_tokens))
         found = able(_spread(fitting)) or able(fitting)[:LARGE_FLEET]
         if not found:
-            everyone = list(self._accounts.values())
+            everyone = self._everyone()
             found = [a for a in _spread(everyone) if a.is_eligible(need, exclude)]
             return found or everyone
         chosen = {account.instance.instance_id: account for account in found}
@@ -288,7 +297,8 @@ class Fleet:
         """
         if predicted > 0:
             account = self._accounts[instance_id]
-            share = min(max(actual / predicted, 0.0), 1.0)
+            share = actual / predicted
+            share = 0.0 if share < 0.0 else 1.0 if share > 1.0 else share
             account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
 
     @property
@@ -383,12 +393,13 @@ class Fleet:
         """
         account = self._accounts[instance_id]
         ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
-        if math.isfinite(ratio) and ratio > 0.0:
+        if 0.0 < ratio < math.inf:
             account.num_observed += 1
-            weight = max(_MIN_DRIFT_WEIGHT, 1.0 / (_PRIOR_DRIFT_WEIGHT + account.num_observed))
-            step = weight * math.log(min(max(ratio, 1 / _MAX_DRIFT), _MAX_DRIFT))
-            drift = account.drift * math.exp(step)
-            account.drift = min(max(drift, 1 / _MAX_DRIFT), _MAX_DRIFT)
+            weight = 1.0 / (_PRIOR_DRIFT_WEIGHT + account.num_observed)
+            if weight < _MIN_DRIFT_WEIGHT:
+                weight = _MIN_DRIFT_WEIGHT
+            step = weight * math.log(_as_drift(ratio))
+            account.drift = _as_drift(account.drift * math.exp(step))
 
     def speeds(self) -> dict[str, dict[str, Any]]:
         """Return what was learned of each instance, as plain values that `restore_speed` takes."""
@@ -418,7 +429,7 @@ class Fleet:
         Raises:
             ValueError: A number that cannot be.
         """
-        if not (1 / _MAX_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
+        if not (_MIN_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
             raise ValueError(f"drift, hit_share: got {drift!r}, {hit_share!r}")
         account = self._accounts.get(instance_id)
         if account is None or latency_fingerprint(account.instance.latency) != latency:
@@ -454,6 +465,13 @@ class Fleet:
     def outstanding_s(self, instance_id: str) -> float:
         """Predicted service of the calls in flight on an instance, summed."""
         return self._accounts[instance_id].outstanding_s
+
+
+def _as_drift(ratio: float) -> float:
+    """Return the nearest that a drift factor can be."""
+    if ratio < _MIN_DRIFT:
+        return _MIN_DRIFT
+    return _MAX_DRIFT if ratio > _MAX_DRIFT else ratio
 
 
 def latency_fingerprint(latency: LatencyModel) -> str:

@@ -155,7 +155,8 @@ class Lengths:
 
     def prompt_tokens(self, num_bytes: int) -> int:
         """Expected tokens of a prompt of `num_bytes` bytes of text, at least 1."""
-        return max(1, round(num_bytes * self._tokens_per_byte.value))
+        num_tokens = round(num_bytes * self._tokens_per_byte.value)
+        return num_tokens if num_tokens > 1 else 1
 
     def observe(self, key: StageKey, *, num_prompt_tokens: int, output_tokens: int) -> None:
         """Learn from the answer of a call that ended well.

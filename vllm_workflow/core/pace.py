@@ -87,7 +87,8 @@ class Pace:
 
     @property
     def _patience_s(self) -> float:
-        return min(MAX_IDLE_S, 1.0 + 4.0 * self._gap_s)
+        patience_s = 1.0 + 4.0 * self._gap_s
+        return patience_s if patience_s < MAX_IDLE_S else MAX_IDLE_S
 
     def tick(self, now: float) -> None:
         """Let time pass: runs that have made no call for long are over."""

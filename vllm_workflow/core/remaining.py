@@ -176,7 +176,8 @@ class RemainingTime:
 
     def items(self) -> Iterator[tuple[State, Histogram]]:
         """What was learned, the state longest without news first."""
-        return ((state, rest.values) for state, rest in self._rests.items())
+        for state, rest in self._rests.items():
+            yield state, rest.values
 
     def to_rows(self) -> list[list[Any]]:
         """Return what `restore` takes, one row per state."""

@@ -60,8 +60,9 @@ class RunPath:
         """Note that a call has been made."""
         ended = self.ended
         if ended:
-            gap_s = max(0.0, arrival_time - self.end_time)
-            call = PathCall(stage, len(ended) - 1, ended[-1].rounds, gap_s)
+            gap_s = arrival_time - self.end_time
+            after = len(ended) - 1
+            call = PathCall(stage, after, ended[after].rounds, gap_s if gap_s > 0.0 else 0.0)
         else:
             call = PathCall(stage, -1, _NO_ROUNDS, 0.0)
         self.in_flight[request_id] = call
@@ -83,7 +84,8 @@ class RunPath:
             self.ended.append(call)
         else:  # of a call that ran beside the last one, what it took longer
             self.tail_s += min(call.gap_s + alone_s, max(0.0, end_time - self.end_time))
-        self.end_time = max(self.end_time, end_time)
+        if end_time > self.end_time:
+            self.end_time = end_time
 
     def rests_s(self) -> list[float]:
         """Return the longest path of calls and gaps after each ended call, shape (n,).

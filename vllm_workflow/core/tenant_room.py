@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush, merge
-from typing import Final
+from typing import Final, final
 
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
@@ -178,22 +178,22 @@ class TenantBacklog(Backlog):
         On the way a tenant's virtual time only grows, and so does the lag: who has come within
         it stays so until its turn.
         """
-        by_time = []
+        by_time: list[_At] = []
         for number, turn in enumerate(turns):
-            turn.at = (turn.account.virtual_time, number, turn)
-            by_time.append(turn.at)
+            turn.number = number
+            by_time.append((turn.account.virtual_time, number, 0, turn))
         heapify(by_time)
         limit = by_time[0][0] + self._ledger.lag_s if by_time else 0.0
-        within = [(turn.head.place, turn) for time, _, turn in by_time if time <= limit]
+        within = [(at[3].head.place, at[3]) for at in by_time if at[0] <= limit]
         beyond = [at for at in by_time if at[0] > limit]
         heapify(within)
         heapify(beyond)
         while beyond or within:
-            while by_time[0][2].at is not by_time[0]:  # it has moved on since, or is through
+            while by_time[0][3].num_moves != by_time[0][2]:  # has moved on since, or is through
                 heappop(by_time)
             limit = by_time[0][0] + self._ledger.lag_s
             while beyond and beyond[0][0] <= limit:
-                turn = heappop(beyond)[2]
+                turn = heappop(beyond)[3]
                 heappush(within, (turn.head.place, turn))
             turn = heappop(within)[1]
             head = turn.head
@@ -201,11 +201,11 @@ class TenantBacklog(Backlog):
             yield head
             if head.request.request_id in self:
                 turn.pass_over()
-            _, number, _ = turn.at
-            turn.at = (turn.virtual_time, number, turn)
+            turn.num_moves += 1
             if self._go_on(turn):
-                heappush(by_time, turn.at)
-                heappush(beyond, turn.at)
+                at = (turn.virtual_time, turn.number, turn.num_moves, turn)
+                heappush(by_time, at)
+                heappush(beyond, at)
 
     def _go_on(self, turn: _Turn) -> bool:
         """Find the next call of a tenant that may be sent; the others' are not concerned."""
@@ -284,6 +284,7 @@ class _Queue(Backlog):
             yield from self._not_seen.pop(key).values()
 
 
+@final
 class _Turn:
     """One tenant's queue, and how far it has been looked through."""
 
@@ -295,15 +296,14 @@ class _Turn:
         "_shares",
         "_tenant_id",
         "account",
-        "at",
         "calls",
         "head",
+        "num_moves",
+        "number",
         "passed_over",
         "queue",
     )
 
-    at: tuple[float, int, _Turn]
-    """Its virtual time when it was last known, and a number that no other has."""
     head: Waiting
 
     def __init__(
@@ -324,6 +324,10 @@ class _Turn:
         self._refused: set[Kind] = set()
         self.passed_over = _Either(passed_over, self._refused)
         self.calls: Iterator[Waiting] | None = None
+        self.number = 0
+        """That no other has."""
+        self.num_moves = 0
+        """Calls of it that have had their turn."""
 
     def begin(self) -> None:
         """To be called before a call of it is yielded; most turns never come."""
@@ -339,6 +343,10 @@ class _Turn:
         self._passed_s += self._ledger.work_s(self.head.request.request_id)
         if self._is_guest:  # where others cannot spare room for one, they can for none
             self._refused.add(self.head.kind)
+
+
+_At = tuple[float, int, int, _Turn]
+"""A tenant's virtual time when it was last known; its number, its moves until then."""
 
 
 def _after(last: Waiting, calls: Iterator[Waiting]) -> Iterator[Waiting]:

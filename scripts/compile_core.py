@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_workflow"
 CORE = (
     *("account", "admission", "admissions", "backlog", "deadline", "dispatch", "dispatcher"),
-    *("fleet", "handover", "histogram", "latency", "learned", "lengths", "pace"),
-    *("predictor", "preemption", "prefix", "remaining", "rooms", "run_path", "runs"),
+    *("fleet", "handover", "histogram", "latency", "learned", "lengths", "pace", "predictor"),
+    *("preemption", "prefix", "remaining", "rooms", "run_path", "runs", "tenant_account"),
     *("tenant_ledger", "tenant_room", "transitions", "types", "value", "waiting_room"),
 )
 SIM = (

@@ -11,6 +11,8 @@ from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.prefix import KvLedger
 from vllm_workflow.core.types import Candidate, StageRequest
 
+_INF: Final = math.inf
+
 _OVERDUE_SHARE: Final = 0.25
 """A call that has outlived its prediction is taken to need this share of its age still."""
 _OTHERS_S: Final = 2.0
@@ -73,13 +75,14 @@ class Reserved:
 class _OnModel:
     """What a call takes on instances of one latency model."""
 
-    __slots__ = ("alone_step_s", "prefills")
+    __slots__ = ("alone_step_s", "num_cached", "prefill_s")
 
     def __init__(self, alone_step_s: float) -> None:
         self.alone_step_s = alone_step_s
         """Of one decode step if nothing else runs."""
-        self.prefills: dict[int, float] = {}
-        """Seconds by cached tokens."""
+        self.num_cached = -1
+        self.prefill_s = 0.0
+        """With so many tokens cached, which were looked at last."""
 
 
 @final
@@ -255,17 +258,17 @@ class Account:
         return found
 
     def _prefill_s(self, need: Need, on_model: _OnModel, num_cached: int) -> float:
-        prefill_s = on_model.prefills.get(num_cached)
-        if prefill_s is None:
-            prefill_s = on_model.prefills[num_cached] = self.instance.latency.prefill_s(
+        if num_cached != on_model.num_cached:
+            on_model.num_cached = num_cached
+            on_model.prefill_s = self.instance.latency.prefill_s(
                 need.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
             )
-        return prefill_s
+        return on_model.prefill_s
 
     def own_wait_s(self, need: Need, now: float) -> float:
         """Seconds until calls of this ledger end and leave room; `inf` if only others' can."""
         _, num_new = self._num_cached(need)
-        return self._room_s(num_new, now, others_s=math.inf)[0]
+        return self._room_s(num_new, now, others_s=_INF)[0]
 
     def _room_s(
         self, num_new_tokens: float, now: float, *, others_s: float = _OTHERS_S
@@ -320,8 +323,8 @@ def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> floa
     """
     needed_s = candidate.alone_s + request.rest_s
     left_s = request.deadline - now
-    return left_s / needed_s if 0.0 < needed_s <= left_s else math.inf
+    return left_s / needed_s if 0.0 < needed_s <= left_s else _INF
 
 
 def _capacity(instance: Instance) -> float:
-    return math.inf if instance.num_kv_tokens is None else instance.num_kv_tokens
+    return _INF if instance.num_kv_tokens is None else instance.num_kv_tokens

@@ -132,13 +132,14 @@ class Backlog:
             passed_over: Kinds of which no further call is yielded; may grow on the way.
         """
         each = [_walk(kind, line.calls, passed_over) for kind, line in self._by_kind.items()]
-        return each[0] if len(each) == 1 else merge(*each)
+        return merge(*each) if len(each) > 1 else each[0] if each else iter(())
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
     def __iter__(self) -> Iterator[Waiting]:
-        return merge(*[line.calls for line in self._by_kind.values()])
+        each = [line.calls for line in self._by_kind.values()]
+        return merge(*each) if len(each) > 1 else iter(each[0] if each else ())
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -25,6 +25,8 @@ from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
+_INF: Final = math.inf
+
 __all__ = ["Fleet", "Instance", "max_stretch"]
 
 _MIN_DRIFT_WEIGHT: Final = 0.05
@@ -131,7 +133,7 @@ class Fleet:
             return
         account.num_others = num_others
         num_tokens = account.kv.num_tokens
-        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < math.inf else 0.0
+        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < _INF else 0.0
         self.version += 1
         self._rooms.note(account)
 
@@ -285,7 +287,7 @@ class Fleet:
                 and wrong guesses of lengths come on top.
         """
         reserved = self._accounts[candidate.instance_id].reserved.values()
-        limit = min((r.max_stretch for r in reserved), default=math.inf)
+        limit = min((r.max_stretch for r in reserved), default=_INF)
         return candidate.stretch * (1.0 + margin) <= limit
 
     def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
@@ -354,7 +356,7 @@ class Fleet:
             now,
             now + candidate.finish_s,
             num_tokens,
-            math.inf if request is None else max_stretch(request, candidate, now),
+            _INF if request is None else max_stretch(request, candidate, now),
         )
         account.outstanding_s += candidate.service_s
         self._rooms.note(account)
@@ -394,7 +396,7 @@ class Fleet:
         """
         account = self._accounts[instance_id]
         ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
-        if 0.0 < ratio < math.inf:
+        if 0.0 < ratio < _INF:
             account.num_observed += 1
             weight = 1.0 / (_PRIOR_DRIFT_WEIGHT + account.num_observed)
             if weight < _MIN_DRIFT_WEIGHT:

@@ -8,6 +8,8 @@ from typing import Final, final
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.core.value import Value
 
+_INF: Final = math.inf
+
 _HANDOVER_FIELDS = (
     "budget_ms",
     "rest_ms",
@@ -69,9 +71,9 @@ def handover(request: StageRequest, *, service_s: float, now: float) -> Handover
         now: Instant of sending, on the clock of `request`.
     """
     budget_ms = age_ms = attained_ms = attained_path_ms = None
-    if math.isfinite(request.deadline):
+    if -_INF < request.deadline < _INF:
         budget_ms = max(0, round(1000.0 * (request.deadline - now)))
-    if math.isfinite(request.run_arrival_time):
+    if -_INF < request.run_arrival_time < _INF:
         age_ms = max(0, round(1000.0 * (now - request.run_arrival_time)))
     if request.attained_s > 0.0:
         attained_ms = round(1000.0 * request.attained_s)

@@ -8,6 +8,8 @@ from typing import Final, final
 
 from vllm_workflow.core.types import Candidate, StageRequest
 
+_INF: Final = math.inf
+
 MAX_IDLE_RUNS: Final = 8_192
 """Runs without a call under way that are remembered: their names come from clients."""
 MAX_IDLE_S: Final = 60.0
@@ -63,7 +65,7 @@ class Pace:
         self._over: OrderedDict[_RunKey, None] = OrderedDict()
         """Runs taken to be over, likewise: how long they were not could still be learned."""
         self._calls: dict[str, _Open] = {}
-        self._time = -math.inf
+        self._time = -_INF
         self._run_seconds = 0.0
         self._gap_s = 0.0
         self._lost_s = 0.0
@@ -91,7 +93,7 @@ class Pace:
         """Instant at which the first run that makes no call is taken to be over; `inf` if none."""
         for key in self._idle:
             return self._runs[key].end_time + self._patience_s
-        return math.inf
+        return _INF
 
     @property
     def _patience_s(self) -> float:

@@ -13,6 +13,8 @@ from typing import Final, final
 
 from vllm_workflow.core.value import Value
 
+_INF: Final = math.inf
+
 _SEGMENT_FIELDS = (
     "chain_hash",
     "num_tokens",
@@ -207,6 +209,6 @@ class KvLedger:
 
     def _evict(self) -> None:
         idle, room = self._idle, self.num_tokens - self.num_used_tokens
-        most = MAX_IDLE_SEGMENTS if room < math.inf else MAX_IDLE_SEGMENTS_UNBOUNDED
+        most = MAX_IDLE_SEGMENTS if room < _INF else MAX_IDLE_SEGMENTS_UNBOUNDED
         while idle and (self._num_idle_tokens > room or len(idle) > most):
             self._num_idle_tokens -= idle.popitem(last=False)[1]

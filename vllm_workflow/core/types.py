@@ -16,6 +16,8 @@ from typing import Final, final
 from vllm_workflow.core.prefix import Chain
 from vllm_workflow.core.value import Value
 
+_INF: Final = math.inf
+
 _STAGE_REQUEST_FIELDS = (
     "request_id",
     "arrival_time",
@@ -161,7 +163,7 @@ class StageRequest(Value):
 
     @property
     def has_deadline(self) -> bool:
-        return self.deadline != math.inf
+        return self.deadline != _INF
 
     @property
     def num_tokens_at_most(self) -> int:

@@ -18,6 +18,8 @@ from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.types import Candidate, StageRequest
 
+_INF: Final = math.inf
+
 _MAX_LOOKED_AT: Final = 16
 """Calls of one kind that turn out not to fit, after which no more of it are looked at when
 something has changed. Those for which every instance is full are passed over at no cost."""
@@ -172,7 +174,7 @@ class WaitingRoom:
         without a deadline is never held.
         """
         pace = self._admissions.of(request.model, now).pace
-        return run_key(request) in pace or request.attained_s > 0.0 or request.deadline == math.inf
+        return run_key(request) in pace or request.attained_s > 0.0 or request.deadline == _INF
 
     def leave(self, request_id: str) -> StageRequest | None:
         """Take a call out; None if it does not wait."""
@@ -361,13 +363,16 @@ class WaitingRoom:
     @property
     def _goes_first(self) -> Waiting | None:
         """The relegated call whose turn has come, so that none starves."""
-        if self._num_since_relegated < 1.0 / self._config.relegated_share - 1.0:
+        if (
+            not len(self.relegated)
+            or self._num_since_relegated < 1.0 / self._config.relegated_share - 1.0
+        ):
             return None
         return next(iter(self.relegated), None)
 
     def _in_turn(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
         """All calls in order; now and then a relegated one goes first."""
-        if not self._relegates:
+        if not len(self.relegated):
             return self.backlog.walk(passed_over)
         first = self._goes_first
         hopeful, hopeless = self.backlog.walk(passed_over), self.relegated.walk(passed_over)
@@ -399,12 +404,12 @@ class WaitingRoom:
         """
         claims: dict[str, float] = {}
         for waiting in blocked.values():
-            first, least_s = "", math.inf
+            first, least_s = "", _INF
             for candidate in self._candidates(waiting, now):
                 wait_s = self._fleet.own_wait_s(waiting.request, candidate, now)
                 if wait_s < least_s:
                     first, least_s = candidate.instance_id, wait_s
-            if 0.0 < least_s < math.inf:
+            if 0.0 < least_s < _INF:
                 claims.setdefault(first, least_s)
         return claims
 
@@ -444,7 +449,7 @@ def _able(candidates: Sequence[Candidate], claims: Mapping[str, float] | None) -
     able = []
     for index, candidate in enumerate(candidates):
         if candidate.queue_s <= 0.0 and (
-            not claims or candidate.finish_s <= claims.get(candidate.instance_id, math.inf)
+            not claims or candidate.finish_s <= claims.get(candidate.instance_id, _INF)
         ):
             able.append(index)
     return able

@@ -27,6 +27,8 @@ from vllm_workflow.sim.prefix_cache import BlockPool
 from vllm_workflow.sim.step_series import StepSeries
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
+_INF: Final = math.inf
+
 DEFAULT_BLOCK_SIZE: Final = 16
 MAX_PUT_OFF: Final = 64
 """Waiting calls that one step lets step back, as `engine.slack_order` does."""
@@ -86,7 +88,7 @@ class EventEngine:
         self._unseen: list[LiveCall] = []
         """Calls that came too late for the next step, which is planned already."""
         # The steps under way: none of them, `inf`; one with prompt tokens; or several without.
-        self._end = math.inf
+        self._end = _INF
         self._steps = StepSeries()
         self._num_steps = 0
         self.num_prefill_tokens = 0
@@ -118,7 +120,7 @@ class EventEngine:
             self._see_later(call, now)
             return
         self._waiting.append(call)
-        if self._end == math.inf:
+        if self._end == _INF:
             self._end = now
         elif self._num_steps > 1:
             self._cut_short(self._steps.num_steps_until(now))
@@ -244,7 +246,7 @@ class EventEngine:
         if not self._running and not queued:
             if not self._unseen:
                 self._num_steps = 0
-                self._end = math.inf
+                self._end = _INF
                 return
             self._see()
         elif self._is_async and self._num_steps:

@@ -14,6 +14,8 @@ from vllm_workflow.core.preemption import PreemptionCosts
 from vllm_workflow.sim.live import LiveCall, WaitingLine
 from vllm_workflow.sim.prefix_cache import BlockPool
 
+_INF: Final = math.inf
+
 MAX_PREEMPTIONS: Final = 3
 MAX_CANDIDATES: Final = 8
 MAX_VICTIMS: Final = 32
@@ -119,7 +121,7 @@ class SeatPreemption:
         head = self._waiting.head()
         if not head.is_urgent(now, urgent_slack_s):
             return head.urgent_from(now, urgent_slack_s)
-        until = math.inf
+        until = _INF
         for call in self._waiting.first(MAX_CANDIDATES):
             if not call.is_urgent(now, urgent_slack_s):
                 until = call.urgent_from(now, urgent_slack_s)

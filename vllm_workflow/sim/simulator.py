@@ -47,6 +47,8 @@ from vllm_workflow.sim.types import (
     TraceRun,
 )
 
+_INF: Final = math.inf
+
 _MAX_TOKENS: Final = 2048
 """Clients bound every answer by this, or by a multiple of it that the longest one needs."""
 _COLLECT_EVERY: Final = 200_000
@@ -121,9 +123,9 @@ def simulate(
     gc.set_threshold(max(before[0], _COLLECT_EVERY) if before[0] else 0, *before[1:])
     try:
         simulation.kernel.run(until_s)
+        return simulation.result()
     finally:
         gc.set_threshold(*before)
-    return simulation.result()
 
 
 def _arriving(
@@ -134,7 +136,7 @@ def _arriving(
     times = arrivals if arrivals is not None else [run.arrival_s for run in runs]
     arriving = []
     for time, run in zip(times, runs):
-        if time is None or not 0.0 <= time < math.inf:
+        if time is None or not 0.0 <= time < _INF:
             raise ConfigError(f"run {run.run_id!r}: expected an arrival from 0 s on, got {time!r}")
         arriving.append((time, run))
     if len({run.run_id for run in runs}) != len(runs):
@@ -172,9 +174,9 @@ class _Simulation:
         if not self._engines:
             raise ConfigError("fleet: expected at least one instance, got none")
         self._dispatcher = Dispatcher(ledger, policy, workflows, record, tenants)
-        self._wakes = [math.inf] * len(self._engines)
+        self._wakes = [_INF] * len(self._engines)
         self._lets_wait = policy.late_binding or tenants is not None
-        self._poll_at = math.inf
+        self._poll_at = _INF
         """Instant at which it is announced that a quota has room."""
         self._hint = hint
         self._rest = rest
@@ -204,7 +206,7 @@ class _Simulation:
                     f"outage: expected one of {sorted(self._index)}, got {outage.instance_id!r}"
                 )
             self.kernel.at(outage.start_s, self._go_down, index, _FIRST)
-            if outage.end_s < math.inf:
+            if outage.end_s < _INF:
                 self.kernel.at(outage.end_s, self._come_back, index, _FIRST)
 
     def result(self) -> SimResult:
@@ -309,7 +311,7 @@ class _Simulation:
             self.kernel.at(held_until, self._poll_held, None, _THEN)
 
     def _poll_held(self, _: None) -> None:
-        self._poll_at = math.inf
+        self._poll_at = _INF
         self._poll()
 
     def _send(self, decision: Decision) -> None:
@@ -331,7 +333,7 @@ class _Simulation:
         time = engine.next_event_time()
         if time != self._wakes[index]:
             self._wakes[index] = time
-            if time != math.inf:
+            if time != _INF:
                 self.kernel.at(time, self._advance, index, _ENGINE)
 
     def _advance(self, index: int) -> None:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from multidict import CIMultiDict, CIMultiDictProxy, istr
+from multidict import CIMultiDict, MultiMapping, istr
 
 from vllm_workflow.core.handover import handover
 from vllm_workflow.core.ordering import OrderingPolicy
@@ -64,7 +64,7 @@ def end_to_end(headers: Mapping[str, str], dropped: frozenset[istr]) -> CIMultiD
     return result
 
 
-def request_headers(headers: CIMultiDictProxy[str]) -> tuple[CIMultiDict[str], str]:
+def request_headers(headers: MultiMapping[str]) -> tuple[CIMultiDict[str], str]:
     """Return the headers to forward, and the request id in them.
 
     Raises:

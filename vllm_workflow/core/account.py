@@ -202,17 +202,22 @@ class Account:
 
     def alone_s(self, need: Need) -> float:
         """Service of a call here if nothing else ran."""
-        on_model = self._on_model(need)
-        prefill_s = self._prefill_s(need, on_model, self._num_cached(need)[0])
+        on_model = need.on_model.get(self.latency_id) or self._on_model(need)
+        num_cached, _ = self._num_cached(need)
+        prefill_s = on_model.prefill_s
+        if num_cached != on_model.num_cached:
+            prefill_s = self._prefill_s(need, on_model, num_cached)
         return self.drift * (prefill_s + need.num_decoded * on_model.alone_step_s)
 
     def predict(self, need: Need, now: float) -> Candidate:
         """Say what a call would cost here."""
         instance, kv, drift = self.instance, self.kv, self.drift
         latency, num_ahead = instance.latency, len(self.reserved) + self.num_others
-        on_model = self._on_model(need)
+        on_model = need.on_model.get(self.latency_id) or self._on_model(need)
         num_cached, num_new = self._num_cached(need)
-        prefill_s = self._prefill_s(need, on_model, num_cached)
+        prefill_s = on_model.prefill_s
+        if num_cached != on_model.num_cached:
+            prefill_s = self._prefill_s(need, on_model, num_cached)
         queue_s, num_beside = 0.0, num_ahead
         if (
             num_ahead >= instance.max_num_seqs
@@ -222,9 +227,9 @@ class Account:
         num_decoded, context = need.num_decoded, need.context
         slowdown_s, stretch = 0.0, 1.0
         if num_beside:
-            step_s = latency.decode_step_s(num_beside + 1, context)
+            step_s, step_without_s = latency.joined_steps_s(num_beside, context)
             together_s = num_decoded * step_s
-            slowdown_s = together_s - num_decoded * latency.decode_step_s(num_beside, context)
+            slowdown_s = together_s - num_decoded * step_without_s
             stretch = step_s / on_model.alone_step_s
         else:
             together_s = num_decoded * on_model.alone_step_s
@@ -246,23 +251,20 @@ class Account:
         if not need.prefix:
             return 0, num_new
         num_held, num_new = self.kv.probe(need.prefix, num_new)
-        if not num_held:
-            return 0, num_new
-        return int(self.hit_share * min(num_held, need.num_prompt_tokens - 1)), num_new
+        if num_held >= need.num_prompt_tokens:
+            num_held = need.num_prompt_tokens - 1
+        return int(self.hit_share * num_held), num_new
 
     def _on_model(self, need: Need) -> _OnModel:
-        found = need.on_model.get(self.latency_id)
-        if found is None:
-            step_s = self.instance.latency.decode_step_s(1, need.context)
-            found = need.on_model[self.latency_id] = _OnModel(step_s)
-        return found
+        step_s = self.instance.latency.decode_step_s(1, need.context)
+        on_model = need.on_model[self.latency_id] = _OnModel(step_s)
+        return on_model
 
     def _prefill_s(self, need: Need, on_model: _OnModel, num_cached: int) -> float:
-        if num_cached != on_model.num_cached:
-            on_model.num_cached = num_cached
-            on_model.prefill_s = self.instance.latency.prefill_s(
-                need.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
-            )
+        on_model.num_cached = num_cached
+        on_model.prefill_s = self.instance.latency.prefill_s(
+            need.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
+        )
         return on_model.prefill_s
 
     def own_wait_s(self, need: Need, now: float) -> float:

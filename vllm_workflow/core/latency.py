@@ -158,6 +158,20 @@ class LatencyModel:
             + num_seqs * num_context_tokens * self.per_kv_token_s
         )
 
+    def joined_steps_s(self, num_seqs: int, num_context_tokens: float) -> tuple[float, float]:
+        """`decode_step_s` of one sequence more, and of `num_seqs`."""
+        fixed_s, below_s, seq_s = self._fixed_s, self.per_token_below_knee_s, self.per_seq_s
+        kv_s, num_more = self.per_kv_token_s, num_seqs + 1
+        tokens_s, more_s = num_seqs * below_s, num_more * below_s
+        if num_more > self._knee:
+            more_s += (num_more - self._knee) * self._above_s
+            if num_seqs > self._knee:
+                tokens_s += (num_seqs - self._knee) * self._above_s
+        return (
+            fixed_s + more_s + num_more * seq_s + num_more * num_context_tokens * kv_s,
+            fixed_s + tokens_s + num_seqs * seq_s + num_seqs * num_context_tokens * kv_s,
+        )
+
 
 def prefill_attention(num_tokens: float, num_context_tokens: float = 0.0) -> float:
     """Tokens that `num_tokens` prompt tokens attend to, summed, themselves included.

@@ -24,6 +24,7 @@ from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.records import recording
 from vllm_workflow.router.reload import Reloader
 from vllm_workflow.router.routes import Routes, check_operator
+from vllm_workflow.router.tls import RenewableTls
 from vllm_workflow.router.upstreams import Upstreams
 
 
@@ -65,8 +66,8 @@ async def serve(
         stack.callback(parts.upstreams.close)
         await parts.begin()
         await stack.enter_async_context(beside(*parts.watchers()))
-        reload = Reloader(config, read, parts)
-        tls = config.tls.context() if config.tls else None
+        tls = RenewableTls(config.tls.context()) if config.tls else None
+        reload = Reloader(config, read, parts, tls)
         admin_url = ""
         if config.admin and parts.operator:
             listener = Listener(

@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,10 +19,9 @@ from vllm_workflow.router.errors import error_json, error_response
 from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.limits import LimitsConfig
 from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
+from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)
-_BACKLOG = 1024
-"""Connections that may wait to be taken."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -185,7 +181,7 @@ class Listener:
         self,
         app: web.Application,
         limits: LimitsConfig,
-        tls: ssl.SSLContext | None,
+        tls: RenewableTls | None,
         *,
         grace_s: float,
         calls: Mapping[str, Handle] | None = None,
@@ -203,10 +199,10 @@ class Listener:
         """May be replaced."""
         self.num_connections = 0
         self.num_trusts = 0
-        """Grows whenever those who were let in before may no longer be."""
+        """To be raised when clients that were let in may be no more: each connection made before
+        ends with its next answer."""
         self._tls = tls
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        self._servers: Sequence[asyncio.Server] = ()
 
     @property
     def server(self) -> web.Server:
@@ -227,58 +223,21 @@ class Listener:
         try:
             try:
                 server = await loop.create_server(
-                    self._protocol, host, port, ssl=self._tls, backlog=_BACKLOG
+                    self._protocol, host, port, ssl=self._tls, backlog=1024
                 )
             except OSError as e:
                 raise ConfigError(
                     f"{where}: cannot listen on {host}:{port}: {e.strerror}"
                 ) from None
-            self._servers = [server]
             address, number = server.sockets[0].getsockname()[:2]
             name = f"[{address}]" if ":" in address else address
             try:
                 yield f"{'https' if self._tls else 'http'}://{name}:{number}"
             finally:
-                self._close_servers()
+                server.close()
                 await self._end_connections()
         finally:
             await self._runner.cleanup()
-
-    async def renewed(self, tls: ssl.SSLContext) -> Sequence[asyncio.Server]:
-        """Return what is ready to take connections with another context, for `take` or to close.
-
-        Raises:
-            OSError: There are no file descriptors left.
-        """
-        loop = asyncio.get_running_loop()
-        servers: list[asyncio.Server] = []
-        try:
-            for each in [sock for server in self._servers for sock in server.sockets]:
-                # The same socket in the kernel: whoever waits in its queue is taken, too.
-                same = socket.socket(fileno=os.dup(each.fileno()))
-                servers.append(
-                    await loop.create_server(
-                        self._protocol, sock=same, ssl=tls, backlog=_BACKLOG, start_serving=False
-                    )
-                )
-        except BaseException:
-            for server in servers:
-                server.close()
-            raise
-        return servers
-
-    async def take(self, servers: Sequence[asyncio.Server], *, distrusts: bool) -> None:
-        """Take connections by other servers on the same sockets, see `renewed`.
-
-        Args:
-            servers: In the place of those before.
-            distrusts: End each connection there is with its next answer.
-        """
-        for server in servers:
-            await server.start_serving()
-        self._close_servers()
-        self._servers = servers
-        self.num_trusts += distrusts
 
     def _protocol(self) -> asyncio.Protocol:
         if self.handles:
@@ -292,10 +251,6 @@ class Listener:
             num_trusts: As it was when the connection was made.
         """
         return Protocol(self, num_trusts, loop=asyncio.get_running_loop())
-
-    def _close_servers(self) -> None:
-        for server in self._servers:
-            server.close()
 
     async def _end_connections(self) -> None:
         """Let calls under way end, for as long as they may."""

@@ -10,12 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import aiohttp
+import httpx
 import pytest
 
 from tests.fakes import FakeEngine
 from tests.faults.conftest import until
 from tests.faults.load import CHAT, Load
 from tests.faults.processes import engines
+from vllm_workflow.client import attach, stage, workflow
 from vllm_workflow.router.app import Router, serve
 from vllm_workflow.router.config import RouterConfig
 
@@ -50,6 +52,25 @@ async def test_a_run_that_goes_from_one_to_the_other_keeps_its_deadline() -> Non
     ages = [received.xargs["wf_age_ms"] for received in engine.received]
     for told, wanted in zip(ages, (10_000, 20_000, 30_000, 40_000), strict=True):
         assert wanted <= told < wanted + 5_000
+
+
+async def test_a_run_that_one_has_begun_is_no_new_one_to_the_other() -> None:
+    """What its first calls have had travels with the next, so that it is not made to wait with
+    those that have not begun."""
+    async with FakeEngine().serving() as engine:
+        async with two_routers(engine.url) as (one, two), httpx.AsyncClient() as client:
+            attach(client)
+            with workflow("w", slo_s=60):
+                for router, stage_name in ((one, "first"), (two, "second")):
+                    with stage(stage_name):
+                        answer = await client.post(router.url + CHAT, json={}, timeout=60)
+                        assert answer.status_code == 200
+
+    first, second = (received.xargs for received in engine.received)
+    assert "wf_attained_ms" not in first
+    assert second["wf_attained_ms"] > 0
+    assert second["wf_age_ms"] > 0
+    assert second["wf_id"] == first["wf_id"]
 
 
 async def test_one_sees_the_calls_of_the_other_and_goes_where_there_are_none() -> None:

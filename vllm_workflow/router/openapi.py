@@ -38,6 +38,7 @@ _HEADERS: dict[str, tuple[dict[str, Any], str]] = {
         "The run's promise, from its first call on.",
     ),
     "X-Workflow-Budget-Ms": (_MILLISECONDS, "What is left of it now."),
+    "X-Workflow-Attained-Ms": (_MILLISECONDS, "Service that the run's calls have had so far."),
     "X-Workflow-Final": (_FLAG, "Whether this is the run's last call."),
     "X-Tenant-Id": (_LABEL, "Whose call it is; with keys, one that the key acts for."),
 }

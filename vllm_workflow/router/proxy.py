@@ -215,6 +215,9 @@ class Proxy:
                 head=head_of(call.body.members) if call.takes_xargs else (),
             )
             run.deadline = predicted.deadline  # its own, or what its tenant is promised
+            if call.info.attained_ms and not predicted.attained_s:
+                told_s = call.info.attained_ms / 1000.0
+                predicted = predicted._replace(attained_s=told_s, attained_path_s=told_s)
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
                 predicted = predicted._replace(

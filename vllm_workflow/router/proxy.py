@@ -36,6 +36,7 @@ from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
 
 if TYPE_CHECKING:
+    from vllm_workflow.router.kv_events import KvEvents
     from vllm_workflow.router.tracing import Tracing
 
 RETRY_AFTER_S = 1
@@ -64,6 +65,7 @@ class Proxy:
         set_priority: bool = False,
         log_prompts: bool = False,
         tracing: Tracing | None = None,
+        kv_events: KvEvents | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -78,6 +80,7 @@ class Proxy:
         self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self._tracing = tracing
+        self._kv_events = kv_events
         self.runs = Runs(self._run_ended)
         self.running = Once()
         self._is_stopping = False
@@ -292,6 +295,8 @@ class Proxy:
         stream = call.body.stream
         attempt = Attempt(decision, call.request, now, Usage(stream=stream), stream)
         self._metrics.dispatched(decision, now - call.request.arrival_time)
+        if self._kv_events is not None:
+            self._kv_events.sent(attempt.instance_id, call.request)
         return attempt
 
     def _settle(self, call: Call, attempt: Attempt) -> None:
@@ -299,6 +304,8 @@ class Proxy:
         outcome = attempt.outcome(time.monotonic())
         self._binder.settle(outcome)
         self._metrics.settled(attempt.decision, outcome)
+        if self._kv_events is not None:
+            self._kv_events.ended(outcome)
         if self._metrics.tenants is not None:
             self._metrics.tenants.used(call.request.tenant_id, outcome)
 
@@ -367,5 +374,6 @@ def _refusal(call: Call, error: OverloadedError) -> Answer:
         headers={
             "X-Request-Id": call.request_id,
             "Retry-After": str(math.ceil(error.retry_after_s)),
+            "X-Workflow-Refused": "overloaded",
         },
     )

@@ -6,6 +6,8 @@ from setuptools import find_packages, setup
 
 ROUTER = [
     "aiohttp>=3.12,<4",  # HTTP server and client in one; streams bytes with little CPU per request
+    "httptools>=0.6.4",  # llhttp, which reads what instances answer
+    "aiohappyeyeballs>=2.4",  # connects to whichever address of a name answers
     "uvloop>=0.21; sys_platform != 'win32'",  # event loop: about a third less CPU per request
     "prometheus_client>=0.23",  # the exposition format of /metrics
     "pydantic>=2.7,<3",  # validates router.yaml and cluster.yaml, with the path to the field

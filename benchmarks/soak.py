@@ -2,8 +2,9 @@
 
 python benchmarks/soak.py --requests 1000000 --json soak.json
 
-Runs come and go with prompts of their own; every fifth answer is streamed, every fiftieth client
-leaves before its answer. The servers answer at once. Exits with 1 if memory at any time after
+Runs come and go, one in four without a word that it ends, each with a prompt whose head its calls
+share and no other run does; every fifth answer is streamed, every fiftieth client leaves before its
+answer. The servers answer at once. Exits with 1 if memory at any time after
 the first tenth is more than 10 % over its level then, if descriptors grow, or if a call is still in
 the ledger at the end.
 """
@@ -108,7 +109,7 @@ class Traffic:
         streams, leaves = number % 5 == 0, number % 50 == 7
         body = {
             "model": "m",
-            "messages": [{"role": "user", "content": f"{PROMPT} run {run} turn {turn}"}],
+            "messages": [{"role": "user", "content": f"run {run:09d} {PROMPT} turn {turn:040d}"}],
             "max_tokens": 16,
             "stream": streams,
         }

@@ -102,7 +102,7 @@ class FakeEngine:
 
     async def wait_for(self, *, received: int = 0, aborted: int = 0) -> None:
         """Wait until so many requests have arrived and so many were aborted."""
-        async with asyncio.timeout(5), self._changed:
+        async with asyncio.timeout(30), self._changed:
             await self._changed.wait_for(
                 lambda: len(self.received) >= received and self.num_aborted >= aborted
             )

@@ -200,6 +200,31 @@ def test_a_run_counts_between_its_calls_but_not_for_ever() -> None:
     assert pace.num_runs == 0
 
 
+def test_a_run_that_makes_no_call_for_long_is_forgotten() -> None:
+    pace = Pace()
+    for number, rest_s in enumerate([0.0, 10.0]):
+        call = run(f"r{number}", rest_s=rest_s)
+        pace.opened(run_key(call), call, 0.0)
+        end(pace, call, now=1.0)
+    between = len(pace)
+    pace.tick(1.0 + MAX_IDLE_S)
+
+    assert between == 2
+    assert len(pace) == 0
+
+
+def test_a_run_ends_with_its_final_call_and_those_beside_it() -> None:
+    pace, final = Pace(), run("r")._replace(final=True)
+    beside = run("r")._replace(request_id="beside")
+    for call in (beside, final):
+        pace.opened(run_key(call), call, 0.0)
+    end(pace, final, now=1.0)
+    before = pace.num_runs
+    end(pace, beside, now=2.0)
+
+    assert (before, pace.num_runs, len(pace)) == (1, 0, 0)
+
+
 def test_a_run_that_is_known_to_end_counts_no_longer() -> None:
     pace, call = Pace(), run("r", rest_s=0.0)
     pace.opened(run_key(call), call, 0.0)

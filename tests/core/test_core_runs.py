@@ -9,6 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import FAST, dispatcher, instance, outcome, stage_request
+from vllm_workflow.core import runs as core_runs
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.runs import Attained, AttainedService
 from vllm_workflow.core.types import StageRequest
@@ -150,8 +151,9 @@ def test_a_final_call_that_failed_leaves_the_run_what_it_had() -> None:
     assert attained(brain) == had != Attained()
 
 
-def test_runs_that_clients_invent_do_not_fill_the_memory() -> None:
-    runs = AttainedService(max_runs=3)
+def test_runs_that_clients_invent_do_not_fill_the_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_runs, "MAX_RUNS", 3)
+    runs = AttainedService()
     kept = call("r", "kept")
     for i in range(100):
         runs.begin(kept)
@@ -163,8 +165,9 @@ def test_runs_that_clients_invent_do_not_fill_the_memory() -> None:
     assert runs.of(call("r", "w0")) == Attained()
 
 
-def test_to_ask_about_a_run_does_not_keep_it() -> None:
-    runs = AttainedService(max_runs=1)
+def test_to_ask_about_a_run_does_not_keep_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(core_runs, "MAX_RUNS", 1)
+    runs = AttainedService()
     runs.begin(call("r", "old"))
     runs.begin(call("r", "new"))
     runs.of(call("r", "old"))

@@ -37,7 +37,7 @@ def test_a_stage_never_seen_has_the_prior_length() -> None:
 
 def test_a_prediction_says_where_it_comes_from() -> None:
     lengths = Lengths()
-    lengths.declare("w", "s", 100.0)
+    lengths.declare({("w", "s"): 100.0})
     before = lengths.output_tokens(key(), PROMPT)
     observed(lengths, "s", 100)
 
@@ -51,7 +51,7 @@ def test_the_first_answer_of_an_undeclared_stage_replaces_the_prior() -> None:
 
 def test_a_declared_length_yields_to_what_is_seen() -> None:
     lengths = Lengths()
-    lengths.declare("w", "s", 100.0)
+    lengths.declare({("w", "s"): 100.0})
 
     after_one = observed(lengths, "s", 200)
     after_many = observed(lengths, "s", *[200] * 100)

@@ -85,16 +85,18 @@ def test_a_restarted_engine_has_an_empty_cache() -> None:
     assert len(ledger) == 0
 
 
-def test_memory_is_bounded_where_the_capacity_is_not_known(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(("capacity", "num_kept"), [(inf, 5), (1e9, 10)])
+def test_memory_is_bounded_also_where_the_capacity_is_huge_or_not_known(
+    monkeypatch: pytest.MonkeyPatch, capacity: float, num_kept: int
 ) -> None:
     monkeypatch.setattr(prefix, "MAX_IDLE_SEGMENTS", 10)
-    ledger = KvLedger(inf)
+    monkeypatch.setattr(prefix, "MAX_IDLE_SEGMENTS_UNBOUNDED", 5)
+    ledger = KvLedger(capacity)
     for number in range(100):
         ledger.admit("a", chain(str(number)), 5)
         ledger.release("a")
 
-    assert len(ledger) == 10
+    assert len(ledger) == num_kept
 
 
 pieces = st.lists(st.sampled_from("abc"), max_size=4).map(lambda p: chain(*p))

@@ -12,6 +12,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError, NoInstanceError, QuotaExceededError
 from vllm_workflow.core.events import (
     Added,
+    Apportioned,
     Event,
     Marked,
     Polled,
@@ -28,11 +29,10 @@ from vllm_workflow.core.replay import replay
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 
 Step = tuple[str, int, float]
+CHANGES = "fail", "mark", "add", "remove", "swap", "apportion", "declare"
 steps = st.lists(
     st.tuples(
-        st.sampled_from(
-            ["submit", "submit", "submit", "settle", "fail", "mark", "add", "remove", "swap"]
-        ),
+        st.sampled_from([*["submit"] * 4, *["settle"] * 2, *CHANGES]),
         st.integers(0, 30),
         st.floats(0.001, 100.0),
     ),
@@ -91,6 +91,10 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.remove("c")
         elif what == "swap":
             brain.swap(POLICIES[pick % len(POLICIES)], now=now)
+        elif what == "apportion":
+            brain.apportion((None, TENANTS, OTHERS)[pick % 3], now=now)
+        elif what == "declare":
+            brain.declare([workflow(generate=float(pick), judge=1.0)][: pick % 3])
         for decision in brain.poll(now):
             in_flight[decision.request_id] = decision.chosen.instance_id
 
@@ -149,6 +153,8 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
                 brain.poll(event.now)
             case Swapped():
                 brain.swap(event.policy, now=event.now)
+            case Apportioned():
+                brain.apportion(event.tenants, now=event.now)
             case Withdrawn():
                 brain.withdraw(event.request_id)
             case Settled():
@@ -173,6 +179,14 @@ TENANTS = TenantsConfig(
         TenantConfig(name="t1", max_concurrent_calls=2),
         TenantConfig(name="t2", max_concurrent_runs=1, tokens_per_minute=6000.0),
     )
+)
+OTHERS = TenantsConfig(
+    named=(
+        TenantConfig(name="t1", max_concurrent_runs=1),
+        TenantConfig(name="t2", weight=0.1, tokens_per_minute=9000.0),
+        TenantConfig(name="t3", max_concurrent_calls=1, slo_s=5.0),
+    ),
+    lag=0.0,
 )
 
 

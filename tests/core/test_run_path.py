@@ -116,13 +116,22 @@ def test_of_a_run_without_end_what_came_later_counts_by_its_time(
     assert client.path.rests_s() == [4.0, 3.0]
 
 
+def test_of_calls_that_have_ended_the_way_to_them_is_not_kept() -> None:
+    client = Client()
+    for number in range(10):
+        client.call(f"s{number}", 1.0)
+
+    assert [call.rounds for call in client.path.ended] == [{}] * 10
+    assert client.path.num_before("s0") == 1
+
+
 def test_stages_that_a_client_invents_do_not_fill_the_memory() -> None:
     client = Client()
     for number in range(run_path.MAX_CALLS_OF_RUN + 50):
         client.call(f"s{number}", 1.0)
 
     assert len(client.path.ended) == run_path.MAX_CALLS_OF_RUN
-    assert max(len(call.rounds) for call in client.path.ended) <= run_path.MAX_STAGES_OF_RUN
+    assert len(client.path._rounds) == run_path.MAX_STAGES_OF_RUN
 
 
 @given(

@@ -13,7 +13,8 @@ from vllm_workflow.core.errors import ConfigError, QuotaExceededError
 from vllm_workflow.core.events import Started, from_json, to_json
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
-from vllm_workflow.core.tenant_ledger import MAX_TENANTS, RUN_IDLE_S, SHARED_TENANT
+from vllm_workflow.core.tenant_account import RUN_IDLE_S
+from vllm_workflow.core.tenant_ledger import MAX_TENANTS, SHARED_TENANT
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.types import StageRequest
 

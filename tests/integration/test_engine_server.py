@@ -172,6 +172,22 @@ def test_waiting_calls_run_in_the_order_of_their_slack(
     assert set(client.ended[2:]) == {"slack-300", "slack-400"}
 
 
+def test_a_call_that_is_too_late_steps_back_behind_those_that_are_not(
+    client: Client, vllm_server: VllmServer
+) -> None:
+    before = vllm_server.metric("vllm_workflow:put_off_total")
+    with client.seats_taken(2, vllm_xargs=wf(budget_ms=0)):
+        client.complete("late", max_tokens=1, vllm_xargs=wf(budget_ms=0))
+        for i in range(2):
+            body = {"vllm_xargs": wf(budget_ms=60_000)}
+            client.complete(f"on-time-{i}", max_tokens=600, **body)
+        await_requests(vllm_server, running=2, waiting=3)
+    client.close()
+
+    assert client.ended[0] != "late"
+    assert vllm_server.metric("vllm_workflow:put_off_total") > before
+
+
 JUNK: list[Any] = [
     "",
     "x" * 10_000,

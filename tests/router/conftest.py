@@ -53,7 +53,7 @@ class Client:
 
 @asynccontextmanager
 async def _routing(
-    *engines: FakeEngine | str, seats: int | None = None, within_s: float = 20.0, **config: Any
+    *engines: FakeEngine | str, seats: int | None = None, within_s: float = 60.0, **config: Any
 ) -> AsyncIterator[Client]:
     instances = [
         {"id": "abcdefgh"[i], "url": e if isinstance(e, str) else e.url}

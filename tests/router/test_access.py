@@ -287,8 +287,8 @@ def test_a_new_key_is_printed_once_with_the_lines_to_keep(
     assert kept.auth is not None
     assert kept.admin is not None
     assert kept.auth.keys[0].tenant == 'a "b" \\ c'
-    assert kept.auth.keys[0].hashed().matches(key)
-    assert kept.admin.hashed().matches(admin_key)
+    assert kept.auth.keys[0].hashed.matches(key)
+    assert kept.admin.hashed.matches(admin_key)
     assert key not in lines
 
 

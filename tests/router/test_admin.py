@@ -299,7 +299,7 @@ async def from_file(path: Path, text: str) -> AsyncIterator[tuple[Client, Callab
 
     write(text)
     async with (
-        asyncio.timeout(20),
+        asyncio.timeout(60),
         serve(read(), read) as router,
         aiohttp.ClientSession() as session,
     ):
@@ -346,7 +346,6 @@ async def test_a_changed_file_is_taken_over_while_calls_run(tmp_path: Path) -> N
         ("instances: []", "instances: expected at least one"),
         ("porty: 1", "porty: unknown field"),
         ("a: [", "not YAML"),
-        ("policy: hexgen", "policy: changed, which needs a restart of the router"),
         ("auth: {keys: [{tenant: t, key_env: NOT_THERE}]}", "NOT_THERE: expected a key"),
         ("tls: {cert_file: x, key_file: y}", "cert_file, key_file: expected a certificate"),
     ],

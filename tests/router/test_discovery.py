@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import sys
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -12,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import trustme
 import yaml
 from aiohttp import web
 
@@ -28,7 +31,7 @@ pytestmark = pytest.mark.anyio
 
 async def until(holds: Callable[[], bool | Awaitable[bool]]) -> None:
     """Wait until something holds; the test's own timeout ends it."""
-    async with asyncio.timeout(15):
+    async with asyncio.timeout(60):
         while True:
             result = holds()
             if result if isinstance(result, bool) else await result:
@@ -276,41 +279,108 @@ async def test_a_source_that_breaks_is_asked_on_and_stops_no_other(
     assert [r.getMessage() for r in caplog.records if r.exc_info] == ["discovery: broken failed"]
 
 
-async def test_an_instance_whose_key_is_gone_is_taken_in_when_the_key_is_back(
+async def test_an_instance_whose_key_is_missing_is_taken_in_when_the_key_is_there(
+    routing: Routing, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path, key = tmp_path / "instances.yaml", tmp_path / "key"
+    async with FakeEngine(api_key="the-key").serving() as engine:
+        write(path, {"url": engine.url, "id": "b", "api_key_file": "key"})
+        found = {"files": [{"path": str(path), "every_s": 0.02}]}
+        async with routing(engine, discovery=found) as client:
+            await until(lambda: "cannot read a key" in caplog.text)
+            assert names(client) == {"a"}
+            key.write_text("the-key")
+            # Found in the folder of the file that names it.
+            await until(lambda: "b" in healthy(client))
+
+
+async def test_a_key_that_was_replaced_is_sent_without_a_reload_where_instances_are_looked_up(
     routing: Routing, tmp_path: Path
 ) -> None:
     key = tmp_path / "key"
-    key.write_text("the-key")
-    async with FakeEngine().serving() as engine, routing(engine) as client:
-        with_key = InstanceConfig(id="b", url=engine.url, api_key_file=str(key))
-        source = Named("found", [with_key, InstanceConfig(id="c", url=engine.url)])
-        key.unlink()
-        async with discovering(client, source):
-            await until(lambda: names(client) == {"a", "c"})
-            await source.asked_twice_more()
-            key.write_text("the-key")
-            await until(lambda: names(client) == {"a", "b", "c"})
+    key.write_text("the-old-key")
+    async with FakeEngine(api_key="the-new-key").serving() as engine:
+        template = {"api_key_file": str(key)}
+        source = {"name": "localhost", "port": port_of(engine), "every_s": 0.02}
+        async with routing(discovery={"dns": [source | {"template": template}]}) as client:
+            assert len(names(client)) == 1
+            assert not healthy(client)
+            key.write_text("the-new-key")
+            await until(lambda: healthy(client) == names(client))
 
 
-async def test_a_file_with_an_instance_whose_key_is_gone_is_not_given_up(
-    routing: Routing, tmp_path: Path
+def test_paths_in_what_instances_share_are_relative_to_the_file_that_names_them(
+    tmp_path: Path,
 ) -> None:
-    class Once(Named):
-        """Says what it found once, as a file that does not change."""
+    (tmp_path / "key").write_text("the-key")
+    (tmp_path / "certs").mkdir()
+    authority = trustme.CA()
+    authority.cert_pem.write_to_path(str(tmp_path / "certs/ca.pem"))
+    template = "template: {api_key_file: key, tls: {ca_file: certs/ca.pem}}"
+    path = tmp_path / "router.yaml"
+    path.write_text(
+        "discovery:\n"
+        f"  dns: [{{name: vllm, port: 1, scheme: https, {template}}}]\n"
+        f"  kubernetes: [{{service: vllm, token_file: token, {template}}}]\n"
+    )
 
-        async def find(self) -> list[InstanceConfig] | None:
-            found = await super().find()
-            return found if self.num_asked == 1 else None
+    config = RouterConfig.from_file(path)
 
-    key = tmp_path / "key"
-    key.write_text("the-key")
-    async with FakeEngine().serving() as engine, routing(engine) as client:
-        source = Once("f", [InstanceConfig(id="b", url=engine.url, api_key_file=str(key))])
-        key.unlink()
-        async with discovering(client, source):
-            await source.asked_twice_more()
-            key.write_text("the-key")
-            await until(lambda: names(client) == {"a", "b"})
+    assert config.discovery is not None
+    (by_name,), (pods,) = config.discovery.dns, config.discovery.kubernetes
+    assert by_name.template == pods.template
+    assert by_name.template["api_key_file"] == str(tmp_path / "key")
+    assert by_name.template["tls"]["ca_file"] == str(tmp_path / "certs/ca.pem")
+    assert pods.token_file == str(tmp_path / "token")
+    assert pods.ca_file.startswith("/var/run/secrets/")
+
+
+async def test_certificates_are_loaded_once_for_what_they_hold_and_not_by_the_event_loop(
+    tmp_path: Path,
+) -> None:
+    authority = tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(authority))
+    addresses = ["10.0.0.1", "10.0.0.2"]
+
+    async def resolve(name: str, port: int) -> list[str]:
+        return addresses
+
+    source = DnsSource(
+        name="vllm", port=8000, scheme="https", template={"tls": {"ca_file": str(authority)}}
+    )
+    lookup = DnsLookup(source, resolve)
+    read_by: list[int] = []
+
+    def watch(event: str, arguments: tuple[object, ...]) -> None:
+        if event == "open" and str(arguments[0]) == str(authority):
+            read_by.append(threading.get_ident())
+
+    sys.addaudithook(watch)
+    first, second, third = [*await lookup.find(), *(await lookup.find())[:1]]
+    trustme.CA().cert_pem.write_to_path(str(authority))
+    (renewed, _) = await lookup.find()
+
+    assert first.ssl is second.ssl is third.ssl
+    assert first == third
+    assert renewed.ssl is not first.ssl
+    assert renewed != first
+    assert read_by.count(threading.get_ident()) == 1  # written above
+    assert len(read_by) > 1
+
+
+async def test_two_ports_of_one_name_are_two_sources(routing: Routing) -> None:
+    async with FakeEngine().serving() as one, FakeEngine().serving() as two:
+        sources = [
+            {"name": "localhost", "port": port_of(each), "every_s": 0.02} for each in (one, two)
+        ]
+        async with routing(discovery={"dns": sources}) as client:
+            upstreams = client.router.upstreams
+            assert len(healthy(client)) == 2
+            seen = {(u.config.id, u.generation) for u in upstreams}
+            for _ in range(2):  # each looks again, and lets the other's alone
+                asked = one.num_health_asks + two.num_health_asks
+                await until(lambda asked=asked: one.num_health_asks + two.num_health_asks > asked)
+            assert {(u.config.id, u.generation) for u in upstreams} == seen
 
 
 async def test_what_an_operator_has_drained_is_not_brought_back(routing: Routing) -> None:
@@ -376,6 +446,10 @@ async def test_what_is_configured_stays_whatever_is_found(routing: Routing, tmp_
             "seats: unknown field",
         ),
         ({"discovery": {"kubernetes": [{"service": "A/../b"}]}}, r"kubernetes\.0\.service"),
+        (
+            {"discovery": {"dns": [{"name": "a", "port": 1}, {"name": "a", "port": 1}]}},
+            r"discovery: declared twice: \['dns a:1'\]",
+        ),
     ],
 )
 def test_what_cannot_be_meant_is_refused_at_the_start(data: dict[str, Any], problem: str) -> None:

@@ -66,6 +66,7 @@ async def test_when_all_have_left_the_engine_is_freed(routing: Routing) -> None:
     async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
         calls = [send(client, headers=KEY) for _ in range(3)]
         await until_waiting(client, 3)
+        await engine.wait_for(received=1)
         for call in calls:
             call.cancel()
 

@@ -76,8 +76,15 @@ async def test_a_log_that_cannot_be_written_is_named(tmp_path: Path) -> None:
 
 
 @asynccontextmanager
-async def process(*words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
-    """Run the command; yields it with the address it says it is ready on."""
+async def process(
+    *words: str, log: bool = False
+) -> AsyncIterator[tuple[asyncio.subprocess.Process, str]]:
+    """Run the command; yields it with the address it says it is ready on.
+
+    Args:
+        words: Of the command.
+        log: Let the test read its stderr.
+    """
     running = await asyncio.create_subprocess_exec(
         sys.executable,
         "-m",
@@ -85,10 +92,11 @@ async def process(*words: str) -> AsyncIterator[tuple[asyncio.subprocess.Process
         "router",
         *words,
         stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE if log else None,
     )
     assert running.stdout is not None
     try:
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             line = (await running.stdout.readline()).decode()
         assert line.startswith("router ready on http"), line
         yield running, line.split()[3].rstrip(":")

@@ -17,7 +17,7 @@ from vllm_workflow.core.replay import replay
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.engine import metadata
 from vllm_workflow.engine.metadata import Reading
-from vllm_workflow.router import app
+from vllm_workflow.router import parts
 from vllm_workflow.router.metrics import MAX_LABEL_VALUES
 
 pytestmark = pytest.mark.anyio
@@ -115,7 +115,7 @@ async def test_the_engine_is_told_how_old_a_run_is_and_what_it_has_attained(
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
         await call(client, Workflow_Id="w")
-        (run,) = client.router.proxy.runs._runs.values()
+        (run,) = client.router.proxy.runs._idle.values()
         run.arrival_time -= 60.0
         await asyncio.gather(*(call(client, Workflow_Id="w") for _ in range(2)))
         await call(client, Workflow_Id="w")
@@ -158,7 +158,7 @@ async def test_a_run_that_is_late_is_served(routing: Routing) -> None:
 async def test_a_budget_never_falls_below_zero_on_the_wire(routing: Routing) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
         await call(client, Workflow_Id="w", Workflow_Slo_Ms="1000")
-        (run,) = client.router.proxy.runs._runs.values()
+        (run,) = client.router.proxy.runs._idle.values()
         run.deadline -= 60.0
         await call(client, Workflow_Id="w")
 
@@ -244,7 +244,7 @@ async def test_priorities_by_run_order_its_later_calls_before_younger_runs(
         routing(engine, set_priority=True, policy="least-outstanding+program-fcfs") as client,
     ):
         first = await priority(client, engine, Workflow_Id="old")
-        (run,) = client.router.proxy.runs._runs.values()
+        (run,) = client.router.proxy.runs._idle.values()
         run.arrival_time -= 1.0
         younger = await priority(client, engine, Workflow_Id="young")
         second = await priority(client, engine, Workflow_Id="old")
@@ -286,7 +286,7 @@ async def test_a_run_whose_final_call_failed_goes_on(routing: Routing) -> None:
 async def test_an_idle_run_ends_without_another_call(
     routing: Routing, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(app, "_EXPIRE_EVERY_S", 0.01)
+    monkeypatch.setattr(parts, "_EXPIRE_EVERY_S", 0.01)
     async with FakeEngine().serving() as engine, routing(engine) as client:
         client.router.proxy.runs._ttl_s = 0.01
         await call(client, Workflow_Id="a", Workflow_Slo_Ms="60000")

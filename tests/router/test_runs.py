@@ -113,12 +113,22 @@ def test_a_run_with_a_call_under_way_is_not_idle() -> None:
 
 
 def test_the_run_idle_longest_makes_room() -> None:
-    runs, ended = make(max_runs=2)
+    runs, ended = make(max_idle=2)
     for workflow_id, start in (("a", 0.0), ("b", 1.0), ("a", 2.0), ("c", 3.0)):
         call(runs, info(workflow_id, workflow=workflow_id), start, start)
 
     assert [run.workflow for run in ended] == ["b"]
     assert len(runs) == 2
+
+
+def test_a_run_with_a_call_under_way_makes_no_room() -> None:
+    runs, ended = make(max_idle=2)
+    runs.begin(info("busy", workflow="busy"), 0.0)
+    for number in range(5):
+        call(runs, info(f"idle-{number}", workflow="idle"), 1.0, 1.0)
+
+    assert {run.workflow for run in ended} == {"idle"}
+    assert len(runs) == 3
 
 
 @given(
@@ -130,7 +140,7 @@ def test_the_run_idle_longest_makes_room() -> None:
 def test_every_run_ends_once_and_none_is_forgotten(
     script: list[tuple[str, bool, bool, float]],
 ) -> None:
-    runs, ended = make(max_runs=2, ttl_s=60.0)
+    runs, ended = make(max_idle=2, ttl_s=60.0)
     seen, now = set[int](), 0.0
     open_calls: list[tuple[RunInfo, Run]] = []
     kept: list[Run] = []
@@ -146,7 +156,7 @@ def test_every_run_ends_once_and_none_is_forgotten(
         else:
             said, run = open_calls.pop()
             runs.end(said, run, now, ok=True)
-        assert len(runs) <= 2
+        assert len(runs) <= 2 + len(open_calls)
     for said, run in open_calls:
         runs.end(said, run, now, ok=True)
     runs.expire(now + 1000.0)

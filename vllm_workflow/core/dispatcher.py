@@ -19,6 +19,7 @@ from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
     Added,
+    Apportioned,
     Marked,
     Polled,
     Record,
@@ -145,6 +146,39 @@ class Dispatcher:
         self._policy = build(config)
         self.waiting = self._waiting_room()
         self.waiting.take_over(waiting, now)
+
+    def apportion(self, tenants: TenantsConfig | None, *, now: float) -> None:
+        """Let tenants have other shares, quotas and SLOs from here on; `poll` should follow.
+
+        What each has used stays, and so do the deadlines that calls under way were promised.
+        Where nobody asked whose a call is, or nobody will, what is learned of how runs slow each
+        other down begins anew: with tenants it does not count.
+        """
+        if self._record is not None:
+            self._record(Apportioned(now=now, tenants=tenants))
+        waiting = self.waiting.by_arrival()
+        if tenants is not None and self.tenants is not None:
+            self.tenants.change(tenants, now)
+        else:
+            self._paces, self._demands = {}, {}
+            self.tenants = None if tenants is None else TenantLedger(tenants)
+            if self.tenants is not None:
+                self.tenants.take_over(
+                    [
+                        (sent.request, self._sent_work_s(sent), sent.time)
+                        for sent in self._sent.values()
+                    ],
+                    [(held.request, self._work_s(held.request, ())) for held in waiting],
+                )
+        self.waiting = self._waiting_room()
+        self.waiting.take_over(waiting, now)
+
+    def declare(self, workflows: Iterable[WorkflowProfile]) -> None:
+        """Take these for the declared workflows: what is predicted from here on is.
+
+        A replay need not know: what was predicted of a call is in the log.
+        """
+        self.predictor.declare(workflows)
 
     def predict(
         self,
@@ -300,7 +334,12 @@ class Dispatcher:
         if candidates:
             return sum(c.alone_s / drift(c.instance_id) for c in candidates) / len(candidates)
         drifts = [drift(i.instance_id) for i in self.fleet if i.serves(request.model)]
-        return request.service_s * len(drifts) / sum(drifts)
+        return request.service_s * len(drifts) / sum(drifts) if drifts else request.service_s
+
+    def _sent_work_s(self, sent: Sent) -> float:
+        """The same of a call in flight, as far as the instance that it is on can tell."""
+        chosen = sent.decision.chosen
+        return chosen.alone_s / self.fleet.drift(chosen.instance_id)
 
     def _bind(
         self,

@@ -41,6 +41,15 @@ class Swapped:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Apportioned:
+    """From here on tenants have other shares, quotas and SLOs."""
+
+    now: float
+    tenants: TenantsConfig | None = None
+    """None: nobody asks whose a call is."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Added:
     """An instance joined, or came back with other properties."""
 
@@ -119,6 +128,7 @@ class Settled:
 Event = (
     Started
     | Swapped
+    | Apportioned
     | Added
     | Removed
     | Marked
@@ -134,7 +144,7 @@ Record = Callable[[Event], None]
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
     for cls in (
-        *(Started, Swapped, Added, Removed, Marked, Reported, Restored),
+        *(Started, Swapped, Apportioned, Added, Removed, Marked, Reported, Restored),
         *(Submitted, Polled, Withdrawn, Settled),
     )
 }

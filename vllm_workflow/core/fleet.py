@@ -7,6 +7,7 @@ is needed and no decision can interleave with another.
 from __future__ import annotations
 
 import math
+from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from hashlib import sha256
@@ -46,7 +47,7 @@ class Fleet:
         self._leaving: set[str] = set()
         """Those of them that were removed, but for the calls in flight there."""
         self._rooms = Rooms()
-        self._last_holder: dict[int, str] = {}
+        self._last_holder: OrderedDict[int, str] = OrderedDict()
         """Instance that got a prompt's piece last, by its chain hash; in a large fleet."""
         self._capacities: list[tuple[tuple[str, ...], float]] = []
         """(models, KV tokens), each once."""
@@ -335,10 +336,10 @@ class Fleet:
 
     def _note_holder(self, request: StageRequest, instance_id: str) -> None:
         for segment in request.prefix:
-            self._last_holder.pop(segment.chain_hash, None)
             self._last_holder[segment.chain_hash] = instance_id
+            self._last_holder.move_to_end(segment.chain_hash)
         while len(self._last_holder) > _MAX_HOLDERS:
-            del self._last_holder[next(iter(self._last_holder))]
+            self._last_holder.popitem(last=False)
 
     def release(self, request_id: str, instance_id: str, *, ran: bool = True) -> None:
         """Stop counting a call, however it ended. Safe to call twice.

@@ -130,12 +130,15 @@ class Lengths:
 
     def __init__(self) -> None:
         self._stages: OrderedDict[StageKey, StageLengths] = OrderedDict()
-        self._declared: dict[tuple[str, str], float] = {}
+        self._declared: Mapping[tuple[str, str], float] = {}
         self._tokens_per_byte = Mean(PRIOR_TOKENS_PER_BYTE)
 
-    def declare(self, workflow: str, stage: str, output_tokens: float) -> None:
-        """Say what its author expects of a stage, whoever the tenant is."""
-        self._declared[workflow, stage] = output_tokens
+    def declare(self, output_tokens: Mapping[tuple[str, str], float]) -> None:
+        """Say what the authors expect of stages, by (workflow, stage), whoever the tenant is.
+
+        What was said before no longer counts, but for what was learned since.
+        """
+        self._declared = dict(output_tokens)
 
     def output_tokens(
         self, key: StageKey, num_prompt_tokens: int, max_tokens: int | None = None

@@ -9,10 +9,10 @@ from typing import NamedTuple
 
 from vllm_workflow.core.types import Candidate, StageRequest
 
-MAX_RUNS = 20_000
-"""Runs followed at a time: their names come from clients."""
+MAX_IDLE_RUNS = 8_192
+"""Runs without a call under way that are remembered: their names come from clients."""
 MAX_IDLE_S = 60.0
-"""A run without a call for this long is taken to be over."""
+"""A run without a call for this long is taken to be over, and forgotten."""
 _MEMORY_S = 3000.0
 """Seconds of service, as on an idle fleet, after which what was seen has faded to a third."""
 _PRIOR_RUNS = 30.0
@@ -32,6 +32,8 @@ class _Run:
     goes_on: bool = True
     """Whether calls are expected to follow."""
     is_counted: bool = False
+    is_final: bool = False
+    """Its client has said that it is over; calls made beside the last one may be open."""
 
 
 class _Open(NamedTuple):
@@ -46,9 +48,11 @@ class Pace:
     def __init__(self) -> None:
         self.num_runs = 0
         """Runs with a call under way, or soon to make one."""
-        self._runs: OrderedDict[_RunKey, _Run] = OrderedDict()
+        self._runs: dict[_RunKey, _Run] = {}
         self._idle: OrderedDict[_RunKey, None] = OrderedDict()
         """Runs between two calls, the one that is so longest first."""
+        self._over: OrderedDict[_RunKey, None] = OrderedDict()
+        """Runs taken to be over, likewise: how long they were not could still be learned."""
         self._calls: dict[str, _Open] = {}
         self._time = -math.inf
         self._run_seconds = 0.0
@@ -60,6 +64,10 @@ class Pace:
         self._sharing: dict[str, tuple[float, float]] = {}
         """Instance -> what a call adds to each one beside it, and what it takes alone."""
         self._num_instances = 1
+
+    def __len__(self) -> int:
+        """Runs that are remembered."""
+        return len(self._runs)
 
     def __contains__(self, key: _RunKey) -> bool:
         return key in self._runs
@@ -93,7 +101,13 @@ class Pace:
             if run.end_time + patience_s > now:
                 break
             del self._idle[key]
+            self._over[key] = None
             self._count(run, False)
+        while self._over:
+            key = next(iter(self._over))
+            if self._runs[key].end_time + MAX_IDLE_S > now:
+                break
+            del self._over[key], self._runs[key]
 
     def opened(self, key: _RunKey, request: StageRequest, now: float) -> None:
         """Note that a run makes a call, or that one begins. Safe to call twice."""
@@ -103,9 +117,9 @@ class Pace:
         run = self._runs.get(key)
         if run is None:
             run = self._runs[key] = _Run()
-            self._forget()
         elif not run.num_open:
             self._idle.pop(key, None)
+            self._over.pop(key, None)
             gap_s = now - run.end_time
             if gap_s < MAX_IDLE_S:
                 self._gap_s += _GAP_RATE * (gap_s - self._gap_s)
@@ -151,16 +165,20 @@ class Pace:
             self._learn(opened, end_time, idle_s)
             run.end_time = end_time
             run.goes_on = request.rest_s > 0.0
+        run.is_final |= request.final
         if not run.num_open:
-            if request.final or not request.workflow_id:
+            if run.is_final or not request.workflow_id:
                 self._count(run, False)
                 del self._runs[key]
-            elif run.goes_on:
-                run.end_time = max(run.end_time, self._time) if not ok else run.end_time
+                return
+            if not ok:
+                run.end_time = max(run.end_time, self._time)
+            if run.goes_on:
                 self._idle[key] = None
             else:
+                self._over[key] = None
                 self._count(run, False)
-                self._runs.move_to_end(key)
+            self._forget()
 
     def slowdown(self, num_runs: int, needed_s: float = 0.0) -> float:
         """Time that calls take over what they would alone, with so many runs under way.
@@ -202,8 +220,7 @@ class Pace:
         run.is_counted = is_counted
 
     def _forget(self) -> None:
-        """Make room for a new run: the one longest without a call goes."""
-        while len(self._runs) > MAX_RUNS:
-            key, run = self._runs.popitem(last=False)
-            self._idle.pop(key, None)
-            self._count(run, False)
+        """Keep within bounds: the run longest without a call goes, first of those that are over."""
+        while len(self._idle) + len(self._over) > MAX_IDLE_RUNS:
+            key, _ = (self._over or self._idle).popitem(last=False)
+            self._count(self._runs.pop(key), False)

@@ -58,17 +58,23 @@ class Predictor:
         self.risk_quantile = 0.0
         """See `PolicyConfig.risk_quantile`."""
         self._fleet = fleet
-        self._workflows = {w.name: w for w in workflows}
+        self._workflows: dict[str, WorkflowProfile] = {}
         self._rests: dict[tuple[str, str, str, str], Expected] = {}
         self._attained = AttainedService()
         self.num_settled = 0
         self.num_predicted: defaultdict[tuple[str, str], int] = defaultdict(int)
         """Predictions by where length and rest came from, see `lengths.Expected`."""
-        self._declare(self.learned)
+        self.declare(workflows)
 
     @property
     def lengths(self) -> Lengths:
         return self.learned.lengths
+
+    def declare(self, workflows: Iterable[WorkflowProfile]) -> None:
+        """Take these for the declared ones; what was learned stays, and counts for more."""
+        self._workflows = {w.name: w for w in workflows}
+        self._rests.clear()
+        self._declare(self.learned)
 
     def restore(self, data: Mapping[str, Any], *, source: str) -> None:
         """Begin with what an earlier process had learned, see `Learned.from_mapping`.
@@ -81,9 +87,13 @@ class Predictor:
         self.learned = learned
 
     def _declare(self, learned: Learned) -> None:
-        for workflow in self._workflows.values():
-            for stage in workflow.stages:
-                learned.lengths.declare(workflow.name, stage.name, stage.output_tokens)
+        learned.lengths.declare(
+            {
+                (workflow.name, stage.name): stage.output_tokens
+                for workflow in self._workflows.values()
+                for stage in workflow.stages
+            }
+        )
 
     def fleet_changed(self) -> None:
         """Forget what was computed for the fleet as it was."""

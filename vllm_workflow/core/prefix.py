@@ -7,6 +7,7 @@ caller's affair (fixed pieces of text in a router, the parts of a trace in a sim
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -21,7 +22,9 @@ class Segment(NamedTuple):
 
 
 MAX_IDLE_SEGMENTS = 1 << 16
-"""Of one instance: prompts come from clients, and a capacity may be unknown."""
+"""Of one instance: prompts come from clients, and pieces may be small."""
+MAX_IDLE_SEGMENTS_UNBOUNDED = 1 << 13
+"""Of one whose capacity is not known: four million tokens in the pieces of the router."""
 
 Chain = tuple[Segment, ...]
 """The head of a prompt that others may share, outermost piece first."""
@@ -31,7 +34,7 @@ Chain = tuple[Segment, ...]
 class _Held:
     num_tokens: int
     num_users: int = 0
-    """Calls in flight that read it; what nobody reads may be evicted."""
+    """Calls in flight that read it, at least one."""
 
 
 class _Call(NamedTuple):
@@ -65,7 +68,10 @@ class KvLedger:
         self.num_other_tokens = 0.0
         """That somebody else's calls hold, as far as the instance tells."""
         self._held: dict[int, _Held] = {}
-        self._idle: OrderedDict[int, None] = OrderedDict()
+        """What calls in flight read."""
+        self._idle: OrderedDict[int, int] = OrderedDict()
+        """Tokens of what none reads and may be evicted, the least recently used first. They are
+        most of what is kept, so there is no object for each."""
         self._num_idle_tokens = 0.0
         self._calls: dict[str, _Call] = {}
 
@@ -80,26 +86,28 @@ class KvLedger:
 
     def probe(self, chain: Chain, num_own_tokens: float) -> tuple[int, float]:
         """Return `num_cached_tokens` and `num_new_tokens`."""
-        held = self._held
+        held, idle = self._held, self._idle
         num_cached, is_cached = 0, True
         for chain_hash, num_tokens in chain:
             known = held.get(chain_hash)
-            if known is None:
-                is_cached = False
-                num_own_tokens += num_tokens
+            if known is not None:
+                if is_cached:
+                    num_cached += known.num_tokens
                 continue
+            num_own_tokens += num_tokens
             if is_cached:
-                num_cached += known.num_tokens
-            if not known.num_users:
-                num_own_tokens += num_tokens
+                num_idle_tokens = idle.get(chain_hash)
+                if num_idle_tokens is None:
+                    is_cached = False
+                else:
+                    num_cached += num_idle_tokens
         return num_cached, num_own_tokens
 
     def num_new_tokens(self, chain: Chain, num_own_tokens: float) -> float:
         """Room that a call would take from others: what calls in flight do not hold for it."""
         held = self._held
         for chain_hash, num_tokens in chain:
-            known = held.get(chain_hash)
-            if known is None or not known.num_users:
+            if chain_hash not in held:
                 num_own_tokens += num_tokens
         return num_own_tokens
 
@@ -114,12 +122,13 @@ class KvLedger:
         for segment in chain:
             known = self._held.get(segment.chain_hash)
             if known is None:
-                known = self._held[segment.chain_hash] = _Held(segment.num_tokens)
-                self.num_used_tokens += known.num_tokens
-            elif not known.num_users:
-                del self._idle[segment.chain_hash]
-                self._num_idle_tokens -= known.num_tokens
-                self.num_used_tokens += known.num_tokens
+                num_tokens = self._idle.pop(segment.chain_hash, None)
+                if num_tokens is None:
+                    num_tokens = segment.num_tokens
+                else:
+                    self._num_idle_tokens -= num_tokens
+                known = self._held[segment.chain_hash] = _Held(num_tokens)
+                self.num_used_tokens += num_tokens
             known.num_users += 1
         self.num_used_tokens += num_own_tokens
         self._calls[request_id] = _Call(chain, num_own_tokens)
@@ -141,12 +150,11 @@ class KvLedger:
             known.num_users -= 1
             if known.num_users:
                 continue
+            del self._held[segment.chain_hash]
             self.num_used_tokens -= known.num_tokens
             if keep:
-                self._idle[segment.chain_hash] = None
+                self._idle[segment.chain_hash] = known.num_tokens
                 self._num_idle_tokens += known.num_tokens
-            else:
-                del self._held[segment.chain_hash]
         if not self._calls:
             self.num_used_tokens = 0.0  # no rounding error outlives the calls
         self._evict()
@@ -158,17 +166,14 @@ class KvLedger:
 
     def clear(self) -> None:
         """Forget every prefix that no call in flight reads: the engine has restarted."""
-        for chain_hash in list(self._idle):
-            self._forget(chain_hash)
+        self._idle.clear()
+        self._num_idle_tokens = 0.0
 
     def __len__(self) -> int:
-        return len(self._held)
+        return len(self._held) + len(self._idle)
 
     def _evict(self) -> None:
-        room = self.num_tokens - self.num_used_tokens
-        while self._idle and (self._num_idle_tokens > room or len(self._idle) > MAX_IDLE_SEGMENTS):
-            self._forget(next(iter(self._idle)))
-
-    def _forget(self, chain_hash: int) -> None:
-        del self._idle[chain_hash]
-        self._num_idle_tokens -= self._held.pop(chain_hash).num_tokens
+        idle, room = self._idle, self.num_tokens - self.num_used_tokens
+        most = MAX_IDLE_SEGMENTS if room < math.inf else MAX_IDLE_SEGMENTS_UNBOUNDED
+        while idle and (self._num_idle_tokens > room or len(idle) > most):
+            self._num_idle_tokens -= idle.popitem(last=False)[1]

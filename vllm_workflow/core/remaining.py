@@ -128,17 +128,19 @@ class RemainingTime:
         run = self._runs.get(key)
         if run is None:
             return
-        if not ok:
-            run.failed(request.request_id)
-            return
-        self._num_calls -= len(run.ended)
-        run.finished(request.request_id, end_time=end_time, alone_s=alone_s)
-        self._num_calls += len(run.ended)
-        if request.final and not run.in_flight:
-            self._over(key)
+        if ok:
+            self._num_calls -= len(run.ended)
+            run.finished(request.request_id, end_time=end_time, alone_s=alone_s)
+            self._num_calls += len(run.ended)
+            run.is_final |= request.final
         else:
+            run.failed(request.request_id)
+        if run.is_final and not run.in_flight:
+            self._over(key)
+        elif ok:
             self._runs.move_to_end(key)
-        self._forget_idle(end_time - OVER_AFTER_S)
+        if ok:
+            self._forget_idle(end_time - OVER_AFTER_S)
 
     def _forget_idle(self, before: float) -> None:
         """Take the runs whose last call ended long ago to be over, a few at a time."""

@@ -11,6 +11,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import (
     Added,
+    Apportioned,
     Event,
     Marked,
     Polled,
@@ -54,6 +55,8 @@ def replay(
             case Swapped():
                 if policy is None:
                     dispatcher.swap(event.policy, now=event.now)
+            case Apportioned():
+                dispatcher.apportion(event.tenants, now=event.now)
             case Added():
                 dispatcher.add(event.instance)
             case Removed():

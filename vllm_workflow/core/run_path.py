@@ -25,7 +25,7 @@ class PathCall:
         self.after = after
         """Index of the ended call that it follows; −1: the beginning of the run."""
         self.rounds = rounds
-        """Calls of each stage on the path to it, when it has ended itself included."""
+        """Calls of each stage on the path to it, while it is in flight."""
         self.num_before = rounds.get(stage, 0)
         """Calls of its stage on the path to it."""
         self.gap_s = gap_s
@@ -39,7 +39,7 @@ class PathCall:
 class RunPath:
     """What one run has shown so far."""
 
-    __slots__ = ("end_time", "ended", "in_flight", "tail_s")
+    __slots__ = ("_rounds", "end_time", "ended", "in_flight", "is_final", "tail_s")
 
     def __init__(self, start_time: float) -> None:
         self.end_time = start_time
@@ -50,35 +50,48 @@ class RunPath:
         """Those that ended well, in that order."""
         self.tail_s = 0.0
         """What the run went on after the calls that are kept."""
+        self.is_final = False
+        """Its client has said that it is over; calls made beside the last one may be in flight."""
+        self._rounds = _NO_ROUNDS
+        """Calls of each stage on the path to the one that ended last, itself included. Of those
+        before it nobody needs to know: that would be most of what is kept of a run."""
 
     def num_before(self, stage: str) -> int:
         """Calls of a stage on the path that a call made now would continue."""
-        return self.ended[-1].rounds.get(stage, 0) if self.ended else 0
+        return self._rounds.get(stage, 0)
 
     def began(self, request_id: str, stage: str, arrival_time: float) -> None:
         """Note that a call has been made."""
         ended = self.ended
         if ended:
             gap_s = max(0.0, arrival_time - self.end_time)
-            call = PathCall(stage, len(ended) - 1, ended[-1].rounds, gap_s)
+            call = PathCall(stage, len(ended) - 1, self._rounds, gap_s)
         else:
             call = PathCall(stage, -1, _NO_ROUNDS, 0.0)
         self.in_flight[request_id] = call
 
     def failed(self, request_id: str) -> None:
         """Note that a call has ended otherwise than well."""
-        self.in_flight.pop(request_id, None)
+        self._pop(request_id)
+
+    def _pop(self, request_id: str) -> PathCall | None:
+        call = self.in_flight.pop(request_id, None)
+        if not self.in_flight:
+            self.in_flight.clear()  # which gives back its table
+        return call
 
     def finished(self, request_id: str, *, end_time: float, alone_s: float) -> None:
         """Note that a call has ended well."""
-        call = self.in_flight.pop(request_id, None)
+        call = self._pop(request_id)
         if call is None:
             return
         if len(self.ended) < MAX_CALLS_OF_RUN:
             call.alone_s = alone_s
             call.was_last = not self.in_flight
+            self._rounds = call.rounds
             if call.num_before or len(call.rounds) < MAX_STAGES_OF_RUN:
-                call.rounds = {**call.rounds, call.stage: call.num_before + 1}
+                self._rounds = {**call.rounds, call.stage: call.num_before + 1}
+            call.rounds = _NO_ROUNDS
             self.ended.append(call)
         else:  # of a call that ran beside the last one, what it took longer
             self.tail_s += min(call.gap_s + alone_s, max(0.0, end_time - self.end_time))

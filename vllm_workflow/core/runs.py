@@ -6,12 +6,13 @@ so the same sequence of calls leads to the same memory in a router, a simulation
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from dataclasses import dataclass
 
 from vllm_workflow.core.types import StageRequest
 
-MAX_RUNS = 20_000
-"""Runs remembered at most: their names come from clients."""
+MAX_RUNS = 8_192
+"""Runs remembered at most: their names come from clients, and many never say that they end."""
 
 _RunKey = tuple[str, str]
 """(tenant, workflow_id): the runs of two tenants are two runs."""
@@ -33,9 +34,9 @@ _NOTHING = Attained()
 class AttainedService:
     """Keeps what each run has attained, from its first call until the final one ended well."""
 
-    def __init__(self, max_runs: int = MAX_RUNS) -> None:
-        self._max_runs = max_runs
-        self._runs: dict[_RunKey, Attained] = {}  # the run longest without a call comes first
+    def __init__(self) -> None:
+        self._runs: OrderedDict[_RunKey, Attained] = OrderedDict()
+        """The run longest without a call comes first."""
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -49,9 +50,12 @@ class AttainedService:
         if not request.workflow_id:
             return
         key = (request.tenant_id, request.workflow_id)
-        self._runs[key] = self._runs.pop(key, _NOTHING)
-        if len(self._runs) > self._max_runs:
-            del self._runs[next(iter(self._runs))]
+        if key in self._runs:
+            self._runs.move_to_end(key)
+            return
+        self._runs[key] = _NOTHING
+        if len(self._runs) > MAX_RUNS:
+            self._runs.popitem(last=False)
 
     def end(self, request: StageRequest, service_s: float) -> None:
         """Credit a call that ended well to its run.

@@ -9,16 +9,22 @@ depends on how often it was asked.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from vllm_workflow.core.errors import QuotaExceededError
+from vllm_workflow.core.tenant_account import (
+    ROUNDING,
+    RUN_IDLE_S,
+    RunInFlight,
+    TenantAccount,
+    num_tokens,
+    run_key,
+)
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.types import Outcome, StageRequest
 
-RUN_IDLE_S = 60.0
-"""A run without a call at an instance for this long is no longer counted as under way."""
 GUEST_RATIO = 2.0
 """Work that a tenant wants, waiting and in flight, over what the others want, per weight, from
 which on it is taken to flood the fleet."""
@@ -32,89 +38,9 @@ MAX_TENANTS = 1000
 names, and each costs memory and time."""
 SHARED_TENANT = ""
 """Whose account such tenants share: that of the calls that name none."""
-_ROUNDING = 1e-9
 
 OnDelay = Callable[[str, str, float], None]
 """Called with tenant, quota and the seconds that it held a call back."""
-
-
-@dataclass(slots=True)
-class _Run:
-    num_in_flight: int = 0
-    over_at: float = math.inf
-    """Instant from which it no longer counts; `inf` while a call of it is in flight."""
-    is_final: bool = False
-    """Whether it is over as soon as none of its calls is in flight."""
-
-
-@dataclass(slots=True)
-class TenantAccount:
-    """One tenant's."""
-
-    config: TenantConfig
-    virtual_time: float = 0.0
-    """Seconds of service per weight."""
-    num_waiting: int = 0
-    waiting_tokens: float = 0.0
-    demand_s: float = 0.0
-    """Predicted service of its calls that wait and of those in flight."""
-    num_in_flight: int = 0
-    runs: dict[str, _Run] = field(default_factory=dict)
-    spent_tokens: float = 0.0
-    """What its bucket lacked to be full at `spent_at`."""
-    spent_at: float = 0.0
-
-    @property
-    def is_active(self) -> bool:
-        return self.num_waiting > 0 or self.num_in_flight > 0
-
-    def missing_tokens(self, now: float) -> float:
-        """What its bucket lacks to be full."""
-        rate = self.config.token_rate
-        if rate is None:
-            return 0.0
-        return max(0.0, self.spent_tokens - rate * max(0.0, now - self.spent_at))
-
-    def spend(self, num_tokens: float, now: float) -> None:
-        self.spent_tokens = self.missing_tokens(now) + num_tokens
-        self.spent_at = max(now, self.spent_at)
-
-    def runs_under_way(self, now: float) -> list[str]:
-        return [key for key, run in self.runs.items() if run.over_at > now]
-
-    def end_idle_runs(self, now: float) -> None:
-        for over in [i for i, run in self.runs.items() if run.over_at <= now]:
-            del self.runs[over]
-
-    def ready_time(self, request: StageRequest, now: float) -> tuple[float, str]:
-        """When a call may be sent as far as quotas go, and which of them holds it until then.
-
-        `inf` means: not before another call has ended.
-        """
-        config = self.config
-        if config.max_concurrent_calls is not None and (
-            self.num_in_flight >= config.max_concurrent_calls
-        ):
-            return math.inf, "calls"
-        if config.max_concurrent_runs is not None:
-            time = self._run_time(request, config.max_concurrent_runs, now)
-            if time > now:
-                return time, "runs"
-        if config.token_rate is not None:
-            burst = config.token_burst
-            excess = self.missing_tokens(now) + min(num_tokens(request), burst) - burst
-            if excess > _ROUNDING * burst:
-                return now + excess / config.token_rate, "tokens"
-        return now, ""
-
-    def _run_time(self, request: StageRequest, most: int, now: float) -> float:
-        if len(self.runs) < most:
-            return now
-        known = self.runs.get(run_key(request))
-        if known is not None and known.over_at > now:
-            return now
-        ends = sorted(run.over_at for run in self.runs.values() if run.over_at > now)
-        return now if len(ends) < most else ends[len(ends) - most]
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,6 +116,49 @@ class TenantLedger:
         """Seconds of service per weight; only differences between tenants mean anything."""
         account = self._accounts.get(tenant_id)
         return 0.0 if account is None else account.virtual_time
+
+    def change(self, config: TenantsConfig, now: float) -> None:
+        """Go by another configuration from now on; what tenants have had and used stays.
+
+        Args:
+            config: All tenants.
+            now: Instant.
+        """
+        self._now = max(self._now, now)
+        self.config = config
+        self._configs = {tenant.name: tenant for tenant in config.named}
+        for tenant_id, account in self._accounts.items():
+            account.spend(0.0, now)  # by the old rate up to here
+            followed = account.config.max_concurrent_runs is not None
+            account.config = self.config_of(tenant_id)
+            if account.config.max_concurrent_runs is None:
+                account.runs.clear()
+            elif not followed:
+                self._follow_runs(tenant_id, account)
+        self._forget_idle()
+
+    def _follow_runs(self, tenant_id: str, account: TenantAccount) -> None:
+        """Count the runs of a tenant that have a call in flight."""
+        for sent in self._sent.values():
+            if sent.tenant_id == tenant_id:
+                run = account.runs.setdefault(sent.run_id, RunInFlight())
+                run.num_in_flight += 1
+
+    def take_over(
+        self,
+        sent: Iterable[tuple[StageRequest, float, float]],
+        waiting: Iterable[tuple[StageRequest, float]],
+    ) -> None:
+        """Begin while calls are under way; they are charged as if they had come just now.
+
+        Args:
+            sent: Calls in flight, each with its work, see `began`, and when it was sent.
+            waiting: Calls that wait, each with its work.
+        """
+        for request, work_s, time in sent:
+            self.began(request, work_s, time)
+        for request, work_s in waiting:
+            self.entered(request, work_s)
 
     # Quotas.
 
@@ -279,7 +248,7 @@ class TenantLedger:
         self._in_flight_s += work_s
         self._changed(request.tenant_id, account)
         if account.config.max_concurrent_runs is not None:
-            run = account.runs.setdefault(run_id, _Run())
+            run = account.runs.setdefault(run_id, RunInFlight())
             run.num_in_flight += 1
             run.over_at = math.inf
             account.end_idle_runs(now)
@@ -355,7 +324,7 @@ class TenantLedger:
         ratio = STAY_GUEST_RATIO if account.num_waiting else GUEST_RATIO
         others_s = ratio * (shares.demand_s - account.demand_s) * own
         # A tie is none, however the sums were rounded.
-        return account.demand_s * (shares.weight - own) > others_s * (1.0 + _ROUNDING)
+        return account.demand_s * (shares.weight - own) > others_s * (1.0 + ROUNDING)
 
     def shares(self) -> Shares:
         """Return what the active tenants have had and want now."""
@@ -386,12 +355,16 @@ class TenantLedger:
         return account
 
     def _forget(self, tenant_id: str) -> None:
-        """Drop idle accounts that a new one would be equal to."""
+        """Note that a tenant may be idle now, see `_forget_idle`."""
         account = self._accounts[tenant_id]
         if account.is_active:
             return
         account.demand_s = 0.0  # but for rounding
         self._active.pop(tenant_id, None)
+        self._forget_idle()
+
+    def _forget_idle(self) -> None:
+        """Drop idle accounts that a new one would be equal to."""
         self._shares = None
         least = min([a.virtual_time for a in self._active.values()], default=math.inf)
         for name, account in list(self._accounts.items()):
@@ -404,17 +377,7 @@ class TenantLedger:
                 del self._accounts[name]
 
 
-def num_tokens(request: StageRequest) -> float:
-    """Tokens of a call as far as they can be predicted: its prompt's and its answer's."""
-    return request.num_prompt_tokens + request.expected_output_tokens
-
-
 def _actual_tokens(outcome: Outcome, predicted: float) -> float:
     if outcome.num_prompt_tokens is not None and outcome.num_output_tokens is not None:
         return outcome.num_prompt_tokens + outcome.num_output_tokens
     return predicted if outcome.ok or not math.isnan(outcome.ttft_s) else 0.0
-
-
-def run_key(request: StageRequest) -> str:
-    """The run a call belongs to; a call that names none is one of its own."""
-    return f"id {request.workflow_id}" if request.workflow_id else f"call {request.request_id}"

@@ -10,7 +10,8 @@ from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatch import DispatchPolicy
 from vllm_workflow.core.fleet import Fleet
-from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, Shares, TenantLedger, run_key
+from vllm_workflow.core.tenant_account import run_key
+from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, Shares, TenantLedger
 from vllm_workflow.core.tenants import TenantConfig
 from vllm_workflow.core.types import Candidate, StageRequest
 from vllm_workflow.core.waiting_room import Choice, WaitingRoom

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import ssl
-from typing import Annotated, Any
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Self
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, PrivateAttr, field_validator, model_validator
 
-from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.credentials import KeyHash, read_key
+from vllm_workflow.router.tls import UpstreamTls, digest_of, server_context, upstream_tls
 from vllm_workflow.yaml_config import Name, Strict
 
 ANY_TENANT = "*"
 _SOURCES = ("key_hash", "key_env", "key_file")
+
+
+@dataclass(frozen=True, slots=True)
+class _Key:
+    """What was read; salts differ each time, so files are what tells one from another."""
+
+    file: bytes
+    hashed: KeyHash = field(compare=False)
 
 
 class KeySource(Strict):
@@ -24,6 +33,7 @@ class KeySource(Strict):
     """Name of an environment variable that holds the key."""
     key_file: str = ""
     """File that holds the key and nothing else."""
+    _key: _Key | None = PrivateAttr(default=None)
 
     @model_validator(mode="before")
     @classmethod
@@ -43,22 +53,22 @@ class KeySource(Strict):
         return text
 
     @model_validator(mode="after")
-    def _one_source(self) -> KeySource:
+    def _one_source(self) -> Self:
         given = [name for name in _SOURCES if getattr(self, name)]
         if len(given) != 1:
             raise ValueError(f"expected one of {', '.join(_SOURCES)}, got {given or 'none'}")
-        self.hashed()
+        if self.key_hash:
+            hashed = KeyHash.parse(self.key_hash)
+        else:
+            hashed = KeyHash.of(read_key(self.key_env, self.key_file))
+        self._key = _Key(digest_of(self.key_file), hashed)
         return self
 
+    @property
     def hashed(self) -> KeyHash:
-        """Return the key as a hash.
-
-        Raises:
-            ConfigError: The variable or file has none.
-        """
-        if self.key_hash:
-            return KeyHash.parse(self.key_hash)
-        return KeyHash.of(read_key(self.key_env, self.key_file))
+        """The key as a hash, as it was when the configuration was checked."""
+        assert self._key is not None
+        return self._key.hashed
 
 
 class KeyConfig(KeySource):
@@ -83,7 +93,7 @@ class AuthConfig(Strict):
 
     @model_validator(mode="after")
     def _unique(self) -> AuthConfig:
-        ids = [key.hashed().key_id for key in self.keys]
+        ids = [key.hashed.key_id for key in self.keys]
         if twice := {i for i in ids if i and ids.count(i) > 1}:
             raise ValueError(f"keys: declared twice: {sorted(twice)}")
         return self
@@ -106,31 +116,29 @@ class TlsConfig(Strict):
     client_ca_file: str = ""
     """If given, clients must show a certificate that one of these has signed."""
 
+    _digest: bytes = PrivateAttr(default=b"")
+    """Of what the files hold, so that a section is another one where that is."""
+    _clients: bytes = PrivateAttr(default=b"")
+    """The same of `client_ca_file`."""
+
     @model_validator(mode="after")
-    def _check(self) -> TlsConfig:
+    def _check(self) -> Self:
+        self._clients = digest_of(self.client_ca_file)
+        self._digest = digest_of(self.cert_file, self.key_file)
         self.context()
         return self
 
     def context(self) -> ssl.SSLContext:
-        """Return what connections are taken with; `load` renews it.
+        """Return what connections are taken with.
 
         Raises:
             ConfigError: A file cannot be used.
         """
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        self.load(context)
-        return context
+        return server_context(self.cert_file, self.key_file, self.client_ca_file)
 
-    def load(self, context: ssl.SSLContext) -> None:
-        """Make `context` use these files from the next handshake on.
-
-        Raises:
-            ConfigError: A file cannot be used.
-        """
-        _load_chain(context, self.cert_file, self.key_file)
-        if self.client_ca_file:
-            _load_ca(context, self.client_ca_file, "client_ca_file")
-            context.verify_mode = ssl.CERT_REQUIRED
+    def trusts_as(self, other: TlsConfig) -> bool:
+        """Whether another section lets the same clients in."""
+        return self._clients == other._clients
 
 
 class UpstreamTlsConfig(Strict):
@@ -145,50 +153,22 @@ class UpstreamTlsConfig(Strict):
     key_file: str = ""
 
     @model_validator(mode="after")
-    def _check(self) -> UpstreamTlsConfig:
+    def _check(self) -> Self:
         if bool(self.cert_file) != bool(self.key_file):
             raise ValueError("expected cert_file and key_file together, got one of them")
         if self.model_fields_set:
-            self.context()
+            self.loaded()
         return self
 
-    def context(self) -> ssl.SSLContext:
+    def loaded(self) -> UpstreamTls:
         """Return what connections are made with.
 
         Raises:
             ConfigError: A file cannot be used.
         """
-        context = ssl.create_default_context()
-        if self.ca_file:
-            context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
-            _load_ca(context, self.ca_file, "ca_file")
-        if not self.verify:
-            context.check_hostname = False
-            context.verify_mode = ssl.CERT_NONE
-        if self.cert_file:
-            _load_chain(context, self.cert_file, self.key_file)
-        return context
-
-
-def _load_chain(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:
-    try:
-        # An encrypted key would be asked for on a terminal that nobody sits at.
-        context.load_cert_chain(cert_file, key_file, password="")
-    except (OSError, ValueError) as e:
-        raise ConfigError(
-            f"cert_file, key_file: expected a certificate and its key in PEM without a password, "
-            f"got {cert_file} and {key_file}: {_reason(e)}"
-        ) from None
-
-
-def _load_ca(context: ssl.SSLContext, file: str, where: str) -> None:
-    try:
-        context.load_verify_locations(file)
-    except OSError as e:
-        raise ConfigError(
-            f"{where}: expected certificates in PEM, got {file}: {_reason(e)}"
-        ) from None
-
-
-def _reason(error: Exception) -> str:
-    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+        return upstream_tls(
+            verify=self.verify,
+            ca_file=self.ca_file,
+            cert_file=self.cert_file,
+            key_file=self.key_file,
+        )

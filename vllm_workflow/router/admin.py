@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 import math
@@ -18,6 +19,7 @@ from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.reload import RestartNeededError
 from vllm_workflow.router.routes import (
     Handler,
     add_fallback,
@@ -134,7 +136,8 @@ class Admin:
         except (ValueError, RecursionError):
             raise RequestError("body: expected JSON, got something else") from None
         try:
-            config = validated(InstanceConfig, data, source="body")
+            # Reads files, and so it is for a thread.
+            config = await asyncio.to_thread(validated, InstanceConfig, data, source="body")
         except ConfigError as e:
             raise RequestError(str(e)) from None
         if config.id in self._upstreams and not self._upstreams[config.id].leaving:
@@ -167,9 +170,14 @@ class Admin:
         return web.json_response({"id": instance_id, "num_in_flight": num_in_flight}, status=202)
 
     async def _do_reload(self, request: web.Request) -> web.Response:
-        """Read router.yaml again; 400 and nothing changed if it cannot be used."""
+        """Read router.yaml again; 400 and nothing changed if it cannot be used, 409 if it could
+        after a restart."""
         try:
             changed = await self._reload()
+        except RestartNeededError as e:
+            raise RequestError(
+                str(e), status=409, param=e.fields[0], code="restart_needed"
+            ) from None
         except ConfigError as e:
             raise RequestError(str(e), code="invalid_config") from None
         return web.json_response({"changed": changed})

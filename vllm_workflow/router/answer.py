@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import math
 import time
 from collections.abc import Mapping
 
-import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
 
-from vllm_workflow.router.attempt import BROKEN_OFF, Attempt, LostError, Refusal
+from vllm_workflow.router.attempt import Attempt, LostError, Refusal
+from vllm_workflow.router.connection import BrokenOffError, Connection
 from vllm_workflow.router.errors import error_json
+from vllm_workflow.router.tries import is_refusal
 from vllm_workflow.router.watch import TICK_S, Silence
 
 MAX_HELD_BYTES = 8 << 20
@@ -30,47 +32,28 @@ _MAX_EVENT_BYTES = 1 << 20
 _LAST_WORDS_S = 1.0
 
 
-class Held:
-    """An answer that is not passed on yet."""
+def held_bytes(status: int, headers: Mapping[str, str]) -> float:
+    """Bytes of such an answer up to which nobody looks at it before its end."""
+    return 0 if is_refusal(status) or is_event_stream(headers) else MAX_HELD_BYTES
 
-    def __init__(self, upstream: aiohttp.ClientResponse, first: bytes) -> None:
-        self._upstream = upstream
-        self._chunks = [first]
-        self._num_bytes = len(first)
 
-    @property
-    def body(self) -> bytes:
-        return b"".join(self._chunks)
+def unbounded(status: int, headers: Mapping[str, str]) -> float:
+    """The same of an answer that several wait for, which is never passed on in parts."""
+    return 0 if is_refusal(status) else math.inf
 
-    async def read(self, attempt: Attempt, silence: Silence, *, unbounded: bool) -> bool:
-        """Read until it is whole; False if it is too large for being held and `unbounded` is not.
 
-        Raises:
-            LostError: It broke off.
-        """
-        if not self._chunks[0]:
-            return self._is_whole()
-        while unbounded or self._num_bytes <= MAX_HELD_BYTES:
-            try:
-                chunk = await self._upstream.content.readany()
-            except BROKEN_OFF:
-                raise LostError("disconnected") from None
-            silence.heard(attempt)
-            if not chunk:
-                return self._is_whole()
-            self._chunks.append(chunk)
-            self._num_bytes += len(chunk)
-        return False
+def check_whole(upstream: Connection, body: bytes) -> None:
+    """See that an answer without a length, which ends when its connection does, is one.
 
-    def _is_whole(self) -> bool:
-        """See that an answer without a length, which ends when its connection does, is one."""
-        headers = self._upstream.headers
-        if "Content-Length" not in headers and "Transfer-Encoding" not in headers and self.body:
-            try:
-                json.loads(self.body)
-            except ValueError:
-                raise LostError("disconnected") from None
-        return True
+    Raises:
+        LostError: It broke off.
+    """
+    headers = upstream.headers
+    if body and "Content-Length" not in headers and "Transfer-Encoding" not in headers:
+        try:
+            json.loads(body)
+        except ValueError:
+            raise LostError("disconnected") from None
 
 
 class Passing:
@@ -86,9 +69,7 @@ class Passing:
         self._begun = b""
         """Of an event whose end has not come."""
 
-    async def run(
-        self, upstream: aiohttp.ClientResponse, first: bytes, *, wants_done: bool
-    ) -> None:
+    async def run(self, upstream: Connection, first: bytes, *, wants_done: bool) -> None:
         """Pass it on to its end, well or not.
 
         Args:
@@ -100,10 +81,9 @@ class Passing:
         while chunk and not self._has_error:
             await self._write(self._whole_events(chunk) if has_events else chunk)
             try:
-                chunk = await upstream.content.readany()
-            except BROKEN_OFF:
+                chunk = await upstream.read()
+            except BrokenOffError:
                 return
-            self._silence.heard(self._attempt)
         begun, self._begun = self._begun, b""
         is_done = self._attempt.usage.is_done or begun.rstrip() == b"data: [DONE]"
         if not self._has_error and (is_done or not wants_done):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
-import aiohttp
 from multidict import CIMultiDict
 
 from vllm_workflow.core.errors import UpstreamError
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.router.connection import BrokenOffError, Connection
 from vllm_workflow.router.usage import Usage
 
 BUSY = frozenset({429, 503})
@@ -19,7 +20,6 @@ BROKEN = frozenset({500, 502, 504})
 """The instance failed at the call; another one may not."""
 MISSING = 404
 """The instance does not serve the model (any more); another one may."""
-BROKEN_OFF = (aiohttp.ClientError, OSError)
 _MAX_REFUSAL_BYTES = 65_536
 _REFUSAL_TIMEOUT_S = 5.0
 
@@ -61,8 +61,8 @@ class Attempt:
     first_byte_time: float = math.nan
     write_s: float = 0.0
     """Spent on waiting for a client that reads slowly; the instance is not to blame for it."""
-    patience: asyncio.Timeout | None = None
-    """Ends the attempt when its instance is found hung; None when it waits for nothing."""
+    give_up: Callable[[], None] | None = None
+    """Ends what it waits for when its instance is found hung; None when it waits for nothing."""
     heard_at: float = 0.0
     """When bytes last came or, after a slow client, were last asked for; on the watch's clock."""
     is_reading: bool = True
@@ -81,9 +81,9 @@ class Attempt:
 
     def abandon(self) -> None:
         """End the wait for an answer that will not come, by `TimeoutError`."""
-        if self.patience is not None:
-            self.patience.reschedule(asyncio.get_running_loop().time())
-            self.patience = None
+        give_up, self.give_up = self.give_up, None
+        if give_up is not None:
+            give_up()
 
     def outcome(self, now: float) -> Outcome:
         num_prompt, num_cached, num_output = self.usage.counts() if self.ok else (None,) * 3
@@ -99,7 +99,7 @@ class Attempt:
         )
 
 
-async def read_refusal(instance_id: str, upstream: aiohttp.ClientResponse, first: bytes) -> Refusal:
+async def read_refusal(instance_id: str, upstream: Connection, first: bytes) -> Refusal:
     """Read an answer that is not passed on yet.
 
     Raises:
@@ -108,10 +108,10 @@ async def read_refusal(instance_id: str, upstream: aiohttp.ClientResponse, first
     body = bytearray(first)
     try:
         async with asyncio.timeout(_REFUSAL_TIMEOUT_S):
-            while chunk := await upstream.content.readany():
+            while chunk := await upstream.read():
                 body += chunk
                 if len(body) > _MAX_REFUSAL_BYTES:
                     raise LostError("disconnected")
-    except BROKEN_OFF:
+    except BrokenOffError:
         raise LostError("disconnected") from None
-    return Refusal(instance_id, upstream.status, CIMultiDict(upstream.headers), bytes(body))
+    return Refusal(instance_id, upstream.status, upstream.headers, bytes(body))

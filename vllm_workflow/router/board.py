@@ -29,6 +29,8 @@ REFRESH_S = 0.5
 """What has been told is told again, word for word, for this long: many who ask cost as one."""
 WINDOW_S = 900.0
 """Attainment is that of runs which ended within this time."""
+_SHARE_S = WINDOW_S / 60.0
+"""They are counted together for so long: what is kept does not grow with their number."""
 
 _Key = tuple[str, str]
 
@@ -47,6 +49,7 @@ class _Call:
 
 @dataclass(slots=True)
 class _Run:
+    key: _Key
     name: str
     tenant: str
     workflow: str
@@ -78,7 +81,10 @@ class Board:
         self._runs: OrderedDict[_Key, _Run] = OrderedDict()
         self._open: dict[str, tuple[_Run, _Call, StageRequest]] = {}
         self._number = 0
-        self._ended: deque[tuple[float, str, bool]] = deque()
+        self._over: OrderedDict[_Key, None] = OrderedDict()
+        """Those of the runs that have ended, the first one first."""
+        self._counts: deque[tuple[float, dict[str, list[int]]]] = deque()
+        """Of runs that ended within a share of the window: since when, tenant -> met, missed."""
         self._tenant = Capped()
         self._time = math.nan
         """Instant of what is being told."""
@@ -104,10 +110,11 @@ class Board:
         key = (request.tenant_id, request.workflow_id or request.request_id)
         run = self._runs.get(key)
         if run is None or run.ended:
-            self._make_room()
             # A new one goes to the end even if one of that name was there.
-            self._runs.pop(key, None)
+            self._forget(key)
+            self._make_room()
             run = self._runs[key] = _Run(
+                key=key,
                 name=request.workflow_id or request.request_id,
                 tenant=self._tenant(request.tenant_id),
                 workflow=request.workflow,
@@ -125,10 +132,12 @@ class Board:
 
     def _make_room(self) -> None:
         """Forget the run that ended first, or if none has, the oldest."""
-        if len(self._runs) < MAX_RUNS:
-            return
-        ended = next((key for key, run in self._runs.items() if run.ended), None)
-        del self._runs[next(iter(self._runs)) if ended is None else ended]
+        if len(self._runs) >= MAX_RUNS:
+            self._forget(next(iter(self._over or self._runs)))
+
+    def _forget(self, key: _Key) -> None:
+        self._runs.pop(key, None)
+        self._over.pop(key, None)
 
     def _bound(self, decision: Decision, now: float) -> None:
         found = self._open.get(decision.request_id)
@@ -162,9 +171,21 @@ class Board:
         if run.ended:
             return
         run.ended = True
+        if self._runs.get(run.key) is run:
+            self._over[run.key] = None
         if run.deadline != math.inf:
             run.met = run.last_ok and run.last <= run.deadline
-            self._ended.append((now, run.tenant, run.met))
+            self._count(run, now)
+
+    def _count(self, run: _Run, now: float) -> None:
+        if not self._counts or self._counts[-1][0] + _SHARE_S <= now:
+            self._forget_counts(now)
+            self._counts.append((now, {}))
+        self._counts[-1][1].setdefault(run.tenant, [0, 0])[not run.met] += 1
+
+    def _forget_counts(self, now: float) -> None:
+        while self._counts and self._counts[0][0] < now - WINDOW_S:
+            self._counts.popleft()
 
     def _expire(self, now: float) -> None:
         for run in self._runs.values():
@@ -172,8 +193,7 @@ class Board:
                 self._end(run, now)
                 self._number += 1
                 run.number = self._number
-        while self._ended and self._ended[0][0] < now - WINDOW_S:
-            self._ended.popleft()
+        self._forget_counts(now)
 
     def snapshot(self, since: int = 0) -> str:
         """Return what is to be shown, as a JSON object; times are seconds before now.
@@ -231,8 +251,11 @@ class Board:
         counts: dict[str, list[int]] = {}
         for run in self._runs.values():
             counts.setdefault(run.tenant, [0, 0, 0])[0] += not run.ended
-        for _, tenant, met in self._ended:
-            counts.setdefault(tenant, [0, 0, 0])[1 if met else 2] += 1
+        for _, ended in self._counts:
+            for tenant, numbers in ended.items():
+                each = counts.setdefault(tenant, [0, 0, 0])
+                each[1] += numbers[0]
+                each[2] += numbers[1]
         return [
             {"tenant": tenant, "running": running, "met": met, "missed": missed}
             for tenant, (running, met, missed) in sorted(counts.items())

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +12,7 @@ from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
+from vllm_workflow.router.config_paths import INSTANCE_FILES, locate
 from vllm_workflow.router.discovery_config import DiscoveryConfig
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import LimitsConfig
@@ -150,42 +151,28 @@ class RouterConfig(Strict):
             is_path = isinstance(policy, str) and _is_path(policy)
             if isinstance(tuner := data.get("tuner"), dict):
                 tuner.setdefault("policy_file", TunerConfig.model_fields["policy_file"].default)
-            _locate(data, ["decision_log", *(["policy"] if is_path else [])], path.parent)
-            for section, names in _FILES.items():
-                for part in _parts(data, section.split(".")):
-                    _locate(part, names, path.parent)
+            locate(data, _FILES, path.parent)
+            locate(data, {"": ["policy"] if is_path else []}, path.parent)
             data |= overrides or {}
         return cls.from_mapping(data, source=str(path))
 
 
 _FILES: Mapping[str, Sequence[str]] = {
-    "instances": ("profile", "api_key_file"),
-    "instances.tls": ("ca_file", "cert_file", "key_file"),
+    "": ("decision_log",),
+    **{
+        ".".join(filter(None, (where, section))): names
+        for where in ("instances", "discovery.dns.template", "discovery.kubernetes.template")
+        for section, names in INSTANCE_FILES.items()
+    },
     "tls": ("cert_file", "key_file", "client_ca_file"),
     "auth.keys": ("key_file",),
     "admin": ("key_file",),
     "store": ("path",),
     "discovery.files": ("path",),
+    "discovery.kubernetes": ("token_file", "ca_file"),
     "tuner": ("policy_file", "history_file"),
 }
 """Fields that name files, by the section they stand in."""
-
-
-def _parts(data: object, names: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Yield every mapping at a path of names; a list stands for each of its items."""
-    for item in data if isinstance(data, list) else [data]:
-        if isinstance(item, dict):
-            if names:
-                yield from _parts(item.get(names[0]), names[1:])
-            else:
-                yield item
-
-
-def _locate(section: dict[str, Any], names: Sequence[str], folder: Path) -> None:
-    """Make the files that a section names relative to the folder of `router.yaml`."""
-    for name in names:
-        if isinstance(section.get(name), str) and section[name]:
-            section[name] = str(folder / section[name])
 
 
 def _is_path(policy: str) -> bool:

@@ -17,18 +17,23 @@ from typing import Any, Protocol
 import aiohttp
 
 from vllm_workflow.core.errors import ConfigError, UpstreamError
+from vllm_workflow.router.config_paths import INSTANCE_FILES, locate
 from vllm_workflow.router.discovery_config import (
     DiscoveryConfig,
     DnsSource,
     FileSource,
     KubernetesSource,
+    SourceConfig,
 )
 from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.tls import upstream_tls
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.yaml_config import read_yaml, validated
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
 """Addresses of a name and port."""
+_FIRST_LOOK_S = 5.0
+"""That a reload waits for sources; one that answers later is heard then."""
 _TIMEOUT = aiohttp.ClientTimeout(total=10, sock_connect=3)
 _logger = logging.getLogger(__name__)
 
@@ -37,6 +42,7 @@ class Source(Protocol):
     """Where instances are found."""
 
     name: str
+    """That no other source has."""
     every_s: float
 
     async def find(self) -> list[InstanceConfig] | None:
@@ -58,77 +64,130 @@ class Discovery:
     """
 
     def __init__(self, sources: Iterable[Source], upstreams: Upstreams) -> None:
-        self._sources = list(sources)
+        self._sources = {source.name: source for source in sources}
         self._upstreams = upstreams
-        self._untaken: dict[str, list[InstanceConfig]] = {}
-        """What sources have found and could not be taken in as a whole."""
+        self._found: dict[str, list[InstanceConfig]] = {}
+        """What each source has found last."""
+        self._problems: dict[str, str] = {}
+        """What went wrong with each when it was asked last."""
         self._told: set[tuple[str, str]] = set()
         """Sources and instances of theirs that are there already."""
+        self._tasks: dict[str, asyncio.Task[None]] = {}
+        self._group: asyncio.TaskGroup | None = None
 
     async def look(self) -> None:
         """Ask every source once."""
         async with asyncio.TaskGroup() as tasks:
-            for source in self._sources:
-                tasks.create_task(self._ask(source, ""))
+            for source in self._sources.values():
+                tasks.create_task(self._ask(source))
 
     async def run(self) -> None:
         """Ask until cancelled."""
+        async with asyncio.TaskGroup() as self._group:
+            for source in self._sources.values():
+                self._keep_on(source)
+            await asyncio.Event().wait()  # others may come
+
+    async def found_by(self, sources: Iterable[Source]) -> dict[str, list[InstanceConfig]]:
+        """Ask sources that are not in use yet; returns what each found, if it did.
+
+        What goes wrong is logged, and for them to find out again when they are in use.
+        """
+        found: dict[str, list[InstanceConfig]] = {}
+
+        async def ask(source: Source) -> None:
+            try:
+                async with asyncio.timeout(_FIRST_LOOK_S):
+                    instances = await self._answer(source)
+            except TimeoutError:
+                _logger.error("discovery: %s: no answer in %g s", source.name, _FIRST_LOOK_S)
+                return
+            if instances is not None:
+                found[source.name] = instances
+
         async with asyncio.TaskGroup() as tasks:
-            for source in self._sources:
-                tasks.create_task(self._keep_asking(source))
+            for source in sources:
+                tasks.create_task(ask(source))
+        return found
+
+    def replace(self, sources: Iterable[Source], found: Mapping[str, list[InstanceConfig]]) -> None:
+        """Ask other sources from now on, and take in what they have found.
+
+        Instances that only a source now gone has named belong to nobody then, see
+        `Upstreams.drain_disowned`. One that has found nothing usable keeps those that one of its
+        name had found.
+
+        Args:
+            sources: All there are from now on.
+            found: What each has found, see `found_by`.
+        """
+        for task in self._tasks.values():
+            task.cancel()
+        self._tasks.clear()
+        old, self._sources = self._sources, {source.name: source for source in sources}
+        for name in old.keys() - self._sources.keys():
+            self._found.pop(name, None)
+            self._problems.pop(name, None)
+            self._upstreams.keep_out(name, ())
+            self._upstreams.disown(name)
+        self._found.update(found)
+        for name, source in self._sources.items():
+            if name in self._found:
+                self._take(name, self._found[name])
+            self._keep_on(source)
+
+    def _keep_on(self, source: Source) -> None:
+        if self._group is not None:
+            self._tasks[source.name] = self._group.create_task(self._keep_asking(source))
 
     async def _keep_asking(self, source: Source) -> None:
-        problem = ""
         while True:
             await asyncio.sleep(source.every_s)
-            problem = await self._ask(source, problem)
+            await self._ask(source)
 
-    async def _ask(self, source: Source, before: str) -> str:
-        """Ask once; returns what went wrong, which is logged unless it was so `before`."""
+    async def _ask(self, source: Source) -> None:
+        """Ask once, and have the upstreams agree with what was found last."""
+        found = await self._answer(source)
+        if found is not None:
+            self._found[source.name] = found
+        if source.name in self._found:
+            self._take(source.name, self._found[source.name])
+
+    async def _answer(self, source: Source) -> list[InstanceConfig] | None:
+        """Ask once; what goes wrong is logged, unless it did so the last time."""
+        found, problem = None, ""
+        before = self._problems.get(source.name, "")
         try:
             found = await source.find()
-            if found is None:
-                found = self._untaken.get(source.name)
-            if found is not None:
-                self._untaken[source.name] = found
-                self._take(source.name, found)
-                del self._untaken[source.name]
         except (ConfigError, UpstreamError) as e:
-            if str(e) != before:
+            problem = str(e)
+            if problem != before:
                 _logger.error("discovery: %s; its instances stay as they are", e)
-            return str(e)
         except Exception as e:  # whatever one source says, the others are asked on
-            if repr(e) != before:
+            problem = repr(e)
+            if problem != before:
                 _logger.exception("discovery: %s failed", source.name)
-            return repr(e)
-        return ""
+        self._problems[source.name] = problem
+        return found
 
     def _take(self, source: str, found: Iterable[InstanceConfig]) -> None:
-        """Have the upstreams agree with what was found.
-
-        Raises:
-            ConfigError: Of an instance that cannot be used now; the others were taken in.
-        """
+        """Have the upstreams agree with what was found."""
         wanted = {config.id: config for config in found}
         for upstream in list(self._upstreams):
             if upstream.source == source and upstream.config.id not in wanted:
                 self._upstreams.drain(upstream.config.id)
         self._told = {each for each in self._told if each[0] != source or each[1] in wanted}
         kept_out = self._upstreams.keep_out(source, wanted)
-        problem: ConfigError | None = None
         for config in wanted.values():
             there = self._upstreams.get(config.id)
             if config.id in kept_out:
                 continue
-            if there is not None and there.source != source and not there.leaving:
+            if there is None or there.leaving or there.is_disowned:
+                self._upstreams.add(config, source=source)
+            elif there.source != source:
                 self._tell_once(source, config.id)
-            elif there is None or there.leaving or there.config != config:
-                try:
-                    self._upstreams.add(config, source=source)
-                except ConfigError as e:  # a key that is no longer there
-                    problem = e
-        if problem is not None:
-            raise problem
+            elif there.config != config:
+                self._upstreams.add(config, source=source)
 
     def _tell_once(self, source: str, instance_id: str) -> None:
         if (source, instance_id) not in self._told:
@@ -140,7 +199,8 @@ class FileWatch:
     """Reads a file whenever it has changed."""
 
     def __init__(self, config: FileSource) -> None:
-        self.name = f"file {config.path}"
+        self.config = config
+        self.name = config.label
         self.every_s = config.every_s
         self._path = Path(config.path)
         self._seen: tuple[int, int, int] | None = None
@@ -159,6 +219,7 @@ class FileWatch:
         data = read_yaml(self._path)
         if not isinstance(data, list):
             raise ConfigError(f"{self._path}: expected a list of instances, got {data!r:.80}")
+        locate(data, INSTANCE_FILES, self._path.parent)
         found = [
             validated(InstanceConfig, entry, source=f"{self._path}: {number}")
             for number, entry in enumerate(data)
@@ -171,27 +232,28 @@ class DnsLookup:
     """Asks for the addresses of a name."""
 
     def __init__(self, config: DnsSource, resolve: Resolve | None = None) -> None:
-        self.name = f"dns {config.name}"
+        self.config = config
+        self.name = config.label
         self.every_s = config.every_s
-        self._config = config
         self._resolve = resolve or _addresses
 
     async def find(self) -> list[InstanceConfig]:
-        config = self._config
+        config = self.config
         try:
             addresses = await self._resolve(config.name, config.port)
         except (OSError, UnicodeError) as e:  # the latter: no name of a host can be such
             raise UpstreamError(f"{self.name}: {e}") from None
-        return [_instance(config, address, config.port) for address in sorted(set(addresses))]
+        endpoints = [(address, config.port, "") for address in sorted(set(addresses))]
+        return await asyncio.to_thread(_instances, config, endpoints)
 
 
 class EndpointSlices:
     """Asks a Kubernetes API server for the ready endpoints of a service."""
 
     def __init__(self, config: KubernetesSource, session: aiohttp.ClientSession) -> None:
-        self.name = f"kubernetes {config.namespace}/{config.service}"
+        self.config = config
+        self.name = config.label
         self.every_s = config.every_s
-        self._config = config
         self._session = session
         self._url = (
             f"{config.api_url.rstrip('/')}/apis/discovery.k8s.io/v1/namespaces/{config.namespace}"
@@ -199,7 +261,7 @@ class EndpointSlices:
         )
 
     async def find(self) -> list[InstanceConfig]:
-        config = self._config
+        config = self.config
         query = {"labelSelector": f"kubernetes.io/service-name={config.service}"}
         try:
             token, context = await asyncio.to_thread(self._credentials)
@@ -210,25 +272,25 @@ class EndpointSlices:
                 if response.status != 200:
                     raise UpstreamError(f"{self.name}: expected status 200, got {response.status}")
                 answer = await response.json()
-            return [
-                _instance(config, address, port, name)
-                for piece in answer["items"]
-                for address, port, name in self._ready(piece)
-            ]
+            endpoints = [each for piece in answer["items"] for each in self._ready(piece)]
+            return await asyncio.to_thread(_instances, config, endpoints)
+        except ConfigError:
+            raise
         except (OSError, aiohttp.ClientError, TimeoutError) as e:
             raise UpstreamError(f"{self.name}: {type(e).__name__}: {e}") from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
             raise UpstreamError(f"{self.name}: expected EndpointSlices, got {e!r:.200}") from None
 
     def _credentials(self) -> tuple[str, ssl.SSLContext | bool]:
-        token = Path(self._config.token_file).read_text(encoding="ascii").strip()
-        if not self._config.api_url.startswith("https:"):
+        token = Path(self.config.token_file).read_text(encoding="ascii").strip()
+        if not self.config.api_url.startswith("https:"):
             return token, True
-        return token, ssl.create_default_context(cafile=self._config.ca_file)
+        tls = upstream_tls(verify=True, ca_file=self.config.ca_file, cert_file="", key_file="")
+        return token, tls.context
 
     def _ready(self, piece: Mapping[str, Any]) -> Iterable[tuple[str, int, str]]:
         """Address, port and pod of each endpoint in one slice that is ready."""
-        wanted = self._config.port
+        wanted = self.config.port
         ports = [
             port["port"]
             for port in piece.get("ports") or ()
@@ -242,23 +304,37 @@ class EndpointSlices:
                 yield endpoint["addresses"][0], ports[0], pod
 
 
-def sources(config: DiscoveryConfig, session: aiohttp.ClientSession) -> list[Source]:
+def sources(config: DiscoveryConfig | None, session: aiohttp.ClientSession) -> list[Source]:
     """Return the sources of a configuration."""
-    return [
-        *map(FileWatch, config.files),
-        *map(DnsLookup, config.dns),
-        *(EndpointSlices(each, session) for each in config.kubernetes),
-    ]
+    return [_source(each, session) for each in config.sources] if config is not None else []
 
 
-def _instance(
-    config: DnsSource | KubernetesSource, address: str, port: int, name: str = ""
-) -> InstanceConfig:
-    host = f"[{address}]" if ":" in address else address
-    data = {**config.template, "url": f"{config.scheme}://{host}:{port}"}
-    if name:
-        data["id"] = name
-    return validated(InstanceConfig, data, source="discovery")
+def _source(config: SourceConfig, session: aiohttp.ClientSession) -> Source:
+    match config:
+        case FileSource():
+            return FileWatch(config)
+        case DnsSource():
+            return DnsLookup(config)
+        case KubernetesSource():
+            return EndpointSlices(config, session)
+
+
+def _instances(
+    config: DnsSource | KubernetesSource, endpoints: Iterable[tuple[str, int, str]]
+) -> list[InstanceConfig]:
+    """Return the instances at addresses, ports and names; reads the files of the template.
+
+    Raises:
+        ConfigError: One of them cannot be used.
+    """
+    found = []
+    for address, port, name in endpoints:
+        host = f"[{address}]" if ":" in address else address
+        data = {**config.template, "url": f"{config.scheme}://{host}:{port}"}
+        if name:
+            data["id"] = name
+        found.append(validated(InstanceConfig, data, source=f"discovery: {config.label}"))
+    return found
 
 
 async def _addresses(name: str, port: int) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.yaml_config import Strict, validated
@@ -19,6 +19,11 @@ class FileSource(Strict):
     path: Annotated[str, Field(min_length=1)]
     every_s: _Seconds = 1.0
     """How often it is looked at for a change."""
+
+    @property
+    def label(self) -> str:
+        """Tells it from other sources, in logs too."""
+        return f"file {self.path}"
 
 
 class _Templated(Strict):
@@ -42,6 +47,11 @@ class DnsSource(_Templated):
     scheme: Annotated[str, Field(pattern="^https?$")] = "http"
     every_s: _Seconds = 5.0
 
+    @property
+    def label(self) -> str:
+        """Tells it from other sources, in logs too."""
+        return f"dns {self.name}:{self.port}"
+
 
 class KubernetesSource(_Templated):
     """One instance per ready endpoint of a service, from its EndpointSlices."""
@@ -57,6 +67,16 @@ class KubernetesSource(_Templated):
     """Read before each question: tokens are renewed."""
     ca_file: str = f"{_KUBERNETES}/ca.crt"
 
+    @property
+    def label(self) -> str:
+        """Tells it from other sources, in logs too."""
+        port = f":{self.port}" if self.port != "" else ""
+        where = f" at {self.api_url}" if "api_url" in self.model_fields_set else ""
+        return f"kubernetes {self.namespace}/{self.service}{port}{where}"
+
+
+SourceConfig = FileSource | DnsSource | KubernetesSource
+
 
 class DiscoveryConfig(Strict):
     """Any number of each."""
@@ -64,3 +84,15 @@ class DiscoveryConfig(Strict):
     files: list[FileSource] = Field(default_factory=list)
     dns: list[DnsSource] = Field(default_factory=list)
     kubernetes: list[KubernetesSource] = Field(default_factory=list)
+
+    @property
+    def sources(self) -> list[SourceConfig]:
+        """All of them."""
+        return [*self.files, *self.dns, *self.kubernetes]
+
+    @model_validator(mode="after")
+    def _unique(self) -> DiscoveryConfig:
+        labels = [source.label for source in self.sources]
+        if twice := sorted({label for label in labels if labels.count(label) > 1}):
+            raise ValueError(f"declared twice: {twice}")
+        return self

@@ -7,47 +7,33 @@ import errno
 import math
 import time
 from collections.abc import Callable, Mapping
-from io import BytesIO
-from typing import NamedTuple
+from functools import partial
 
-import aiohttp
 from aiohttp import web
 from multidict import CIMultiDict
-from yarl import URL
 
 from vllm_workflow.core.ordering import OrderingPolicy
-from vllm_workflow.router.answer import Held, Passing, error_at_start, is_event_stream
-from vllm_workflow.router.attempt import (
-    BROKEN_OFF,
-    MISSING,
-    Attempt,
-    LostError,
-    Refusal,
-    read_refusal,
+from vllm_workflow.router.answer import (
+    Passing,
+    check_whole,
+    error_at_start,
+    held_bytes,
+    is_event_stream,
+    unbounded,
 )
+from vllm_workflow.router.attempt import MISSING, Attempt, LostError, Refusal, read_refusal
 from vllm_workflow.router.call import Call, forwarded_body, response_headers
+from vllm_workflow.router.connection import BrokenOffError, Connection, HowMuchToHold
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.tries import is_refusal
 from vllm_workflow.router.upstream import Upstream
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import MAX_USAGE_BYTES
 
-_LARGE_BODY_BYTES = 1 << 20
-"""From here on the client library wants a file, to write it in pieces."""
-ADDED_BY_AIOHTTP = ("Accept", "Accept-Encoding", "User-Agent", "Content-Type")
-"""To be added to no call; said once to a session, that costs nothing per call."""
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
 """The router's own shortage, which no instance is to blame for."""
-_REFUSED = (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)
-
-
-class Sessions(NamedTuple):
-    """Connections to instances; both add none of `ADDED_BY_AIOHTTP`."""
-
-    kept: aiohttp.ClientSession
-    fresh: aiohttp.ClientSession
-    """Makes a new one each time: a kept one may be closed by the server just now."""
 
 
 class Forwarder:
@@ -55,20 +41,17 @@ class Forwarder:
 
     Args:
         upstreams: Where to, and who watches them.
-        sessions: By which connections.
         metrics: Told of answers that broke off.
-        ordering: Returns what gives the `priority` to add, now; None to add none.
+        ordering: Returns what gives the `priority` to add, now; None: none is to be added.
     """
 
     def __init__(
         self,
         upstreams: Upstreams,
-        sessions: Sessions,
         metrics: Metrics,
-        ordering: Callable[[], OrderingPolicy] | None,
+        ordering: Callable[[], OrderingPolicy | None],
     ) -> None:
         self._upstreams = upstreams
-        self._sessions = sessions
         self._metrics = metrics
         self._ordering = ordering
 
@@ -87,37 +70,38 @@ class Forwarder:
             LostError: Before the client got anything, so another instance can be asked.
         """
         upstream = self._upstreams[attempt.instance_id]
-        silence = upstream.silence
-        answer: aiohttp.ClientResponse | None = None
+        silence, pool = upstream.silence, upstream.pool
+        connection: Connection | None = None
         passing: Passing | None = None
         silence.begin(attempt)
         try:
-            async with asyncio.timeout(None) as attempt.patience:
-                answer = await self._sent(upstream, call, attempt, fresh=fresh)
-                first = await _first(answer)
-                silence.heard(attempt)
-                refusal = await _refusal(attempt, answer, first)
-                if refusal is not None:
-                    if refusal.status == MISSING:
-                        self._upstreams.suspect(attempt.instance_id)
-                    return refusal
-                if request is None or not is_event_stream(answer.headers):
-                    held = Held(answer, first)
-                    if await held.read(attempt, silence, unbounded=request is None):
-                        attempt.ok = 200 <= answer.status < 300
-                        attempt.usage.add(held.body[-MAX_USAGE_BYTES:])
-                        return self._whole(call, attempt, answer, held.body)
-                    first = held.body
-                assert request is not None
-                response = web.StreamResponse(
-                    status=answer.status,
-                    reason=answer.reason,
-                    headers=self._headers(answer.headers, call, attempt),
-                )
-                attempt.is_begun = True
-                passing = Passing(attempt, silence, response)
+            connection = None if fresh else pool.kept()
+            if connection is None:
+                connection = await self._connected(pool, attempt)
+            hold = held_bytes if request is not None else unbounded
+            await self._asked(connection, upstream, pool, call, attempt, hold, fresh=fresh)
+            first = connection.taken()
+            if refusal := await _refusal(attempt, connection, first):
+                if refusal.status == MISSING:
+                    self._upstreams.suspect(attempt.instance_id)
+                return refusal
+            if connection.is_complete and hold(connection.status, connection.headers):
+                check_whole(connection, first)
+                attempt.ok = 200 <= connection.status < 300
+                attempt.usage.add(first[-MAX_USAGE_BYTES:])
+                return self._whole(call, attempt, connection, first)
+            assert request is not None
+            response = web.StreamResponse(
+                status=connection.status,
+                reason=connection.reason,
+                headers=self._headers(connection.headers, call, attempt),
+            )
+            attempt.is_begun = True
+            passing = Passing(attempt, silence, response)
+            async with asyncio.timeout(None) as patience:
+                attempt.give_up = partial(_end, patience)
                 await response.prepare(request)
-                await passing.run(answer, first, wants_done=_ends_with_done(call, answer))
+                await passing.run(connection, first, wants_done=_ends_with_done(call, connection))
         except TimeoutError:
             if passing is None:
                 raise LostError("hung") from None
@@ -126,9 +110,9 @@ class Forwarder:
                 self._upstreams.suspect(attempt.instance_id)
             raise
         finally:
-            attempt.patience = None
-            if answer is not None:
-                answer.close()
+            attempt.give_up = None
+            if connection is not None:
+                pool.give_back(connection)
             silence.end(attempt)
         assert passing is not None
         assert request is not None
@@ -139,47 +123,63 @@ class Forwarder:
             await passing.break_off(request)
         return passing.response
 
-    async def _sent(
-        self, upstream: Upstream, call: Call, attempt: Attempt, *, fresh: bool
-    ) -> aiohttp.ClientResponse:
-        """Forward the call; return the answer, to be closed, when its headers are there.
+    async def _connected(self, pool: Pool, attempt: Attempt) -> Connection:
+        """Return a new connection.
 
         Raises:
-            LostError: They did not come.
+            LostError: None can be made.
         """
+        patience = asyncio.timeout(None)
+        attempt.give_up = partial(_end, patience)
         try:
-            return await self._post(upstream, call, attempt, fresh=fresh)
-        except _REFUSED as e:
-            if isinstance(e, OSError) and e.errno in _OUT_OF_SOCKETS:
+            async with patience:
+                return await pool.connect()
+        except OSError as e:
+            if patience.expired():
+                raise LostError("hung") from None
+            if e.errno in _OUT_OF_SOCKETS:
                 raise RequestError(
                     "the router has no file descriptors left", status=503, code="overloaded"
                 ) from None
             self._upstreams.refused(attempt.instance_id)
             raise LostError("refused") from None
-        except BROKEN_OFF:
-            raise LostError("disconnected" if fresh else "closed") from None
 
-    async def _post(
-        self, upstream: Upstream, call: Call, attempt: Attempt, *, fresh: bool
-    ) -> aiohttp.ClientResponse:
+    async def _asked(
+        self,
+        connection: Connection,
+        upstream: Upstream,
+        pool: Pool,
+        call: Call,
+        attempt: Attempt,
+        hold: HowMuchToHold,
+        *,
+        fresh: bool,
+    ) -> None:
+        """Send the call, and wait until as much of its answer has come as `hold` says.
+
+        Raises:
+            LostError: It did not come.
+        """
         body = forwarded_body(
             call,
             attempt.decision,
-            self._ordering() if self._ordering else None,
+            self._ordering(),
             now=attempt.start_time,
             unix_time=time.time(),
         )
-        session = self._sessions.fresh if fresh else self._sessions.kept
-        return await session.post(
-            URL(upstream.url + call.path, encoded=True),
-            data=body if len(body) < _LARGE_BODY_BYTES else BytesIO(body),
-            headers=upstream.headers(call.headers),
-            ssl=upstream.ssl,
-            allow_redirects=False,
-        )
+        head = pool.head(call.path, upstream.headers(call.headers), len(body))
+        attempt.give_up = connection.abandon
+        try:
+            connection.send(head, body, heard=partial(upstream.silence.heard, attempt), hold=hold)
+            if not connection.is_sent:
+                await connection.send_rest(body)
+            await connection.begun()
+        except BrokenOffError:
+            kept = not (fresh or connection.has_head)
+            raise LostError("closed" if kept else "disconnected") from None
 
     def _whole(
-        self, call: Call, attempt: Attempt, upstream: aiohttp.ClientResponse, body: bytes
+        self, call: Call, attempt: Attempt, upstream: Connection, body: bytes
     ) -> web.Response:
         """Return an answer that was held."""
         return web.Response(
@@ -203,30 +203,20 @@ class Forwarder:
         return result
 
 
-async def _first(answer: aiohttp.ClientResponse) -> bytes:
-    """Return the first bytes of a body, empty if it has none.
-
-    Raises:
-        LostError: It broke off before.
-    """
-    try:
-        return await answer.content.readany()
-    except BROKEN_OFF:
-        raise LostError("disconnected") from None
+def _end(patience: asyncio.Timeout) -> None:
+    patience.reschedule(asyncio.get_running_loop().time())
 
 
-async def _refusal(
-    attempt: Attempt, upstream: aiohttp.ClientResponse, first: bytes
-) -> Refusal | None:
+async def _refusal(attempt: Attempt, upstream: Connection, first: bytes) -> Refusal | None:
     """Return the answer if it is one after which another instance is asked."""
     if is_refusal(upstream.status):
         return await read_refusal(attempt.instance_id, upstream, first)
     if is_event_stream(upstream.headers):
-        return error_at_start(attempt.instance_id, first, CIMultiDict(upstream.headers))
+        return error_at_start(attempt.instance_id, first, upstream.headers)
     return None
 
 
-def _ends_with_done(call: Call, upstream: aiohttp.ClientResponse) -> bool:
+def _ends_with_done(call: Call, upstream: Connection) -> bool:
     return (
         call.body.stream
         and upstream.status == 200

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from ssl import SSLContext
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
@@ -16,6 +17,7 @@ from vllm_workflow.profiles import catalogue
 from vllm_workflow.profiles.profile import LatencyProfile, latency_values
 from vllm_workflow.router.access_config import UpstreamTlsConfig
 from vllm_workflow.router.credentials import read_key
+from vllm_workflow.router.tls import UpstreamTls
 from vllm_workflow.yaml_config import Name, Strict
 
 _LATENCY = LatencyModel()
@@ -76,7 +78,10 @@ class InstanceConfig(Strict):
     """File with that key."""
     tls: UpstreamTlsConfig = UpstreamTlsConfig()
     _profile: LatencyProfile | None = PrivateAttr(default=None)
-    """Read once: a file that goes away later changes nothing."""
+    """Files are read when the configuration is checked: one that goes away later changes
+    nothing, and where one holds something else the instance is another one."""
+    _authorization: str = PrivateAttr(default="")
+    _tls: UpstreamTls | None = PrivateAttr(default=None)
 
     @field_validator("url")
     @classmethod
@@ -97,21 +102,15 @@ class InstanceConfig(Strict):
             return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2]}
         return data
 
+    @property
     def authorization(self) -> str:
-        """Return the header's value for this server; empty if it wants no key.
-
-        Raises:
-            ConfigError: The variable or file has no key.
-        """
-        if not (self.api_key_env or self.api_key_file):
-            return ""
-        return f"Bearer {read_key(self.api_key_env, self.api_key_file, min_length=1)}"
+        """The header's value for this server; empty if it wants no key."""
+        return self._authorization
 
     @property
-    def has_files(self) -> bool:
-        """Whether it may mean something else when read again: keys and certificates change."""
-        tls = self.tls
-        return bool(self.api_key_env or self.api_key_file or tls.ca_file or tls.cert_file)
+    def ssl(self) -> SSLContext | bool:
+        """What connections are made with, in aiohttp's words."""
+        return True if self._tls is None else self._tls.context
 
     def build(self, models: Sequence[str] | None = None) -> Instance:
         """Return the core's value, with `models` where the configuration names none.
@@ -144,7 +143,11 @@ class InstanceConfig(Strict):
                 raise ValueError(f"{name}: expected model_shape beside it, got none")
         if self.api_key_env and self.api_key_file:
             raise ValueError("expected api_key_env or api_key_file, got both")
-        self.authorization()
+        if self.api_key_env or self.api_key_file:
+            key = read_key(self.api_key_env, self.api_key_file, min_length=1)
+            self._authorization = f"Bearer {key}"
+        if self.url.startswith("https:"):
+            self._tls = self.tls.loaded()
         self._profile = self._latency_profile()
         self.build()
         return self

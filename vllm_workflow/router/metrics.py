@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.tenant_ledger import TenantLedger
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router.runs import Run
 from vllm_workflow.router.store import Store
@@ -84,7 +85,9 @@ class Metrics:
         self._durations_on: dict[str, tuple[Histogram, Histogram]] = {}
         self._answered: dict[tuple[str, str, int], Counter] = {}
         self.tenants: TenantMetrics | None = None
-        """Set where tenants are told apart."""
+        """Set where tenants are told apart, see `follow_tenants`."""
+        self._of_tenants: TenantMetrics | None = None
+        """Once they were: series cannot be made twice."""
         self._requests = Counter(
             f"{_PREFIX}requests",
             "Calls answered, by the HTTP status the client got; 499: the client left. "
@@ -194,6 +197,18 @@ class Metrics:
         """Drop every series of an instance that has left: where pods come and go, names do too."""
         for series in self._of_instances:
             series.remove_by_labels({"instance": instance_id})
+
+    def follow_tenants(self, ledger: TenantLedger | None) -> None:
+        """Tell tenants apart as a ledger does, or from now on no more.
+
+        Args:
+            ledger: As it is now, whether or not it was followed before; None: of no use any more.
+        """
+        if self._of_tenants is None and ledger is not None:
+            self._of_tenants = TenantMetrics(self.registry)
+        if self._of_tenants is not None:
+            self._of_tenants.follow(ledger)
+        self.tenants = None if ledger is None else self._of_tenants
 
     def policy(self, policy: PolicyConfig) -> None:
         """Show which policy decides from here on."""

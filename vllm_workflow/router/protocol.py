@@ -8,8 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import socket
 import ssl
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,6 +24,8 @@ from vllm_workflow.router.limits import LimitsConfig
 _logger = logging.getLogger(__name__)
 _LINGERING_S = 2.0
 """A refused body is read and thrown away for this long, so that its sender sees the answer."""
+_BACKLOG = 1024
+"""Connections that may wait to be taken."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -34,7 +38,7 @@ class Protocol(web.RequestHandler):
     wants to hold, so it costs nothing where clients read.
     """
 
-    __slots__ = ("_head_timer", "_limits", "_listener", "_write_timer")
+    __slots__ = ("_head_timer", "_limits", "_listener", "_trust", "_write_timer")
 
     def __init__(self, listener: Listener, **kwargs: Any) -> None:
         limits = listener.limits
@@ -51,6 +55,7 @@ class Protocol(web.RequestHandler):
         )
         self._listener = listener
         self._limits = limits
+        self._trust = listener.num_trusts
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -132,11 +137,16 @@ class Protocol(web.RequestHandler):
         resp: web.StreamResponse,
         start_time: float | None,
     ) -> tuple[web.StreamResponse, bool]:
-        """Write an answer; one that aiohttp made itself, in OpenAI's form."""
+        """Write an answer; one that aiohttp made itself, in OpenAI's form.
+
+        It is the last one on a connection whose client was let in by what no longer counts.
+        """
         if isinstance(resp, web.HTTPException) and not request.writer.output_size:
             resp = error_response(
                 resp.status, f"request: expected one that is known here, got {resp.reason}"
             )
+        if self._trust != self._listener.num_trusts:
+            resp.force_close()
         return await super().finish_response(request, resp, start_time)
 
     def handle_error(
@@ -161,15 +171,33 @@ class Protocol(web.RequestHandler):
 
 
 class Listener:
-    """An application on an address."""
+    """An application on an address.
 
-    def __init__(self, app: web.Application, limits: LimitsConfig, *, grace_s: float) -> None:
+    Args:
+        app: Answers.
+        limits: Of connections.
+        tls: That connections are taken with; None: in plain text.
+        grace_s: How long calls under way may take to end when it closes.
+    """
+
+    def __init__(
+        self,
+        app: web.Application,
+        limits: LimitsConfig,
+        tls: ssl.SSLContext | None,
+        *,
+        grace_s: float,
+    ) -> None:
         self.limits = limits
         """May be replaced: connections made from then on have the new ones."""
+        self.grace_s = grace_s
+        """May be replaced."""
         self.num_connections = 0
-        self._runner = web.AppRunner(
-            app, handler_cancellation=True, access_log=None, shutdown_timeout=grace_s
-        )
+        self.num_trusts = 0
+        """Grows whenever those who were let in before may no longer be."""
+        self._tls = tls
+        self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
+        self._servers: Sequence[asyncio.Server] = ()
 
     @property
     def server(self) -> web.Server:
@@ -178,7 +206,7 @@ class Listener:
 
     @asynccontextmanager
     async def listening(
-        self, host: str, port: int, tls: ssl.SSLContext | None, *, where: str = "host, port"
+        self, host: str, port: int, *, where: str = "host, port"
     ) -> AsyncIterator[str]:
         """Serve while the block runs; yields the url.
 
@@ -190,20 +218,71 @@ class Listener:
         try:
             try:
                 server = await loop.create_server(
-                    lambda: Protocol(self, loop=loop), host, port, ssl=tls, backlog=1024
+                    self._protocol, host, port, ssl=self._tls, backlog=_BACKLOG
                 )
             except OSError as e:
                 raise ConfigError(
                     f"{where}: cannot listen on {host}:{port}: {e.strerror}"
                 ) from None
+            self._servers = [server]
             address, number = server.sockets[0].getsockname()[:2]
             name = f"[{address}]" if ":" in address else address
             try:
-                yield f"{'https' if tls else 'http'}://{name}:{number}"
+                yield f"{'https' if self._tls else 'http'}://{name}:{number}"
             finally:
-                server.close()
+                self._close_servers()
+                await self._end_connections()
         finally:
             await self._runner.cleanup()
+
+    async def renewed(self, tls: ssl.SSLContext) -> Sequence[asyncio.Server]:
+        """Return what is ready to take connections with another context, for `take` or to close.
+
+        Raises:
+            OSError: There are no file descriptors left.
+        """
+        loop = asyncio.get_running_loop()
+        servers: list[asyncio.Server] = []
+        try:
+            for each in [sock for server in self._servers for sock in server.sockets]:
+                # The same socket in the kernel: whoever waits in its queue is taken, too.
+                same = socket.socket(fileno=os.dup(each.fileno()))
+                servers.append(
+                    await loop.create_server(
+                        self._protocol, sock=same, ssl=tls, backlog=_BACKLOG, start_serving=False
+                    )
+                )
+        except BaseException:
+            for server in servers:
+                server.close()
+            raise
+        return servers
+
+    async def take(self, servers: Sequence[asyncio.Server], *, distrusts: bool) -> None:
+        """Take connections by other servers on the same sockets, see `renewed`.
+
+        Args:
+            servers: In the place of those before.
+            distrusts: End each connection there is with its next answer.
+        """
+        for server in servers:
+            await server.start_serving()
+        self._close_servers()
+        self._servers = servers
+        self.num_trusts += distrusts
+
+    def _protocol(self) -> Protocol:
+        return Protocol(self, loop=asyncio.get_running_loop())
+
+    def _close_servers(self) -> None:
+        for server in self._servers:
+            server.close()
+
+    async def _end_connections(self) -> None:
+        """Let calls under way end, for as long as they may."""
+        await asyncio.sleep(0)  # what has been sent up to now is begun
+        self.server.pre_shutdown()
+        await self.server.shutdown(self.grace_s)
 
 
 def _refusal(error: http_exceptions.HttpProcessingError, limits: LimitsConfig) -> tuple[int, str]:

@@ -22,7 +22,7 @@ from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import RequestError, error_response
-from vllm_workflow.router.forward import Forwarder, Sessions
+from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
 from vllm_workflow.router.metrics import Metrics
@@ -55,7 +55,6 @@ class Proxy:
         dispatcher: Dispatcher,
         binder: Binder,
         upstreams: Upstreams,
-        sessions: Sessions,
         metrics: Metrics,
         *,
         access: Access,
@@ -68,9 +67,10 @@ class Proxy:
         self._dispatcher = dispatcher
         self._binder = binder
         self._upstreams = upstreams
-        ordering = self._ordering if set_priority else None
-        self._forwarder = Forwarder(upstreams, sessions, metrics, ordering)
-        self._max_wait_s = max_wait_s
+        self._forwarder = Forwarder(upstreams, metrics, self._ordering)
+        self.max_wait_s = max_wait_s
+        """This, and the next two, may be replaced."""
+        self.set_priority = set_priority
         self._metrics = metrics
         self._access = access
         self._bodies = bodies
@@ -85,8 +85,8 @@ class Proxy:
         """Fingerprint of the policy that decides now."""
         return self._dispatcher.config.fingerprint
 
-    def _ordering(self) -> OrderingPolicy:
-        return self._dispatcher.config.build_ordering()
+    def _ordering(self) -> OrderingPolicy | None:
+        return self._dispatcher.config.build_ordering() if self.set_priority else None
 
     async def handle(self, request: web.Request, *, takes_xargs: bool) -> web.StreamResponse:
         """Answer one call.
@@ -238,7 +238,7 @@ class Proxy:
     ) -> tuple[web.StreamResponse, bool]:
         """Ask instances until one answers; then stay with it. Returns whether it ended well."""
         tries = Tries(
-            partial(self._give_up_time, call), self._max_wait_s, self._upstreams.generation
+            partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
         )
         while tries.may_go_on:
             try:

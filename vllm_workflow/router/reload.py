@@ -5,19 +5,54 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
+from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.router.auth import Access
+from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.router.config import RouterConfig
-from vllm_workflow.router.limits import Bodies
+from vllm_workflow.router.discovery import Source, sources
+from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.logs import configure
+from vllm_workflow.router.parts import Parts
 from vllm_workflow.router.protocol import Listener
-from vllm_workflow.router.proxy import Proxy
-from vllm_workflow.router.upstreams import Upstreams
 
-RELOADED = frozenset({"instances", "auth", "limits", "max_body_mb", "log_prompts"})
-"""Fields whose change takes effect; a change of any other one wants a restart."""
 _logger = logging.getLogger(__name__)
+
+
+class RestartNeededError(ConfigError):
+    """A file that could be used, but not without a restart.
+
+    Args:
+        fields: Paths to those that changed.
+    """
+
+    def __init__(self, fields: Sequence[str]) -> None:
+        super().__init__(
+            f"{', '.join(fields)}: changed, which needs a restart of the router; "
+            "nothing was changed"
+        )
+        self.fields = tuple(fields)
+
+
+@dataclass(frozen=True, slots=True)
+class _Plan:
+    """All that a reload changes; nothing of it can fail any more."""
+
+    config: RouterConfig
+    policy: PolicyConfig
+    tenants: TenantsConfig | None
+    changed: frozenset[str]
+    """Names of fields."""
+    sources: list[Source]
+    found: dict[str, list[InstanceConfig]]
+    """By source."""
+    servers: list[Sequence[asyncio.Server]]
+    """For each listener, with another certificate; empty if it is the same one."""
+    distrusts: bool
+    """Whether clients that were let in before may no longer be."""
 
 
 class Reloader:
@@ -26,78 +61,158 @@ class Reloader:
     Args:
         config: As in force.
         read: Reads and checks the file; None if there is none.
-        access: Gets the keys.
-        bodies: Gets the limits.
-        proxy: Is told whether to log prompts.
-        upstreams: Gets the instances.
-        tls: Reads its certificate again; None without TLS.
+        parts: Of the router.
     """
 
     def __init__(
-        self,
-        config: RouterConfig,
-        read: Callable[[], RouterConfig] | None,
-        *,
-        access: Access,
-        bodies: Bodies,
-        proxy: Proxy,
-        upstreams: Upstreams,
-        tls: ssl.SSLContext | None,
+        self, config: RouterConfig, read: Callable[[], RouterConfig] | None, parts: Parts
     ) -> None:
         self._config = config
+        self._policy = parts.switch.current
+        """As the file says, whatever a tuner has made of it since."""
         self._read = read
-        self._access = access
-        self._bodies = bodies
-        self._proxy = proxy
-        self._upstreams = upstreams
-        self._tls = tls
+        self._parts = parts
         self._lock = asyncio.Lock()
+        self._reloading: set[asyncio.Task[list[str]]] = set()
         self.listeners: list[Listener] = []
-        """Get the limits of connections."""
+        """Get limits and certificates."""
 
     async def __call__(self) -> list[str]:
         """Read and take over; returns the names of the fields that changed.
 
         Calls under way go on as they began. Instances that are no longer there leave when
-        their calls have ended. Certificates are read again whether or not their names changed.
+        their calls have ended. Files that the configuration names are read again, too. It is
+        brought to its end even if whoever asked for it goes away.
 
         Raises:
-            ConfigError: There is no file, it cannot be used, or it changes what needs a
-                restart. Nothing has changed then.
+            ConfigError: There is no file, or it cannot be used. Nothing has changed then.
+            RestartNeededError: It changes what cannot change. Nothing has changed then.
         """
+        reloading = asyncio.create_task(self._reload())
+        self._reloading.add(reloading)
+        reloading.add_done_callback(self._reloading.discard)
+        return await asyncio.shield(reloading)
+
+    async def _reload(self) -> list[str]:
+        if self._read is None:
+            raise ConfigError("reload: the router was started without a file (--config)")
         async with self._lock:
-            if self._read is None:
-                raise ConfigError("reload: the router was started without a file (--config)")
-            config = await asyncio.to_thread(self._read)
-            changed = self._changes(config)
-            self._take(config)
-            _logger.info("configuration read again; changed: %s", ", ".join(changed) or "nothing")
-            return changed
+            plan = await self._planned(self._read)
+            await self._take(plan)
+        changed = sorted(plan.changed)
+        _logger.info("configuration read again; changed: %s", ", ".join(changed) or "nothing")
+        return changed
 
-    def _changes(self, config: RouterConfig) -> list[str]:
+    async def _planned(self, read: Callable[[], RouterConfig]) -> _Plan:
+        """Read, check, and make ready all that may fail or take long."""
+
+        def checked() -> tuple[RouterConfig, PolicyConfig, TenantsConfig | None]:
+            config = read()
+            return config, config.policy_config(), config.tenants_config()
+
+        config, policy, tenants = await asyncio.to_thread(checked)
         old = self._config
-        names = [n for n in type(old).model_fields if getattr(config, n) != getattr(old, n)]
-        if fixed := [name for name in names if name not in RELOADED]:
-            raise ConfigError(
-                f"{', '.join(fixed)}: changed, which needs a restart of the router; "
-                "nothing was changed"
-            )
-        return names
+        if fixed := needing_restart(old, config):
+            raise RestartNeededError(fixed)
+        changed = {n for n in type(old).model_fields if getattr(config, n) != getattr(old, n)}
+        if policy != self._policy:
+            changed.add("policy")
+        wanted = sources(config.discovery, self._parts.session)
+        found = await self._parts.discovery.found_by(wanted)
+        servers: list[Sequence[asyncio.Server]] = []
+        distrusts = False
+        if config.tls is not None and old.tls is not None and "tls" in changed:
+            tls = await asyncio.to_thread(config.tls.context)
+            servers = await self._renewed(tls)
+            distrusts = not config.tls.trusts_as(old.tls)
+        return _Plan(config, policy, tenants, frozenset(changed), wanted, found, servers, distrusts)
 
-    def _take(self, config: RouterConfig) -> None:
-        if self._tls is not None and config.tls is not None:
-            config.tls.load(self._tls)
-        self._access.replace(config.auth)
-        self._bodies.replace(config.max_body_mb, config.limits)
+    async def _renewed(self, tls: ssl.SSLContext) -> list[Sequence[asyncio.Server]]:
+        """Return servers for each listener.
+
+        Raises:
+            ConfigError: The system has none left.
+        """
+        servers: list[Sequence[asyncio.Server]] = []
+        try:
+            for listener in self.listeners:
+                ready = await listener.renewed(tls)
+                servers.append(ready)
+        except OSError as e:
+            for server in [server for each in servers for server in each]:
+                server.close()
+            raise ConfigError(f"tls: cannot listen with another certificate: {e}") from None
+        return servers
+
+    async def _take(self, plan: _Plan) -> None:
+        config, changed, parts = plan.config, plan.changed, self._parts
+        self._take_access(config)
+        parts.proxy.max_wait_s = config.max_wait_s
+        parts.proxy.set_priority = config.set_priority
+        parts.proxy.log_prompts = config.log_prompts
+        self._take_decisions(plan)
+        self._take_instances(plan)
+        if changed & {"tuner", "workflows"}:
+            parts.tuner.configure(config)
+        if parts.records.store and config.store:
+            parts.records.store.retention = config.store.retention
+        if changed & {"log_level", "log_format", "log_calls"}:
+            configure(config.log_level, config.log_format, log_calls=config.log_calls)
+        self._config, self._policy = config, plan.policy
+        for listener, servers in zip(self.listeners, plan.servers, strict=False):
+            await listener.take(servers, distrusts=plan.distrusts)
+
+    def _take_access(self, config: RouterConfig) -> None:
+        parts = self._parts
+        parts.access.replace(config.auth)
+        if parts.operator and config.admin:
+            parts.operator.key = config.admin.hashed
+        parts.bodies.replace(config.max_body_mb, config.limits)
         for listener in self.listeners:
             listener.limits = config.limits
-        self._proxy.log_prompts = config.log_prompts
-        wanted = {instance.id: instance for instance in config.instances}
-        for upstream in list(self._upstreams):
-            if not upstream.source and upstream.config.id not in wanted:
-                self._upstreams.drain(upstream.config.id)
+            listener.grace_s = config.shutdown_grace_s
+
+    def _take_decisions(self, plan: _Plan) -> None:
+        """Change what decides, between two decisions."""
+        changed, parts = plan.changed, self._parts
+        if "tenants" in changed:
+            parts.dispatcher.apportion(plan.tenants, now=time.monotonic())
+            parts.metrics.follow_tenants(parts.dispatcher.tenants)
+        if "workflows" in changed:
+            parts.dispatcher.declare(workflow.build() for workflow in plan.config.workflows)
+        if plan.policy != self._policy:
+            parts.switch.swap(plan.policy)
+        parts.binder.poll()
+
+    def _take_instances(self, plan: _Plan) -> None:
+        """Change who may be sent calls; one that only changes hands is sent calls throughout."""
+        upstreams = self._parts.upstreams
+        if "read_load" in plan.changed:
+            upstreams.read_load(plan.config.read_load)
+        wanted = {instance.id: instance for instance in plan.config.instances}
+        upstreams.disown("", but=wanted)
         for instance in wanted.values():
-            there = self._upstreams.get(instance.id)
-            if there is None or there.leaving or there.config != instance or instance.has_files:
-                self._upstreams.add(instance)
-        self._config = config
+            there = upstreams.get(instance.id)
+            if there is None or there.leaving or there.source or there.config != instance:
+                upstreams.add(instance)
+        self._parts.discovery.replace(plan.sources, plan.found)
+        upstreams.drain_disowned()
+
+
+def needing_restart(old: RouterConfig, new: RouterConfig) -> list[str]:
+    """Return the paths of the fields that differ and cannot be changed in a router that runs."""
+    names = ("host", "port", "decision_log", "dashboard", "tracing")
+    paths = [name for name in names if getattr(old, name) != getattr(new, name)]
+    for section, fields in (("tls", ()), ("admin", ("host", "port")), ("store", ("path",))):
+        before, after = getattr(old, section), getattr(new, section)
+        if (before is None) != (after is None):
+            paths.append(section)
+        elif before is not None:
+            paths += [
+                f"{section}.{field}"
+                for field in fields
+                if getattr(before, field) != getattr(after, field)
+            ]
+    if old.store and new.store and bool(old.store.max_events) != bool(new.store.max_events):
+        paths.append("store.max_events")
+    return paths

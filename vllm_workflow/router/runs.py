@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from vllm_workflow.router.wire import RunInfo
 
-MAX_RUNS = 20_000
+MAX_IDLE_RUNS = 4_096
 IDLE_TTL_S = 900.0
 
 RunKey = tuple[str, str]
@@ -45,7 +45,8 @@ class Runs:
 
     Args:
         on_end: Called once with each run that has ended.
-        max_runs: Runs remembered at most; the one idle longest goes first.
+        max_idle: Runs without a call under way remembered at most, the one idle longest goes
+            first; those with one are as many as there are calls.
         ttl_s: A run without a call for this long has ended.
     """
 
@@ -53,16 +54,19 @@ class Runs:
         self,
         on_end: Callable[[Run], None],
         *,
-        max_runs: int = MAX_RUNS,
+        max_idle: int = MAX_IDLE_RUNS,
         ttl_s: float = IDLE_TTL_S,
     ) -> None:
         self._on_end = on_end
-        self._max_runs = max_runs
+        self._max_idle = max_idle
         self._ttl_s = ttl_s
-        self._runs: OrderedDict[RunKey, Run] = OrderedDict()
+        self._runs: dict[RunKey, Run] = {}
+        """With a call under way."""
+        self._idle: OrderedDict[RunKey, Run] = OrderedDict()
+        """Without one, the run that is so longest first."""
 
     def __len__(self) -> int:
-        return len(self._runs)
+        return len(self._runs) + len(self._idle)
 
     def begin(self, info: RunInfo, now: float) -> Run:
         """Note that a call begins; `end` must follow. Returns its run.
@@ -71,11 +75,13 @@ class Runs:
         deadline is known yet. A call without an id is a run of its own and not remembered.
         """
         key = (info.tenant_id, info.workflow_id)
-        run = self._runs.get(key) if info.workflow_id else None
+        run = None
+        if info.workflow_id:
+            run = self._runs.get(key) or self._idle.pop(key, None)
         if run is None:
             run = Run(workflow=info.workflow, arrival_time=now, tenant_id=info.tenant_id)
-            if info.workflow_id:
-                self._runs[key] = run
+        if info.workflow_id:
+            self._runs[key] = run
         if info.workflow:
             run.workflow = info.workflow
         if info.budget_ms is not None:
@@ -84,9 +90,6 @@ class Runs:
             run.deadline = run.arrival_time + info.slo_ms / 1000.0
         run.num_open += 1
         run.last_time = now
-        if info.workflow_id:
-            self._runs.move_to_end(key)
-            self.expire(now)
         return run
 
     def end(self, info: RunInfo, run: Run, now: float, *, ok: bool) -> None:
@@ -95,21 +98,22 @@ class Runs:
         run.last_time = now
         run.last_ok = ok
         key = (info.tenant_id, info.workflow_id)
-        if info.final and ok and self._runs.get(key) is run:
-            self._close(key)
+        if self._runs.get(key) is not run:
+            return  # a call beside this one was the last, and has ended it
+        if info.final and ok:
+            del self._runs[key]
+            self._on_end(run)
+        elif not run.num_open:
+            del self._runs[key]
+            self._idle[key] = run
+            self.expire(now)
 
     def expire(self, now: float) -> None:
         """End the runs that have been idle too long, or are too many."""
-        while self._runs:
-            key, oldest = next(iter(self._runs.items()))
-            if len(self._runs) <= self._max_runs:
-                if oldest.last_time + self._ttl_s > now:
-                    return
-                if oldest.num_open:
-                    self._runs.move_to_end(key)
-                    oldest.last_time = now
-                    continue
-            self._close(key)
-
-    def _close(self, key: RunKey) -> None:
-        self._on_end(self._runs.pop(key))
+        idle = self._idle
+        while idle:
+            oldest = next(iter(idle.values()))
+            if len(idle) <= self._max_idle and oldest.last_time + self._ttl_s > now:
+                return
+            idle.popitem(last=False)
+            self._on_end(oldest)

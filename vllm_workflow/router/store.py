@@ -76,7 +76,8 @@ class Store:
         self.num_dropped = 0
         """Items that were not written: the queue was full, or the disk."""
         self.num_written = 0
-        self._retention = retention or Retention()
+        self.retention = retention or Retention()
+        """May be replaced."""
         self._connection = opened(path)
         self._queue: queue.Queue[tuple[str, float, Any] | None] = queue.Queue(max_queued)
         self._last_pruned = 0.0
@@ -178,7 +179,7 @@ class Store:
             _logger.exception("store: cannot begin %s anew", self.path)
 
     def _prune(self) -> None:
-        keep = self._retention
+        keep = self.retention
         oldest = time.time() - keep.days * _DAY_S
         for table in ("events", "tunings"):
             self._connection.execute(

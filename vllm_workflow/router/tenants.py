@@ -38,12 +38,13 @@ class TenantMetrics:
     """Series per tenant: those of `router.yaml`, and of others so many as come first.
 
     Args:
-        ledger: Asked for what waits and what is in flight whenever somebody looks.
         registry: That of the router.
     """
 
-    def __init__(self, ledger: TenantLedger, registry: CollectorRegistry) -> None:
-        self._labels = {tenant.name for tenant in ledger.config.named}
+    def __init__(self, registry: CollectorRegistry) -> None:
+        self.ledger: TenantLedger | None = None
+        """Asked for what waits and what is in flight whenever somebody looks."""
+        self._labels: set[str] = set()
         self._num_unnamed_left = MAX_UNNAMED
         self._runs = Counter(
             f"{_PREFIX}runs",
@@ -71,8 +72,18 @@ class TenantMetrics:
             ("tenant",),
             registry=registry,
         )
-        registry.register(_Occupancy(ledger, self))
-        ledger.on_delay = self._delayed
+        registry.register(_Occupancy(self))
+
+    def follow(self, ledger: TenantLedger | None) -> None:
+        """Show a ledger from now on; its tenants have labels of their own.
+
+        Args:
+            ledger: None if nobody asks any more whose a call is.
+        """
+        self.ledger = ledger
+        if ledger is not None:
+            self._labels.update(tenant.name for tenant in ledger.config.named)
+            ledger.on_delay = self._delayed
 
     def label(self, tenant_id: str) -> str:
         """Return the label's value for a tenant."""
@@ -104,13 +115,12 @@ class TenantMetrics:
 class _Occupancy(Collector):
     """Calls that wait and calls in flight, as the ledger has them at the time."""
 
-    def __init__(self, ledger: TenantLedger, metrics: TenantMetrics) -> None:
-        self._ledger = ledger
+    def __init__(self, metrics: TenantMetrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
         counts: dict[str, list[int]] = {}
-        for tenant_id, account in self._ledger:
+        for tenant_id, account in self._metrics.ledger or ():
             count = counts.setdefault(self._metrics.label(tenant_id), [0, 0])
             count[0] += account.num_waiting
             count[1] += account.num_in_flight

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import ssl
 from typing import Any
 
 from multidict import CIMultiDict
 
 from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.reports import Others
 from vllm_workflow.router.watch import Silence, WatchClock
 
@@ -17,11 +17,14 @@ class Upstream:
     """One instance as an HTTP server."""
 
     def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
+        self._pool: Pool | None = None
         self.reconfigure(config)
         self.refuses_key = False
         """Whether it last said so of the key that the router has for it."""
         self.source = ""
         """Who found it; empty if it was configured."""
+        self.is_disowned = False
+        """Whoever found it is gone."""
         self.leaving = False
         """Gets no more calls, and is forgotten when the last one has ended."""
         self.cards: list[dict[str, Any]] = []
@@ -47,14 +50,27 @@ class Upstream:
 
     def reconfigure(self, config: InstanceConfig) -> None:
         """Take another configuration, key and certificates among it, for what is sent next."""
-        authorization = config.authorization()
-        self.ssl: ssl.SSLContext | bool = (
-            config.tls.context() if config.url.startswith("https:") else True
-        )
+        self.ssl = config.ssl
+        authorization = config.authorization
         self.own_headers = {"Authorization": authorization} if authorization else {}
         """Headers that replace a client's."""
         self.config = config
         self.url = config.url
+        self.close()
+
+    @property
+    def pool(self) -> Pool:
+        """Connections for calls, as it is configured now."""
+        if self._pool is None or self._pool.url != self.url:
+            self.close()
+            self._pool = Pool(self.url, self.ssl)
+        return self._pool
+
+    def close(self) -> None:
+        """End the connections that are kept for calls."""
+        if self._pool is not None:
+            self._pool.close()
+            self._pool = None
 
     def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
         """Return the headers to send for a call that came with `headers`."""

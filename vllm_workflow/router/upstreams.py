@@ -81,7 +81,7 @@ class Upstreams:
         else:
             upstream.reconfigure(config)
         upstream.leaving = False
-        upstream.source = source
+        upstream.source, upstream.is_disowned = source, False
         self._drained.pop(config.id, None)
         if moved:
             upstream.num_moves += 1
@@ -113,6 +113,23 @@ class Upstreams:
         upstream.probe_now.set()
         self._changed()
 
+    def disown(self, source: str, but: Container[str] = ()) -> None:
+        """Let the instances that a source had found belong to nobody, until another one adds them.
+
+        Args:
+            source: That is gone; empty: what was configured.
+            but: Those of them that stay as they are.
+        """
+        for upstream in self:
+            if upstream.source == source and upstream.config.id not in but:
+                upstream.is_disowned = True
+
+    def drain_disowned(self) -> None:
+        """Drain what still belongs to nobody."""
+        for upstream in list(self):
+            if upstream.is_disowned:
+                self.drain(upstream.config.id)
+
     def drain_for_good(self, instance_id: str) -> None:
         """Drain an instance, and have no source bring it back, see `keep_out`.
 
@@ -134,6 +151,7 @@ class Upstreams:
 
     def _forget(self, upstream: Upstream) -> None:
         del self._upstreams[upstream.config.id]
+        upstream.close()
         self._metrics.forget(upstream.config.id)
         _logger.info("instance %s is gone", upstream.config.id)
 
@@ -172,6 +190,11 @@ class Upstreams:
         upstream = self._upstreams[instance_id]
         upstream.num_probes_to_models = 0  # it may have been restarted with another one
         upstream.probe_now.set()
+
+    def close(self) -> None:
+        """End the connections that are kept for calls."""
+        for upstream in self:
+            upstream.close()
 
     async def probe_all(self) -> None:
         """Probe each instance once."""
@@ -331,6 +354,8 @@ class Upstreams:
             report = None
         if upstream.leaving or instance_id not in fleet or upstream.num_moves != num_moves:
             return
+        if not self._reads_load:
+            return
         if report is None:
             changed = upstream.others.forget()
         else:
@@ -341,11 +366,23 @@ class Upstreams:
                 own_kv_share=fleet.kv_used(instance_id) or 0.0,
             )
         if changed:
-            others = upstream.others
-            self._dispatcher.report(
-                instance_id, num_others=others.num_calls, kv_share=others.kv_share
-            )
+            self._report(upstream)
             self._changed()
+
+    def read_load(self, reads_load: bool) -> None:
+        """Ask instances for calls that others have sent, or forget what they have told."""
+        self._reads_load = reads_load
+        if not reads_load:
+            for upstream in self:
+                if upstream.others.forget() and upstream.config.id in self._dispatcher.fleet:
+                    self._report(upstream)
+            self._changed()
+
+    def _report(self, upstream: Upstream) -> None:
+        others = upstream.others
+        self._dispatcher.report(
+            upstream.config.id, num_others=others.num_calls, kv_share=others.kv_share
+        )
 
     def _take_size(self, upstream: Upstream, num_kv_tokens: int | None) -> None:
         """Believe what an instance says of its KV cache, unless the configuration says."""

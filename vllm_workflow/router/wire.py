@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from multidict import MultiMapping, istr
@@ -70,6 +71,16 @@ def _label(value: object, where: str) -> str:
     return value
 
 
+@lru_cache(maxsize=1024)
+def _known(value: str, where: str) -> str:
+    return _label(value, where)
+
+
+def _name(value: object, where: str) -> str:
+    """As `_label`, of what many calls share; so do those who keep it."""
+    return _known(value, where) if type(value) is str else _label(value, where)
+
+
 def _milliseconds(value: object, where: str) -> float:
     number = math.nan
     if type(value) is int and abs(value) < 1 << 63:
@@ -114,8 +125,8 @@ class _Field:
 
 _FIELDS = (
     _Field("workflow_id", istr("X-Workflow-Id"), "workflow_id", "wf_id", _label),
-    _Field("workflow", istr("X-Workflow-Name"), "workflow_name", "wf_name", _label),
-    _Field("stage", istr("X-Workflow-Stage"), "workflow_stage", "wf_stage", _label),
+    _Field("workflow", istr("X-Workflow-Name"), "workflow_name", "wf_name", _name),
+    _Field("stage", istr("X-Workflow-Stage"), "workflow_stage", "wf_stage", _name),
     _Field(
         "slo_ms", istr("X-Workflow-Slo-Ms"), "workflow_slo_ms", "wf_slo_ms", _positive_milliseconds
     ),
@@ -128,7 +139,7 @@ _FIELDS = (
     ),
     _Field("final", istr("X-Workflow-Final"), "workflow_final", "wf_final", _flag),
 )
-_TENANT = _Field("tenant_id", istr("X-Tenant-Id"), "tenant_id", "wf_tenant", _label)
+_TENANT = _Field("tenant_id", istr("X-Tenant-Id"), "tenant_id", "wf_tenant", _name)
 OWN_HEADERS = tuple(field.header for field in (*_FIELDS, _TENANT))
 _NOTHING: Mapping[str, Any] = {}
 

@@ -1,0 +1,332 @@
+"""One connection to an instance: HTTP/1.1, one request at a time, and its answer as it comes.
+
+A general client makes objects, timers and copies for each request that a router has no use for;
+this one costs a fraction of it. llhttp, by `httptools`, judges what is HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from typing import cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
+from multidict import CIMultiDict
+
+from vllm_workflow.core.errors import UpstreamError
+
+MAX_HEAD_BYTES = 64 << 10
+"""Of an answer, interim ones included; a server that says more is not listened to."""
+_HIGH_WATER_BYTES = 128 << 10
+"""Beyond what is to be held, before the server is made to wait."""
+_PIECE_BYTES = 256 << 10
+"""A request body larger than this is written in such pieces, as the server takes them."""
+_MAX_REQUEST_AT_ONCE_BYTES = 64 << 10
+"""Head and body up to this size go out as one."""
+
+HowMuchToHold = Callable[[int, Mapping[str, str]], float]
+"""Bytes of an answer of such a status and headers that its reader is not woken for."""
+
+
+class BrokenOffError(UpstreamError):
+    """A connection ended, or what came on it is no HTTP, before the answer was whole."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection to an instance.
+
+    `send`, then `begun`, then `read` until it returns nothing; after that `may_be_kept` tells
+    whether the next request can go the same way. All else ends with `close`.
+    """
+
+    __slots__ = (
+        "_chunks",
+        "_drained",
+        "_error",
+        "_has_head",
+        "_heard",
+        "_held",
+        "_hold",
+        "_is_paused",
+        "_is_sent",
+        "_is_write_paused",
+        "_keeps",
+        "_num_bytes",
+        "_num_head_bytes",
+        "_parser",
+        "_reason",
+        "_transport",
+        "_waiter",
+        "headers",
+        "idle_since",
+        "is_complete",
+        "is_lost",
+        "status",
+    )
+
+    def __init__(self) -> None:
+        self.idle_since = 0.0
+        """On the loop's clock, for whoever keeps it."""
+        self.is_lost = False
+        """Whether nothing can be sent on it any more."""
+        self.is_complete = True
+        """Whether the whole of the last answer has come."""
+        self.status = 0
+        self.headers: CIMultiDict[str] = CIMultiDict()
+        self._parser = HttpResponseParser(self)
+        self._transport: asyncio.Transport | None = None
+        self._waiter: asyncio.Future[None] | None = None
+        self._drained: asyncio.Future[None] | None = None
+        self._is_write_paused = False
+        self._is_paused = False
+        self._is_sent = True
+        self._has_head = False
+        self._keeps = True
+        """Whether the server does not end the connection with the answer."""
+        self._held = 0.0
+        self._num_bytes = self._num_head_bytes = 0
+        """Of the body and not read yet; received before there was a head."""
+        self._reason = b""
+        self._error: Exception | None = None
+        self._chunks: list[bytes] = []
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by its type
+
+    # The request.
+
+    def send(
+        self, head: bytes, body: bytes, *, heard: Callable[[], None], hold: HowMuchToHold
+    ) -> None:
+        """Begin a request. `send_rest` must follow if `is_sent` is False then.
+
+        Args:
+            head: Request line and headers, with the empty line.
+            body: As long as the head says.
+            heard: Called whenever some of the answer's body, or its end, has come.
+            hold: What `begun` waits for.
+        """
+        assert self._transport is not None
+        self.is_complete = self._has_head = False
+        self.status = self._num_bytes = self._num_head_bytes = 0
+        self._held = 0.0
+        self._reason = b""
+        self.headers = CIMultiDict()
+        self._heard, self._hold = heard, hold
+        self._is_sent = len(body) <= _PIECE_BYTES
+        if len(body) <= _MAX_REQUEST_AT_ONCE_BYTES:
+            self._transport.write(head + body)
+        else:
+            self._transport.write(head)
+            if self._is_sent:
+                self._transport.write(body)
+
+    @property
+    def is_sent(self) -> bool:
+        return self._is_sent
+
+    async def send_rest(self, body: bytes) -> None:
+        """Write a large body as the server takes it, or until it answers without."""
+        assert self._transport is not None
+        rest = memoryview(body)
+        while rest and not self._has_head and self._error is None:
+            self._transport.write(rest[:_PIECE_BYTES])
+            rest = rest[_PIECE_BYTES:]
+            if self._is_write_paused and self._error is None:
+                self._drained = asyncio.get_running_loop().create_future()
+                try:
+                    await self._drained
+                finally:
+                    self._drained = None
+        self._is_sent = not rest
+
+    def pause_writing(self) -> None:
+        self._is_write_paused = True
+
+    def resume_writing(self) -> None:
+        self._is_write_paused = False
+        self._go_on_sending()
+
+    def _go_on_sending(self) -> None:
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)
+
+    # The answer.
+
+    @property
+    def has_head(self) -> bool:
+        """Whether status and headers of the answer are there."""
+        return self._has_head
+
+    @property
+    def reason(self) -> str:
+        return self._reason.decode("utf-8", "surrogateescape")
+
+    async def begun(self) -> None:
+        """Wait for the end of an answer of which there is less than `hold` says; else for more.
+
+        Raises:
+            BrokenOffError: It broke off before.
+            TimeoutError: By `abandon`.
+        """
+        if not self._is_due():
+            await self._wait()
+        if self._error is not None and (self._num_bytes <= self._held or not self._has_head):
+            raise self._error
+
+    async def read(self) -> bytes:
+        """Return what has come since, at least a byte; nothing at the end.
+
+        Raises:
+            BrokenOffError: It broke off, and all that had come was returned.
+            TimeoutError: By `abandon`.
+        """
+        self._held = 0.0
+        if not self._is_due():
+            await self._wait()
+        if self._chunks:
+            return self.taken()
+        if self._error is not None:
+            raise self._error
+        return b""
+
+    def taken(self) -> bytes:
+        """Return what has come and was not read."""
+        chunks = self._chunks
+        data = chunks[0] if len(chunks) == 1 else b"".join(chunks)
+        self._chunks = []
+        self._num_bytes = 0
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
+        return data
+
+    def abandon(self) -> None:
+        """End the wait for an answer that will not come, by `TimeoutError`."""
+        self._fail(TimeoutError("the answer was given up"))
+
+    async def _wait(self) -> None:
+        self._waiter = asyncio.get_running_loop().create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+
+    def _is_due(self) -> bool:
+        return self.is_complete or self._error is not None or self._num_bytes > self._held
+
+    def _wake(self) -> None:
+        waiter = self._waiter
+        if waiter is not None and not waiter.done() and self._is_due():
+            waiter.set_result(None)
+
+    def data_received(self, data: bytes) -> None:
+        if self.is_complete:  # it was not asked for
+            self.close()
+            return
+        num_bytes = self._num_bytes
+        try:
+            self._parser.feed_data(data)
+        except (HttpParserError, HttpParserUpgrade) as e:
+            if not self.is_complete:
+                self._fail(BrokenOffError(f"expected HTTP/1.1, got an error: {e}"))
+            self.close()
+        if not self._has_head:
+            self._num_head_bytes += len(data)
+            if self._num_head_bytes > MAX_HEAD_BYTES:
+                self._fail(BrokenOffError(f"expected headers of at most {MAX_HEAD_BYTES} bytes"))
+            return
+        if self._num_bytes > num_bytes or self.is_complete:
+            self._heard()
+            self._wake()
+        if self._num_bytes > self._held + _HIGH_WATER_BYTES and not self.is_complete:
+            self._pause()
+
+    def _pause(self) -> None:
+        if not self._is_paused and self._transport is not None and not self.is_lost:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.is_lost = True
+        if not self.is_complete:
+            if exc is None and self._ends_with_connection():
+                self.is_complete = True
+                self._heard()
+                self._wake()
+            else:
+                self._fail(BrokenOffError("the connection was closed"))
+        self._transport = None
+        del self._parser  # which refers to this
+        self._go_on_sending()
+
+    def _ends_with_connection(self) -> bool:
+        headers = self.headers
+        return (
+            self._has_head
+            and self._error is None
+            and "Content-Length" not in headers
+            and "Transfer-Encoding" not in headers
+        )
+
+    def _fail(self, error: Exception) -> None:
+        if self.is_complete or self._error is not None:
+            return
+        self._error = error
+        self._wake()
+        self._go_on_sending()
+
+    # Called by the parser. What they raise ends the connection.
+
+    def on_message_begin(self) -> None:
+        if self.is_complete:
+            raise BrokenOffError("more came than was asked for")
+
+    def on_status(self, reason: bytes) -> None:
+        self._reason += reason
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if not self._has_head:  # else a trailer
+            self.headers.add(name.decode(), value.decode("utf-8", "surrogateescape"))
+
+    def on_headers_complete(self) -> None:
+        status = self._parser.get_status_code()
+        if status >= 200:
+            self.status, self._has_head = status, True
+            self._held = self._hold(status, self.headers)
+            self._go_on_sending()
+        elif status == 101:
+            raise BrokenOffError("another protocol was not asked for")
+
+    def on_body(self, data: bytes) -> None:
+        self._chunks.append(data)
+        self._num_bytes += len(data)
+
+    def on_message_complete(self) -> None:
+        if not self._has_head:  # 100 Continue and the like
+            self._reason = b""
+            self.headers.clear()
+            return
+        self.is_complete = True
+        self._keeps = self._parser.should_keep_alive()
+
+    # The next request.
+
+    @property
+    def may_be_kept(self) -> bool:
+        """Whether another request can be sent on it: nothing of an earlier answer is left."""
+        return (
+            self.is_complete
+            and not self._chunks
+            and self._is_sent
+            and not self.is_lost
+            and self._keeps
+            and self._transport is not None
+            and not self._transport.is_closing()
+        )
+
+    def close(self) -> None:
+        """End the connection at once; the server stops what it does for it."""
+        self.is_lost = True
+        if self._transport is not None:
+            self._transport.abort()

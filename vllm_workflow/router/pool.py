@@ -1,0 +1,160 @@
+"""Connections to one instance, kept for the next call."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import ssl
+from collections.abc import Mapping, Sequence
+
+from aiohappyeyeballs import AddrInfoType, start_connection
+from yarl import URL
+
+from vllm_workflow.router.connection import Connection
+from vllm_workflow.router.errors import RequestError
+
+CONNECT_TIMEOUT_S = 5.0
+KEEPALIVE_S = 3.0
+"""Below the 5 s after which vLLM closes a kept connection, so that no call meets the closing."""
+_RESOLVED_S = 10.0
+"""For so long a name is not looked up again."""
+_HAPPY_EYEBALLS_S = 0.25
+"""Until the next address of a name is tried beside one that does not answer (RFC 8305)."""
+
+
+class Pool:
+    """Connections to one server.
+
+    Args:
+        url: Its root.
+        tls: For https; else not looked at.
+    """
+
+    def __init__(self, url: str, tls: ssl.SSLContext | bool) -> None:
+        self.url = url
+        parsed = URL(url)
+        self._host = parsed.raw_host or ""
+        self._port = parsed.port or (443 if parsed.scheme == "https" else 80)
+        self._tls = tls if parsed.scheme == "https" else None
+        self._before_path = f"POST {parsed.raw_path.rstrip('/')}"
+        self._after_path = f" HTTP/1.1\r\nHost: {parsed.host_port_subcomponent}\r\n"
+        self._kept: list[Connection] = []
+        """The one used last at the end."""
+        self._is_closed = False
+        self._sweep: asyncio.TimerHandle | None = None
+        self._addresses: asyncio.Task[Sequence[AddrInfoType]] | None = None
+        self._resolved_at = 0.0
+
+    def head(self, path: str, headers: Mapping[str, str], num_bytes: int) -> bytes:
+        """Return request line and headers of a POST.
+
+        Args:
+            path: With its query, below the root of the server.
+            headers: Without `Host` and those that say how long the body is.
+            num_bytes: Of the body.
+
+        Raises:
+            RequestError: A header that would end before its end.
+        """
+        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
+        text = (
+            f"{self._before_path}{path}{self._after_path}"
+            f"{''.join(lines)}Content-Length: {num_bytes}\r\n\r\n"
+        )
+        num_lines = len(lines) + 4
+        if text.count("\n") != num_lines or text.count("\r") != num_lines or "\0" in text:
+            raise RequestError("headers: expected none with a line break, got one")
+        return text.encode("utf-8", "surrogateescape")
+
+    def kept(self) -> Connection | None:
+        """Return a connection that was kept; None if there is none that can be trusted."""
+        if not self._kept:
+            return None
+        now = asyncio.get_running_loop().time()
+        while self._kept:
+            connection = self._kept.pop()
+            if connection.idle_since + KEEPALIVE_S < now:
+                self._kept.append(connection)
+                self._drop_old(now)
+                return None
+            if connection.may_be_kept:
+                return connection
+        return None
+
+    def give_back(self, connection: Connection) -> None:
+        """Keep a connection for another call, or close it if it is not fit for one."""
+        if self._is_closed or not connection.may_be_kept:
+            connection.close()
+            return
+        loop = asyncio.get_running_loop()
+        connection.idle_since = loop.time()
+        self._kept.append(connection)
+        if self._sweep is None:
+            self._sweep = loop.call_later(KEEPALIVE_S, self._sweep_now)
+
+    def _sweep_now(self) -> None:
+        self._sweep = None
+        loop = asyncio.get_running_loop()
+        self._drop_old(loop.time())
+        if self._kept:
+            self._sweep = loop.call_later(KEEPALIVE_S, self._sweep_now)
+
+    def _drop_old(self, now: float) -> None:
+        kept = []
+        for connection in self._kept:
+            if connection.may_be_kept and connection.idle_since + KEEPALIVE_S >= now:
+                kept.append(connection)
+            else:
+                connection.close()
+        self._kept = kept
+
+    def close(self) -> None:
+        """Keep nothing any more. Connections that are in use go on."""
+        self._is_closed = True
+        for connection in self._kept:
+            connection.close()
+        self._kept = []
+        if self._sweep is not None:
+            self._sweep.cancel()
+            self._sweep = None
+        if self._addresses is not None:
+            self._addresses.cancel()
+            self._addresses = None
+
+    async def connect(self) -> Connection:
+        """Return a new connection.
+
+        Raises:
+            OSError: None can be made; `TimeoutError`: it takes too long.
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            found = await start_connection(
+                list(await self._resolved()), happy_eyeballs_delay=_HAPPY_EYEBALLS_S, interleave=1
+            )
+            try:
+                found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+                _, connection = await loop.create_connection(
+                    Connection,
+                    sock=found,
+                    ssl=self._tls,
+                    server_hostname=self._host if self._tls is not None else None,
+                )
+            except BaseException:
+                found.close()
+                raise
+        return connection
+
+    async def _resolved(self) -> Sequence[AddrInfoType]:
+        """Return the addresses of the server; a name that many ask for is looked up once."""
+        loop = asyncio.get_running_loop()
+        known = self._addresses
+        is_old = self._resolved_at + _RESOLVED_S < loop.time()
+        if known is None or (known.done() and (is_old or known.cancelled() or known.exception())):
+            self._resolved_at = loop.time()
+            known = self._addresses = loop.create_task(self._look_up())
+        return await asyncio.shield(known)
+
+    async def _look_up(self) -> Sequence[AddrInfoType]:
+        loop = asyncio.get_running_loop()
+        return await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)

@@ -13,12 +13,12 @@ import math
 import time
 from collections.abc import Mapping
 
-from aiohttp import web
 from multidict import CIMultiDict
 
 from vllm_workflow.router.attempt import Attempt, LostError, Refusal
 from vllm_workflow.router.connection import BrokenOffError, Connection
 from vllm_workflow.router.errors import error_json
+from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.tries import is_refusal
 from vllm_workflow.router.watch import TICK_S, Silence
 
@@ -59,25 +59,32 @@ def check_whole(upstream: Connection, body: bytes) -> None:
 class Passing:
     """An answer that is passed on as it comes."""
 
-    def __init__(self, attempt: Attempt, silence: Silence, response: web.StreamResponse) -> None:
-        self.response = response
+    def __init__(self, attempt: Attempt, silence: Silence, exchange: Exchange) -> None:
         self.is_whole = False
         """Whether all of it has come, as far as its framing and its format say."""
+        self._exchange = exchange
         self._attempt = attempt
         self._silence = silence
+        self._has_events = False
         self._has_error = False
         self._begun = b""
         """Of an event whose end has not come."""
 
-    async def run(self, upstream: Connection, first: bytes, *, wants_done: bool) -> None:
+    async def run(
+        self, answer: Answer, upstream: Connection, first: bytes, *, wants_done: bool
+    ) -> None:
         """Pass it on to its end, well or not.
 
         Args:
+            answer: Its head.
             upstream: Gives the rest.
             first: What has come already.
             wants_done: Whether it is a stream that ends with `[DONE]`.
         """
-        chunk, has_events = first, is_event_stream(upstream.headers)
+        has_events = is_event_stream(upstream.headers)
+        await self._exchange.begin(answer)
+        self._has_events = has_events
+        chunk = first
         while chunk and not self._has_error:
             await self._write(self._whole_events(chunk) if has_events else chunk)
             try:
@@ -97,7 +104,7 @@ class Passing:
         attempt.usage.add(data)
         attempt.is_reading = False
         begin = time.monotonic()
-        await self.response.write(data)
+        await self._exchange.write(data)
         took_s = time.monotonic() - begin
         attempt.is_reading = True
         attempt.write_s += took_s
@@ -122,24 +129,20 @@ class Passing:
         end = data.find(_EVENT_END, start + len(_EVENT_END))
         return data if end < 0 else data[: end + len(_EVENT_END)]
 
-    async def break_off(self, request: web.Request) -> None:
+    async def break_off(self) -> None:
         """Let the client know that what it has is not the whole answer."""
-        transport = request.transport
         try:
-            has_begun = self.response.prepared and is_event_stream(self.response.headers)
-            if has_begun and not self._has_error:
+            if self._has_events and not self._has_error:
                 instance_id = self._attempt.instance_id
                 error = error_json(
                     502, f"instance {instance_id} broke off its answer", code="upstream_lost"
                 )
                 begin = b"data: " if self._attempt.usage.ends_event else b"\n\ndata: "
                 async with asyncio.timeout(_LAST_WORDS_S):
-                    await self.response.write(begin + error + _EVENT_END)
+                    await self._exchange.write(begin + error + _EVENT_END)
         except TimeoutError:  # it does not read
-            if transport is not None:
-                transport.abort()
-        if transport is not None:
-            transport.close()
+            self._exchange.abort()
+        self._exchange.close()
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:

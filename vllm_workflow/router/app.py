@@ -24,6 +24,7 @@ from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.records import recording
 from vllm_workflow.router.reload import Reloader
 from vllm_workflow.router.routes import Routes, check_operator
+from vllm_workflow.router.tls import RenewableTls
 from vllm_workflow.router.upstreams import Upstreams
 
 
@@ -65,8 +66,8 @@ async def serve(
         stack.callback(parts.upstreams.close)
         await parts.begin()
         await stack.enter_async_context(beside(*parts.watchers()))
-        reload = Reloader(config, read, parts)
-        tls = config.tls.context() if config.tls else None
+        tls = RenewableTls(config.tls.context()) if config.tls else None
+        reload = Reloader(config, read, parts, tls)
         admin_url = ""
         if config.admin and parts.operator:
             listener = Listener(
@@ -81,8 +82,11 @@ async def serve(
                     config.admin.host, config.admin.port, where="admin.host, admin.port"
                 )
             )
-        app = _routes(parts)
-        listener = Listener(app, config.limits, tls, grace_s=config.shutdown_grace_s)
+        routes = _routes(parts)
+        app = routes.build()
+        listener = Listener(
+            app, config.limits, tls, grace_s=config.shutdown_grace_s, calls=routes.calls()
+        )
         reload.listeners.append(listener)
         url = await stack.enter_async_context(listener.listening(config.host, config.port))
         yield Router(
@@ -103,7 +107,7 @@ def _admin(parts: Parts, operator: KeyCheck, reload: Reloader) -> web.Applicatio
     ).build()
 
 
-def _routes(parts: Parts) -> web.Application:
+def _routes(parts: Parts) -> Routes:
     def add_dashboard(app: web.Application) -> None:
         board, access, operator = parts.records.board, parts.access, parts.operator
         if board is not None:
@@ -112,7 +116,7 @@ def _routes(parts: Parts) -> web.Application:
 
     return Routes(
         parts.proxy, parts.upstreams, parts.metrics, parts.access, parts.operator, add_dashboard
-    ).build()
+    )
 
 
 def _session() -> aiohttp.ClientSession:

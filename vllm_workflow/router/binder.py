@@ -117,7 +117,7 @@ class Binder:
             try:
                 self._dispatcher.waiting.check(request)
             except OverloadedError:
-                self._dispatcher.withdraw(request.request_id)
+                self._dispatcher.withdraw(request.request_id, refused=True)
                 self.poll()
                 raise
             decision = await self._wait_for_room(request, tries)

@@ -6,8 +6,10 @@ import json
 from collections.abc import Mapping
 
 from aiohttp import web
+from multidict import CIMultiDict
 
 from vllm_workflow.core.errors import WorkflowError
+from vllm_workflow.router.exchange import Answer, response_of
 
 
 class RequestError(WorkflowError, ValueError):
@@ -28,11 +30,15 @@ class RequestError(WorkflowError, ValueError):
         self.code = code
         self.headers = headers
 
-    def response(self) -> web.Response:
+    def answer(self) -> Answer:
         """Return what the client gets."""
-        return error_response(
+        return error_answer(
             self.status, str(self), param=self.param, code=self.code, headers=self.headers
         )
+
+    def response(self) -> web.Response:
+        """Return the same for aiohttp."""
+        return response_of(self.answer())
 
 
 def malformed(where: str, wanted: str, got: object) -> RequestError:
@@ -49,6 +55,20 @@ def error_json(
     return json.dumps({"error": error}).encode()
 
 
+def error_answer(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Answer:
+    body = error_json(status, message, param=param, code=code)
+    return Answer(
+        status, CIMultiDict({"Content-Type": "application/json"} | dict(headers or {})), body
+    )
+
+
 def error_response(
     status: int,
     message: str,
@@ -57,7 +77,5 @@ def error_response(
     code: str | None = None,
     headers: Mapping[str, str] | None = None,
 ) -> web.Response:
-    body = error_json(status, message, param=param, code=code)
-    return web.Response(
-        status=status, body=body, content_type="application/json", headers=headers or {}
-    )
+    """Return an error's answer for aiohttp."""
+    return response_of(error_answer(status, message, param=param, code=code, headers=headers))

@@ -9,7 +9,6 @@ import time
 from collections.abc import Callable, Mapping
 from functools import partial
 
-from aiohttp import web
 from multidict import CIMultiDict
 
 from vllm_workflow.core.ordering import OrderingPolicy
@@ -25,6 +24,7 @@ from vllm_workflow.router.attempt import MISSING, Attempt, LostError, Refusal, r
 from vllm_workflow.router.call import Call, forwarded_body, response_headers
 from vllm_workflow.router.connection import BrokenOffError, Connection, HowMuchToHold
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.tries import is_refusal
@@ -56,12 +56,12 @@ class Forwarder:
         self._ordering = ordering
 
     async def forward(
-        self, request: web.Request | None, call: Call, attempt: Attempt, *, fresh: bool
-    ) -> web.StreamResponse | Refusal:
+        self, exchange: Exchange | None, call: Call, attempt: Attempt, *, fresh: bool
+    ) -> Answer | Refusal:
         """Forward the call and pass the answer on, or return why another one is to be asked.
 
         Args:
-            request: To answer as bytes come; None: the answer is returned whole.
+            exchange: To answer as bytes come; None: the answer is returned whole.
             call: What to forward.
             attempt: Where to; told how it goes.
             fresh: Take no kept connection.
@@ -78,7 +78,7 @@ class Forwarder:
             connection = None if fresh else pool.kept()
             if connection is None:
                 connection = await self._connected(pool, attempt)
-            hold = held_bytes if request is not None else unbounded
+            hold = held_bytes if exchange is not None else unbounded
             await self._asked(connection, upstream, pool, call, attempt, hold, fresh=fresh)
             first = connection.taken()
             if refusal := await _refusal(attempt, connection, first):
@@ -89,19 +89,15 @@ class Forwarder:
                 check_whole(connection, first)
                 attempt.ok = 200 <= connection.status < 300
                 attempt.usage.add(first[-MAX_USAGE_BYTES:])
-                return self._whole(call, attempt, connection, first)
-            assert request is not None
-            response = web.StreamResponse(
-                status=connection.status,
-                reason=connection.reason,
-                headers=self._headers(connection.headers, call, attempt),
-            )
+                return self._answer(call, attempt, connection, first)
+            assert exchange is not None
+            answer = self._answer(call, attempt, connection, None)
             attempt.is_begun = True
-            passing = Passing(attempt, silence, response)
+            passing = Passing(attempt, silence, exchange)
+            wants_done = _ends_with_done(call, connection)
             async with asyncio.timeout(None) as patience:
                 attempt.give_up = partial(_end, patience)
-                await response.prepare(request)
-                await passing.run(connection, first, wants_done=_ends_with_done(call, connection))
+                await passing.run(answer, connection, first, wants_done=wants_done)
         except TimeoutError:
             if passing is None:
                 raise LostError("hung") from None
@@ -115,13 +111,12 @@ class Forwarder:
                 pool.give_back(connection)
             silence.end(attempt)
         assert passing is not None
-        assert request is not None
-        attempt.ok = passing.is_whole and 200 <= passing.response.status < 300
+        attempt.ok = passing.is_whole and 200 <= answer.status < 300
         if not passing.is_whole:
             self._upstreams.suspect(attempt.instance_id)
             self._metrics.broken(attempt.instance_id)
-            await passing.break_off(request)
-        return passing.response
+            await passing.break_off()
+        return answer
 
     async def _connected(self, pool: Pool, attempt: Attempt) -> Connection:
         """Return a new connection.
@@ -166,6 +161,7 @@ class Forwarder:
             self._ordering(),
             now=attempt.start_time,
             unix_time=time.time(),
+            has_session=bool(upstream.config.kv_events),
         )
         head = pool.head(call.path, upstream.headers(call.headers), len(body))
         attempt.give_up = connection.abandon
@@ -178,16 +174,11 @@ class Forwarder:
             kept = not (fresh or connection.has_head)
             raise LostError("closed" if kept else "disconnected") from None
 
-    def _whole(
-        self, call: Call, attempt: Attempt, upstream: Connection, body: bytes
-    ) -> web.Response:
-        """Return an answer that was held."""
-        return web.Response(
-            status=upstream.status,
-            reason=upstream.reason,
-            headers=self._headers(upstream.headers, call, attempt),
-            body=body,
-        )
+    def _answer(
+        self, call: Call, attempt: Attempt, upstream: Connection, body: bytes | None
+    ) -> Answer:
+        headers = self._headers(upstream.headers, call, attempt)
+        return Answer(upstream.status, headers, body, upstream.reason)
 
     def _headers(
         self, headers: Mapping[str, str], call: Call, attempt: Attempt

@@ -9,6 +9,7 @@ from aiohttp import web
 from pydantic import Field
 
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.exchange import Exchange
 from vllm_workflow.yaml_config import Strict
 
 RETRY_AFTER_S = 1
@@ -122,7 +123,7 @@ class BodyReader:
         """
         self._bodies.hold(self, num_bytes)
 
-    async def read(self, request: web.Request) -> bytes:
+    async def read(self, request: Exchange) -> bytes:
         """Return the body, decompressed.
 
         Raises:
@@ -131,15 +132,14 @@ class BodyReader:
         """
         bodies = self._bodies
         bodies.check_length(request.content_length)
-        content = request.content
-        if content.is_eof() and content.exception() is None:  # most are here already
-            body = content.read_nowait()
+        body = request.whole()
+        if body is not None:  # most are here already
             bodies.take(self, len(body))
             return body
         chunks: list[bytes] = []
         try:
             async with asyncio.timeout(bodies.timeout_s):
-                while chunk := await content.readany():
+                while chunk := await request.more():
                     bodies.take(self, len(chunk))
                     chunks.append(chunk)
         except TimeoutError:

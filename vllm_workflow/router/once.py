@@ -11,12 +11,12 @@ import asyncio
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass
 from hashlib import blake2b
-from typing import NamedTuple
-
-from aiohttp import web
+from typing import Any, NamedTuple, TypeVar
 
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.wire import is_label
+
+T = TypeVar("T")
 
 
 class Key(NamedTuple):
@@ -32,7 +32,7 @@ class Key(NamedTuple):
 @dataclass(slots=True)
 class _Running:
     digest: bytes
-    task: asyncio.Task[web.Response] | None
+    task: asyncio.Task[Any] | None
     """None for a stream, which has one reader."""
     num_waiting: int = 0
 
@@ -93,10 +93,10 @@ class Once:
         self,
         key: Key,
         body: bytes,
-        start: Callable[[], Coroutine[None, None, web.Response]],
+        start: Callable[[], Coroutine[None, None, T]],
         *,
         again: bool,
-    ) -> web.Response:
+    ) -> T:
         """Return the answer of the call of that key, which runs once for all who wait for it.
 
         It is given up when the last one has left.
@@ -128,13 +128,13 @@ class Once:
             )
         running.num_waiting += 1
         try:
-            answer = await asyncio.shield(running.task)
+            answer: T = await asyncio.shield(running.task)
         finally:
             running.num_waiting -= 1
             if not running.num_waiting:
                 self._drop(key, running)  # who comes now must not wait for what is given up
                 running.task.cancel()
-        return _copy(answer)
+        return answer
 
     def _drop(self, key: Key, running: _Running) -> None:
         """Forget a call, unless another one has come under its key since."""
@@ -159,13 +159,6 @@ def _checked(running: _Running, key: Key, body: bytes) -> bool:
             code="idempotency_key_reused",
         )
     return False
-
-
-def _copy(answer: web.Response) -> web.Response:
-    """An answer object can be sent once."""
-    return web.Response(
-        status=answer.status, reason=answer.reason, headers=answer.headers, body=answer.body
-    )
 
 
 def _digest(body: bytes) -> bytes:

@@ -12,6 +12,7 @@ from yarl import URL
 
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.head import HeadError, head
 
 CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 3.0
@@ -36,8 +37,8 @@ class Pool:
         self._host = parsed.raw_host or ""
         self._port = parsed.port or (443 if parsed.scheme == "https" else 80)
         self._tls = tls if parsed.scheme == "https" else None
-        self._before_path = f"POST {parsed.raw_path.rstrip('/')}"
-        self._after_path = f" HTTP/1.1\r\nHost: {parsed.host_port_subcomponent}\r\n"
+        self._base = f"POST {parsed.raw_path.rstrip('/')}"
+        self._host_line = f"Host: {parsed.host_port_subcomponent}"
         self._kept: list[Connection] = []
         """The one used last at the end."""
         self._is_closed = False
@@ -56,15 +57,14 @@ class Pool:
         Raises:
             RequestError: A header that would end before its end.
         """
-        lines = [f"{name}: {value}\r\n" for name, value in headers.items()]
-        text = (
-            f"{self._before_path}{path}{self._after_path}"
-            f"{''.join(lines)}Content-Length: {num_bytes}\r\n\r\n"
-        )
-        num_lines = len(lines) + 4
-        if text.count("\n") != num_lines or text.count("\r") != num_lines or "\0" in text:
-            raise RequestError("headers: expected none with a line break, got one")
-        return text.encode("utf-8", "surrogateescape")
+        try:
+            return head(
+                (f"{self._base}{path} HTTP/1.1", self._host_line),
+                headers,
+                f"Content-Length: {num_bytes}",
+            )
+        except HeadError as e:
+            raise RequestError(str(e)) from None
 
     def kept(self) -> Connection | None:
         """Return a connection that was kept; None if there is none that can be trusted."""

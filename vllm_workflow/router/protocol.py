@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import ssl
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -19,13 +16,12 @@ from aiohttp import http_exceptions, web
 
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.errors import error_json, error_response
+from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.limits import LimitsConfig
+from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
+from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)
-_LINGERING_S = 2.0
-"""A refused body is read and thrown away for this long, so that its sender sees the answer."""
-_BACKLOG = 1024
-"""Connections that may wait to be taken."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -40,7 +36,7 @@ class Protocol(web.RequestHandler):
 
     __slots__ = ("_head_timer", "_limits", "_listener", "_trust", "_write_timer")
 
-    def __init__(self, listener: Listener, **kwargs: Any) -> None:
+    def __init__(self, listener: Listener, num_trusts: int, **kwargs: Any) -> None:
         limits = listener.limits
         super().__init__(
             listener.server,
@@ -48,14 +44,14 @@ class Protocol(web.RequestHandler):
             max_line_size=limits.max_header_bytes,
             max_field_size=limits.max_header_bytes,
             max_headers=limits.max_headers,
-            lingering_time=_LINGERING_S,
+            lingering_time=LINGERING_S,
             access_log=None,  # type: ignore[arg-type]
             logger=_logger,
             **kwargs,
         )
         self._listener = listener
         self._limits = limits
-        self._trust = listener.num_trusts
+        self._trust = num_trusts
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
 
@@ -174,30 +170,39 @@ class Listener:
     """An application on an address.
 
     Args:
-        app: Answers.
+        app: Answers what is no plain call.
         limits: Of connections.
         tls: That connections are taken with; None: in plain text.
         grace_s: How long calls under way may take to end when it closes.
+        calls: What answers plain calls, by path.
     """
 
     def __init__(
         self,
         app: web.Application,
         limits: LimitsConfig,
-        tls: ssl.SSLContext | None,
+        tls: RenewableTls | None,
         *,
         grace_s: float,
+        calls: Mapping[str, Handle] | None = None,
     ) -> None:
+        self.handles = {
+            f"POST {path} HTTP/1.1".encode(): handle for path, handle in (calls or {}).items()
+        }
+        """By request line."""
+        self.plain: set[PlainConnection] = set()
+        self.is_ending = False
+        """Whether every answer is the last one on its connection."""
         self.limits = limits
         """May be replaced: connections made from then on have the new ones."""
         self.grace_s = grace_s
         """May be replaced."""
         self.num_connections = 0
         self.num_trusts = 0
-        """Grows whenever those who were let in before may no longer be."""
+        """To be raised when clients that were let in may be no more: each connection made before
+        ends with its next answer."""
         self._tls = tls
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        self._servers: Sequence[asyncio.Server] = ()
 
     @property
     def server(self) -> web.Server:
@@ -218,71 +223,53 @@ class Listener:
         try:
             try:
                 server = await loop.create_server(
-                    self._protocol, host, port, ssl=self._tls, backlog=_BACKLOG
+                    self._protocol, host, port, ssl=self._tls, backlog=1024
                 )
             except OSError as e:
                 raise ConfigError(
                     f"{where}: cannot listen on {host}:{port}: {e.strerror}"
                 ) from None
-            self._servers = [server]
             address, number = server.sockets[0].getsockname()[:2]
             name = f"[{address}]" if ":" in address else address
             try:
                 yield f"{'https' if self._tls else 'http'}://{name}:{number}"
             finally:
-                self._close_servers()
+                server.close()
                 await self._end_connections()
         finally:
             await self._runner.cleanup()
 
-    async def renewed(self, tls: ssl.SSLContext) -> Sequence[asyncio.Server]:
-        """Return what is ready to take connections with another context, for `take` or to close.
+    def _protocol(self) -> asyncio.Protocol:
+        if self.handles:
+            return PlainConnection(self, asyncio.get_running_loop())
+        return self.aiohttp_protocol(self.num_trusts)
 
-        Raises:
-            OSError: There are no file descriptors left.
-        """
-        loop = asyncio.get_running_loop()
-        servers: list[asyncio.Server] = []
-        try:
-            for each in [sock for server in self._servers for sock in server.sockets]:
-                # The same socket in the kernel: whoever waits in its queue is taken, too.
-                same = socket.socket(fileno=os.dup(each.fileno()))
-                servers.append(
-                    await loop.create_server(
-                        self._protocol, sock=same, ssl=tls, backlog=_BACKLOG, start_serving=False
-                    )
-                )
-        except BaseException:
-            for server in servers:
-                server.close()
-            raise
-        return servers
-
-    async def take(self, servers: Sequence[asyncio.Server], *, distrusts: bool) -> None:
-        """Take connections by other servers on the same sockets, see `renewed`.
+    def aiohttp_protocol(self, num_trusts: int) -> Protocol:
+        """Return what reads all that clients may send.
 
         Args:
-            servers: In the place of those before.
-            distrusts: End each connection there is with its next answer.
+            num_trusts: As it was when the connection was made.
         """
-        for server in servers:
-            await server.start_serving()
-        self._close_servers()
-        self._servers = servers
-        self.num_trusts += distrusts
-
-    def _protocol(self) -> Protocol:
-        return Protocol(self, loop=asyncio.get_running_loop())
-
-    def _close_servers(self) -> None:
-        for server in self._servers:
-            server.close()
+        return Protocol(self, num_trusts, loop=asyncio.get_running_loop())
 
     async def _end_connections(self) -> None:
         """Let calls under way end, for as long as they may."""
         await asyncio.sleep(0)  # what has been sent up to now is begun
+        self.is_ending = True
         self.server.pre_shutdown()
-        await self.server.shutdown(self.grace_s)
+        await asyncio.gather(self._end_plain(), self.server.shutdown(self.grace_s))
+
+    async def _end_plain(self) -> None:
+        for connection in list(self.plain):
+            connection.end()
+        tasks = [connection.task for connection in self.plain if connection.task is not None]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=self.grace_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        for connection in list(self.plain):
+            connection.abort()
 
 
 def _refusal(error: http_exceptions.HttpProcessingError, limits: LimitsConfig) -> tuple[int, str]:

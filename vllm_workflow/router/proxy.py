@@ -9,7 +9,7 @@ import time
 from functools import partial
 from typing import TYPE_CHECKING
 
-from aiohttp import web
+from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
@@ -21,7 +21,8 @@ from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
-from vllm_workflow.router.errors import RequestError, error_response
+from vllm_workflow.router.errors import RequestError, error_answer
+from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
@@ -35,6 +36,7 @@ from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
 
 if TYPE_CHECKING:
+    from vllm_workflow.router.kv_events import KvEvents
     from vllm_workflow.router.tracing import Tracing
 
 RETRY_AFTER_S = 1
@@ -63,6 +65,7 @@ class Proxy:
         set_priority: bool = False,
         log_prompts: bool = False,
         tracing: Tracing | None = None,
+        kv_events: KvEvents | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -77,6 +80,7 @@ class Proxy:
         self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self._tracing = tracing
+        self._kv_events = kv_events
         self.runs = Runs(self._run_ended)
         self.running = Once()
 
@@ -88,40 +92,40 @@ class Proxy:
     def _ordering(self) -> OrderingPolicy | None:
         return self._dispatcher.config.build_ordering() if self.set_priority else None
 
-    async def handle(self, request: web.Request, *, takes_xargs: bool) -> web.StreamResponse:
+    async def handle(self, exchange: Exchange, *, takes_xargs: bool) -> Answer:
         """Answer one call.
 
         Args:
-            request: From the client.
+            exchange: With the client.
             takes_xargs: Whether the endpoint knows `vllm_xargs` and `priority`.
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
         call, begin = None, time.monotonic()
         try:
             with self._bodies.held() as reader:
-                call = await self._read(request, reader, begin, takes_xargs=takes_xargs)
+                call = await self._read(exchange, reader, begin, takes_xargs=takes_xargs)
                 stage = call.info.stage
-                response = await self._once(request, call)
-            instance_id = response.headers.get("X-Workflow-Instance", "")
+                answer = await self._once(exchange, call)
+            instance_id = answer.headers.get("X-Workflow-Instance", "")
         except RequestError as e:
-            response = e.response()
+            answer = e.answer()
         except ConnectionResetError:  # it left while the answer was written to it
-            return web.Response()
+            return Answer(_CLIENT_LEFT, CIMultiDict(), b"")
         except Exception:
             status = 500
             raise
         else:
-            status = response.status
+            status = answer.status
         finally:
             if status == _CLIENT_LEFT:
                 self._metrics.client_left()
             self._metrics.answered(instance_id, stage, status)
             if calls.isEnabledFor(logging.INFO):
                 _log_call(call, instance_id, status, begin)
-        return response
+        return answer
 
     async def _read(
-        self, request: web.Request, reader: BodyReader, now: float, *, takes_xargs: bool
+        self, request: Exchange, reader: BodyReader, now: float, *, takes_xargs: bool
     ) -> Call:
         caller = self._access.caller(request.headers)
         headers, request_id = request_headers(request.headers)
@@ -155,7 +159,7 @@ class Proxy:
             final=info.final,
         )
         return Call(
-            path=request.rel_url.raw_path_qs,
+            path=request.path,
             headers=headers,
             body=body,
             info=info,
@@ -164,7 +168,7 @@ class Proxy:
             takes_xargs=takes_xargs,
         )
 
-    async def _once(self, request: web.Request, call: Call) -> web.StreamResponse:
+    async def _once(self, request: Exchange, call: Call) -> Answer:
         """Relay the call unless it runs already."""
         info = call.info
         known = key_of(request.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id)
@@ -173,13 +177,8 @@ class Proxy:
         key, again = known
         body = call.path.encode() + b"\n" + call.body.raw
         if not call.body.stream:
-
-            async def whole() -> web.Response:
-                response = await self._in_run(None, call)
-                assert isinstance(response, web.Response)
-                return response
-
-            return await self.running.answer(key, body, whole, again=again)
+            start = partial(self._in_run, None, call)
+            return await self.running.answer(key, body, start, again=again)
         if not self.running.begin_stream(key, body, again=again):
             return await self._in_run(request, call)
         try:
@@ -187,7 +186,7 @@ class Proxy:
         finally:
             self.running.end_stream(key)
 
-    async def _in_run(self, request: web.Request | None, call: Call) -> web.StreamResponse:
+    async def _in_run(self, request: Exchange | None, call: Call) -> Answer:
         """Relay the call as part of its run.
 
         Args:
@@ -218,9 +217,7 @@ class Proxy:
         finally:
             self.runs.end(call.info, run, time.monotonic(), ok=ok)
 
-    async def _traced(
-        self, request: web.Request | None, call: Call, run: Run
-    ) -> tuple[web.StreamResponse, bool]:
+    async def _traced(self, request: Exchange | None, call: Call, run: Run) -> tuple[Answer, bool]:
         if self._tracing is None:
             return await self._relay(request, call)
         with self._tracing.call(call, run) as span:
@@ -233,9 +230,7 @@ class Proxy:
         if self._tracing is not None:
             self._tracing.run_ended(run)
 
-    async def _relay(
-        self, request: web.Request | None, call: Call
-    ) -> tuple[web.StreamResponse, bool]:
+    async def _relay(self, request: Exchange | None, call: Call) -> tuple[Answer, bool]:
         """Ask instances until one answers; then stay with it. Returns whether it ended well."""
         tries = Tries(
             partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
@@ -286,6 +281,8 @@ class Proxy:
         stream = call.body.stream
         attempt = Attempt(decision, call.request, now, Usage(stream=stream), stream)
         self._metrics.dispatched(decision, now - call.request.arrival_time)
+        if self._kv_events is not None:
+            self._kv_events.sent(attempt.instance_id, call.request)
         return attempt
 
     def _settle(self, call: Call, attempt: Attempt) -> None:
@@ -293,14 +290,16 @@ class Proxy:
         outcome = attempt.outcome(time.monotonic())
         self._binder.settle(outcome)
         self._metrics.settled(attempt.decision, outcome)
+        if self._kv_events is not None:
+            self._kv_events.ended(outcome)
         if self._metrics.tenants is not None:
             self._metrics.tenants.used(call.request.tenant_id, outcome)
 
-    def _give_up(self, call: Call, tries: Tries) -> web.Response:
+    def _give_up(self, call: Call, tries: Tries) -> Answer:
         """Answer for a fleet of which no instance could: with its own last word, if any."""
         model = call.body.model
         if tries.refusal is None and self._binder.is_gone(model):
-            return error_response(
+            return error_answer(
                 404,
                 f"model: {model!a:.256} is not served here any more",
                 param="model",
@@ -309,7 +308,7 @@ class Proxy:
             )
         if tries.refusal is None:
             reason = "; ".join(tries.reasons) or "none is healthy"
-            return error_response(
+            return error_answer(
                 503,
                 f"no instance can serve model {model!a:.256} now ({reason})",
                 code="no_instance",
@@ -321,7 +320,7 @@ class Proxy:
         headers["X-Workflow-Instance"] = refusal.instance_id
         if refusal.status in BUSY:
             headers.setdefault("Retry-After", str(RETRY_AFTER_S))
-        return web.Response(status=refusal.status, body=refusal.body, headers=headers)
+        return Answer(refusal.status, headers, refusal.body)
 
 
 def _log_call(call: Call | None, instance_id: str, status: int, begin: float) -> None:
@@ -345,14 +344,15 @@ def _log_call(call: Call | None, instance_id: str, status: int, begin: float) ->
     calls.info("call %s", text, extra=fields)
 
 
-def _refusal(call: Call, error: OverloadedError) -> web.Response:
+def _refusal(call: Call, error: OverloadedError) -> Answer:
     """Answer for a run that is not to begin."""
-    return error_response(
+    return error_answer(
         503,
         str(error),
         code="overloaded",
         headers={
             "X-Request-Id": call.request_id,
             "Retry-After": str(math.ceil(error.retry_after_s)),
+            "X-Workflow-Refused": "overloaded",
         },
     )

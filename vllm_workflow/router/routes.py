@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 from functools import partial, wraps
 
 from aiohttp import HttpVersion11, web
 
 from vllm_workflow.router.auth import Access, KeyCheck, unauthorized, visible
 from vllm_workflow.router.errors import RequestError, error_response
+from vllm_workflow.router.exchange import Handle, by_aiohttp
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.openapi import document
 from vllm_workflow.router.proxy import Proxy
@@ -48,16 +49,18 @@ class Routes:
         self._operator = operator
         self._more = more
 
+    def calls(self) -> Mapping[str, Handle]:
+        """Return what is relayed to instances, by path."""
+        generating = partial(self._proxy.handle, takes_xargs=True)
+        embedding = partial(self._proxy.handle, takes_xargs=False)
+        return dict.fromkeys(GENERATION_PATHS, generating) | dict.fromkeys(
+            EMBEDDING_PATHS, embedding
+        )
+
     def build(self) -> web.Application:
         app = web.Application(logger=logging.getLogger(__name__))
-        for path in GENERATION_PATHS:
-            app.router.add_post(
-                path, partial(self._proxy.handle, takes_xargs=True), expect_handler=expect
-            )
-        for path in EMBEDDING_PATHS:
-            app.router.add_post(
-                path, partial(self._proxy.handle, takes_xargs=False), expect_handler=expect
-            )
+        for path, handle in self.calls().items():
+            app.router.add_post(path, by_aiohttp(handle), expect_handler=expect)
         app.router.add_get("/v1/models", answering(self._models), expect_handler=expect)
         app.router.add_get("/health", answering(self._health), expect_handler=expect)
         app.router.add_get("/metrics", answering(self._show_metrics), expect_handler=expect)

@@ -11,7 +11,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from aiohttp import web
 from opentelemetry import context as otel_context
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -25,6 +24,7 @@ from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapProp
 from vllm_workflow.core.events import Event, Polled, Submitted
 from vllm_workflow.core.types import Decision
 from vllm_workflow.router.call import Call
+from vllm_workflow.router.exchange import Answer
 from vllm_workflow.router.runs import Run
 
 _PREFIX = "vllm_workflow."
@@ -130,7 +130,7 @@ class CallSpan:
     def __init__(self, span: Span) -> None:
         self._span = span
 
-    def answered(self, response: web.StreamResponse, *, ok: bool) -> None:
+    def answered(self, response: Answer, *, ok: bool) -> None:
         """Note what the client got."""
         self._span.set_attribute("http.response.status_code", response.status)
         if instance := response.headers.get("X-Workflow-Instance"):

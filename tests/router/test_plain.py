@@ -1,0 +1,259 @@
+"""Plain calls, which are read without aiohttp, and how its connection becomes aiohttp's."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import pytest
+
+from tests.fakes import FakeEngine
+from tests.router.conftest import CHAT, Client, Routing
+from vllm_workflow.router.plain_connection import PlainConnection
+
+pytestmark = pytest.mark.anyio
+
+BODY = b'{"model":"m","messages":[]}'
+STREAM = b'{"model":"m","messages":[],"stream":true}'
+HEALTH = b"GET /health HTTP/1.1\r\nHost: router\r\n\r\n"
+
+
+def post(body: bytes = BODY, *headers: bytes) -> bytes:
+    lines = [f"POST {CHAT} HTTP/1.1".encode(), b"Host: router", *headers]
+    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
+
+
+class Answered:
+    """One answer, as it stood on the wire."""
+
+    def __init__(self, head: bytes, body: bytes) -> None:
+        first, *lines = head.decode().split("\r\n")
+        self.status = int(first.split()[1])
+        self.first = first
+        self.headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines if line)}
+        self.body = body
+
+
+class Wire:
+    """A connection to the router."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.reader = reader
+        self.writer = writer
+
+    def send(self, data: bytes) -> None:
+        self.writer.write(data)
+
+    async def answer(self) -> Answered:
+        head = await self.reader.readuntil(b"\r\n\r\n")
+        answered = Answered(head.removesuffix(b"\r\n\r\n"), b"")
+        if "content-length" in answered.headers:
+            answered.body = await self.reader.readexactly(int(answered.headers["content-length"]))
+            return answered
+        while size := int(await self.reader.readline(), 16):
+            answered.body += (await self.reader.readexactly(size + 2))[:-2]
+        await self.reader.readexactly(2)
+        return answered
+
+
+@asynccontextmanager
+async def wire(client: Client) -> AsyncIterator[Wire]:
+    host, _, port = client.router.url.removeprefix("http://").partition(":")
+    async with asyncio.timeout(10):
+        reader, writer = await asyncio.open_connection(host, int(port))
+        try:
+            yield Wire(reader, writer)
+        finally:
+            writer.close()
+
+
+@pytest.fixture
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[PlainConnection]:
+    """The connections that were given to aiohttp."""
+    connections: list[PlainConnection] = []
+    hand_over = PlainConnection._hand_over
+
+    def noted(self: PlainConnection, data: bytes) -> None:
+        connections.append(self)
+        hand_over(self, data)
+
+    monkeypatch.setattr(PlainConnection, "_hand_over", noted)
+    return connections
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM, b"{", b'{"model":"no"}', b'{"model":1}'])
+async def test_whoever_reads_a_call_its_answer_is_the_same(
+    routing: Routing, taken: list[PlainConnection], body: bytes
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        answers = []
+        for header in (b"X-Custom: 1", b"TE: trailers"):
+            async with wire(client) as sent:
+                sent.send(post(body, header, b"X-Request-Id: mine"))
+                answers.append(await sent.answer())
+
+    plain, other = answers
+    assert len(taken) == 1
+    assert plain.first == other.first
+    assert plain.body == other.body
+    changing = {"date", "server", "x-workflow-queue-ms"}
+    assert {k: v for k, v in plain.headers.items() if k not in changing} == {
+        k: v for k, v in other.headers.items() if k not in changing
+    }
+    assert "date" in plain.headers
+
+
+async def test_wherever_packets_end_a_call_is_the_same(
+    routing: Routing, taken: list[PlainConnection], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    received: list[bytes] = []
+    receive = PlainConnection.data_received
+
+    def noted(self: PlainConnection, data: bytes) -> None:
+        received.append(data)
+        receive(self, data)
+
+    monkeypatch.setattr(PlainConnection, "data_received", noted)
+    raw = post('{"model":"m","user":"é"}'.encode(), b"X-Custom: 1")
+    head_size = raw.index(b"\r\n\r\n") + 4
+    ends = (1, 20, head_size - 2, head_size, head_size + 1, len(raw) - 1)
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        for end in ends:
+            received.clear()
+            async with wire(client) as sent:
+                sent.send(raw[:end])
+                while not received:
+                    await asyncio.sleep(0.001)
+                sent.send(raw[end:])
+                assert (await sent.answer()).status == 200
+
+    assert {each.raw for each in engine.received} == {raw[head_size:]}
+    assert len(engine.received) == len(ends)
+    assert len(taken) == 3  # of which the head did not come at once
+
+
+async def test_calls_sent_at_once_are_answered_in_turn(
+    routing: Routing, taken: list[PlainConnection]
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with wire(client) as sent:
+            sent.send(post(BODY) + post(STREAM) + post(BODY) + HEALTH + post(BODY))
+            kinds = [(await sent.answer()).headers["content-type"] for _ in range(5)]
+
+    assert [kind.partition(";")[0] for kind in kinds] == [
+        "application/json",
+        "text/event-stream",
+        "application/json",
+        "application/json",
+        "application/json",
+    ]
+    assert len(engine.received) == 4
+    assert len(taken) == 1
+
+
+async def test_a_connection_stays_for_the_next_call_unless_it_is_to_end(
+    routing: Routing, taken: list[PlainConnection]
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with wire(client) as sent:
+            for _ in range(3):
+                sent.send(post(BODY))
+                answer = await sent.answer()
+                assert "connection" not in answer.headers
+            sent.send(post(BODY, b"Connection: close"))
+            assert (await sent.answer()).headers["connection"] == "close"
+            assert await sent.reader.read() == b""
+
+    assert taken == []
+    assert len(engine.received) == 4
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        HEALTH,
+        post(BODY)[:40],
+        post(BODY).replace(b"HTTP/1.1", b"HTTP/1.0"),
+        post(BODY).replace(CHAT.encode(), CHAT.encode() + b"?a=b"),
+        post(BODY, b"Content-Length: 27"),
+        post(BODY, b"Transfer-Encoding: chunked"),
+        post(BODY, b"Expect: 100-continue"),
+        post(BODY, b"Upgrade: h2c", b"Connection: Upgrade"),
+        post(BODY, b"Connection: keep-alive, X-Custom"),
+        post(BODY, b"Content-Encoding: gzip"),
+        post(BODY, b"Host: another"),
+        post(BODY, b"X : a"),
+        post(BODY, b" folded"),
+        post(BODY, b"X: a\nY: b"),
+        post(BODY, b"X: " + b"a" * 9000),
+        post(BODY, *[b"X: a"] * 200),
+        post(BODY).replace(b"Host: router\r\n", b""),
+        post(BODY).replace(b"Content-Length: 27", b"Content-Length: 027000000"),
+        post(BODY).replace(b"Content-Length: 27", "Content-Length: ٢٧".encode()),
+        post(BODY).replace(b"Content-Length: 27\r\n", b""),
+    ],
+    ids=lambda data: repr(data)[:120],
+)
+async def test_what_is_not_plain_is_for_aiohttp_to_judge(
+    routing: Routing, taken: list[PlainConnection], data: bytes
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with wire(client) as sent:
+            sent.send(post(BODY))
+            await sent.answer()
+            assert taken == []
+            sent.send(data)
+            while not taken:
+                await asyncio.sleep(0.001)
+        async with client.post() as response:
+            assert response.status == 200
+
+
+async def test_a_client_that_sends_ahead_is_made_to_wait(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    most = 0
+    keep = PlainConnection._keep
+
+    def noted(self: PlainConnection, data: bytes) -> None:
+        nonlocal most
+        keep(self, data)
+        most = max(most, len(self._ahead))
+
+    monkeypatch.setattr(PlainConnection, "_keep", noted)
+    async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
+        async with wire(client) as sent:
+            sent.send(post(BODY) + post(b'{"model":"m","x":"%b"}' % (b"x" * 900_000)) * 20)
+            await engine.wait_for(received=1)
+            for _ in range(100):
+                await asyncio.sleep(0)
+            engine.release(21)
+            for _ in range(21):
+                assert (await sent.answer()).status == 200
+
+    assert 0 < most < 2_000_000
+
+
+async def test_a_call_that_breaks_the_router_is_told_so(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+
+        def broken(*args: Any, **kwargs: Any) -> None:
+            raise ZeroDivisionError
+
+        with monkeypatch.context() as patched:
+            patched.setattr(client.router.proxy.runs, "begin", broken)
+            async with wire(client) as sent:
+                sent.send(post(BODY))
+                answer = await sent.answer()
+                assert await sent.reader.read() == b""
+        async with client.post() as response:
+            assert response.status == 200
+
+    assert answer.status == 500
+    assert json.loads(answer.body)["error"]["message"] == "the router failed at this call"
+    assert "a call failed" in caplog.text

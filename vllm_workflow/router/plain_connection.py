@@ -1,0 +1,293 @@
+"""Connections of clients that send plain calls, read and answered without aiohttp.
+
+Nearly every request is a POST to one of a few paths, with a short head that comes at once and the
+length of its body. A general server makes many objects for it. What is written here takes such
+requests only; at the first other one, malformed ones among them, aiohttp gets the connection with
+all that was not read of it, and keeps it. llhttp, by `httptools`, judges in both what is HTTP.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import socket
+from typing import TYPE_CHECKING, cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
+from multidict import CIMultiDict, istr
+
+from vllm_workflow.router.errors import error_answer
+from vllm_workflow.router.exchange import Handle
+from vllm_workflow.router.head import HeadError
+from vllm_workflow.router.plain import CONNECTION, LENGTH, PlainExchange
+
+if TYPE_CHECKING:
+    from vllm_workflow.router.protocol import Listener
+
+MAX_PLAIN_BODY_BYTES = 1 << 20
+LINGERING_S = 2.0
+"""A refused body is read and thrown away for this long, so that its sender sees the answer."""
+_MAX_AHEAD_BYTES = 64 << 10
+"""Of requests that are sent before the one under way is answered."""
+_HOST = istr("Host")
+_UNUSUAL = tuple(
+    map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE"))
+)
+_logger = logging.getLogger(__name__)
+
+
+class PlainConnection(asyncio.Protocol):
+    """One connection of a client, until it sends something that is not plain."""
+
+    __slots__ = (
+        "_ahead",
+        "_drained",
+        "_exchange",
+        "_fields",
+        "_idle_since",
+        "_idle_timer",
+        "_is_lingering",
+        "_is_paused",
+        "_limits",
+        "_listener",
+        "_loop",
+        "_num_trusts",
+        "_parser",
+        "_transport",
+        "_write_timer",
+        "is_write_paused",
+        "task",
+    )
+
+    def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
+        self.is_write_paused = False
+        self.task: asyncio.Task[None] | None = None
+        """Answers the request under way."""
+        self._listener = listener
+        self._limits = listener.limits
+        self._num_trusts = listener.num_trusts
+        self._loop = loop
+        self._transport: asyncio.Transport | None = None
+        self._parser: HttpRequestParser | None = HttpRequestParser(self)
+        self._fields: list[tuple[str, str]] = []
+        self._exchange: PlainExchange | None = None
+        self._ahead = b""
+        self._is_paused = self._is_lingering = False
+        self._drained: asyncio.Future[None] | None = None
+        self._idle_since = loop.time()
+        self._idle_timer: asyncio.TimerHandle | None = None
+        self._write_timer: asyncio.TimerHandle | None = None
+
+    @property
+    def is_ending(self) -> bool:
+        listener = self._listener
+        return listener.is_ending or self._num_trusts != listener.num_trusts
+
+    # Its life.
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by its type
+        self._listener.plain.add(self)
+        self._listener.num_connections += 1
+        if self._listener.num_connections > self._limits.max_connections:
+            self._hand_over(b"")
+            return
+        taken = transport.get_extra_info("socket")
+        if taken is not None:
+            taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self._idle_timer = self._loop.call_later(self._limits.idle_timeout_s, self._look_idle)
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._leave()
+        if self.task is not None:
+            self.task.cancel()
+
+    def _leave(self) -> None:
+        self._transport = self._parser = None
+        self._listener.plain.discard(self)
+        self._listener.num_connections -= 1
+        for timer in (self._idle_timer, self._write_timer):
+            if timer is not None:
+                timer.cancel()
+
+    def _hand_over(self, data: bytes) -> None:
+        """Let aiohttp have the connection, and what is not read of it."""
+        transport = self._transport
+        assert transport is not None
+        self._leave()
+        protocol = self._listener.aiohttp_protocol(self._num_trusts)
+        transport.set_protocol(protocol)
+        protocol.connection_made(transport)
+        if data:  # when what waits for requests there has begun to
+            self._loop.call_soon(protocol.data_received, data)
+
+    def _look_idle(self) -> None:
+        """Close the connection if there was no request for long."""
+        timeout_s = self._limits.idle_timeout_s
+        idle_s = 0.0 if self._exchange is not None else self._loop.time() - self._idle_since
+        if idle_s >= timeout_s:
+            self.close()
+        else:
+            self._idle_timer = self._loop.call_later(timeout_s - idle_s, self._look_idle)
+
+    def end(self) -> None:
+        """End the connection if nothing is under way on it."""
+        if self._exchange is None:
+            self.close()
+
+    def close(self) -> None:
+        if self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        if self._transport is not None:
+            self._transport.abort()
+
+    # Requests.
+
+    def data_received(self, data: bytes) -> None:
+        exchange = self._exchange
+        if exchange is None:
+            self._begin(data)
+        elif exchange.missing:
+            self._feed(exchange, data)
+        else:
+            self._keep(data)
+
+    def _begin(self, data: bytes) -> None:
+        """Begin with a request, of which at least the first byte is here."""
+        handle = self._listener.handles.get(data[: data.find(b"\r\n")])
+        end = data.find(b"\r\n\r\n") + 4
+        if handle is None or not 4 <= end <= self._limits.max_header_bytes:
+            self._hand_over(data)
+            return
+        headers = self._headers(data[:end])
+        if headers is None:
+            self._hand_over(data)
+            return
+        exchange = self._exchange = PlainExchange(
+            self, data[5 : data.find(b" ", 5)].decode(), headers
+        )
+        if end < len(data):
+            self._feed(exchange, data[end:])
+        self.task = self._loop.create_task(self._answer(exchange, handle))
+
+    def _headers(self, head: bytes) -> CIMultiDict[str] | None:
+        """Return the headers of a plain request; None if it is another one."""
+        assert self._parser is not None
+        self._fields = []
+        try:
+            self._parser.feed_data(head)
+        except (HttpParserError, HttpParserUpgrade):
+            return None
+        headers = CIMultiDict(self._fields)
+        length = headers.getall(LENGTH, ())
+        is_plain = (
+            len(headers) <= self._limits.max_headers
+            and len(length) == 1
+            and length[0].isdecimal()
+            and len(length[0]) <= 7
+            and int(length[0]) <= MAX_PLAIN_BODY_BYTES
+            and len(headers.getall(_HOST, ())) == 1
+            and all(
+                value.lower() in {"keep-alive", "close"} for value in headers.getall(CONNECTION, ())
+            )
+            and not any(name in headers for name in _UNUSUAL)
+        )
+        return headers if is_plain else None
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Called by the parser."""
+        self._fields.append((name.decode(), value.decode("utf-8", "surrogateescape").strip(" \t")))
+
+    def _feed(self, exchange: PlainExchange, data: bytes) -> None:
+        """Take what has come of a body."""
+        if len(data) > exchange.missing:
+            self._keep(data[exchange.missing :])
+            data = data[: exchange.missing]
+        if self._is_lingering:
+            exchange.missing -= len(data)
+            if not exchange.missing:
+                self.close()
+            return
+        assert self._parser is not None
+        self._parser.feed_data(data)
+        exchange.feed(data)
+
+    def _keep(self, data: bytes) -> None:
+        """Keep what was sent ahead of its turn, or make its sender wait."""
+        self._ahead += data
+        if len(self._ahead) > _MAX_AHEAD_BYTES and not self._is_paused and self._transport:
+            self._is_paused = True
+            self._transport.pause_reading()
+
+    # Answers.
+
+    async def _answer(self, exchange: PlainExchange, handle: Handle) -> None:
+        try:
+            answer = await handle(exchange)
+        except Exception:
+            _logger.exception("a call failed")
+            if exchange.has_begun:
+                self.abort()
+                return
+            answer = error_answer(500, "the router failed at this call")
+            exchange.closes = True
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            return
+        try:
+            exchange.end(answer)
+        except HeadError:
+            _logger.exception("an answer cannot be written")
+            self.abort()
+            return
+        if self.is_write_paused:
+            await self.drained()
+        self._ended(exchange)
+
+    def _ended(self, exchange: PlainExchange) -> None:
+        self.task = None
+        if exchange.missing:
+            self._is_lingering = True
+            self._idle_timer = self._loop.call_later(LINGERING_S, self.close)
+        elif exchange.closes or self.is_ending:
+            self.close()
+        else:
+            self._exchange = None
+            self._idle_since = self._loop.time()
+            if self._ahead:
+                self._go_on()
+
+    def _go_on(self) -> None:
+        data, self._ahead = self._ahead, b""
+        if self._is_paused and self._transport is not None:
+            self._is_paused = False
+            self._transport.resume_reading()
+        self._begin(data)
+
+    def write(self, data: bytes) -> None:
+        transport = self._transport
+        if transport is None or transport.is_closing():
+            raise ConnectionResetError("the client has left")
+        transport.write(data)
+
+    async def drained(self) -> None:
+        self._drained = self._loop.create_future()
+        try:
+            await self._drained
+        finally:
+            self._drained = None
+
+    def pause_writing(self) -> None:
+        self.is_write_paused = True
+        if self._write_timer is None:
+            self._write_timer = self._loop.call_later(self._limits.write_timeout_s, self.abort)
+
+    def resume_writing(self) -> None:
+        self.is_write_paused = False
+        if self._write_timer is not None:
+            self._write_timer.cancel()
+            self._write_timer = None
+        if self._drained is not None and not self._drained.done():
+            self._drained.set_result(None)

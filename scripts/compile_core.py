@@ -26,7 +26,7 @@ CORE = (
     *("dispatcher", "fleet", "handover", "histogram", "holders", "instances", "latency", "learned"),
     *("lengths", "pace", "predictor", "preemption", "prefix", "remaining", "rooms", "run_path"),
     *("runs", "tenant_account", "tenant_admission", "tenant_ledger", "tenant_queue", "tenant_room"),
-    *("transitions", "types", "waiting_room"),
+    *("transitions", "types", "value", "waiting_room"),
 )
 SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),

@@ -4,24 +4,45 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from typing import NamedTuple
+from typing import Final, final
 
 from vllm_workflow.core.backlog import Kind, Waiting
 from vllm_workflow.core.types import Candidate
 
-MAX_LOOKED_AT = 16
+_INF: Final = math.inf
+MAX_LOOKED_AT: Final = 16
 """Calls of one kind that turn out not to fit, after which no more of it are looked at when
 something has changed. Those for which every instance is full are passed over at no cost."""
 
 
-class Choice(NamedTuple):
+@final
+class Choice:
     """A call that starts now, and where."""
 
-    waiting: Waiting
-    candidates: tuple[Candidate, ...]
-    costs: Sequence[float]
-    chosen: int
+    __slots__ = (
+        "candidates",
+        "chosen",
+        "costs",
+        "waiting",
+    )
+
+    waiting: Final[Waiting]
+    candidates: Final[tuple[Candidate, ...]]
+    costs: Final[Sequence[float]]
+    chosen: Final[int]
     """Index of the candidate that it starts on."""
+
+    def __init__(
+        self,
+        waiting: Waiting,
+        candidates: tuple[Candidate, ...],
+        costs: Sequence[float],
+        chosen: int,
+    ) -> None:
+        self.waiting = waiting
+        self.candidates = candidates
+        self.costs = costs
+        self.chosen = chosen
 
 
 def count_in_vain(kind: Kind, num_in_vain: dict[Kind, int], passed_over: set[Kind]) -> None:
@@ -37,7 +58,7 @@ def without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting
             yield waiting
 
 
-def able_among(candidates: Sequence[Candidate], claims: Mapping[str, float]) -> list[int]:
+def able_among(candidates: Sequence[Candidate], claims: Mapping[str, float] | None) -> list[int]:
     """Indexes of the candidates that a call could start on now.
 
     A call does not wait for a faster instance while a slower one could start it: that pays for
@@ -46,11 +67,12 @@ def able_among(candidates: Sequence[Candidate], claims: Mapping[str, float]) -> 
     Args:
         candidates: Predictions; those with no `queue_s` can start it.
         claims: Seconds until a call that goes first starts on an instance: what would still be
-            there by then is not started there.
+            there by then is not started there. None: none does.
     """
-    return [
-        index
-        for index, candidate in enumerate(candidates)
-        if candidate.queue_s <= 0.0
-        and candidate.finish_s <= claims.get(candidate.instance_id, math.inf)
-    ]
+    able = []
+    for index, candidate in enumerate(candidates):
+        if candidate.queue_s <= 0.0 and (
+            not claims or candidate.finish_s <= claims.get(candidate.instance_id, _INF)
+        ):
+            able.append(index)
+    return able

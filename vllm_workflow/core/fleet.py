@@ -10,7 +10,7 @@ import math
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from vllm_workflow.core.account import (
     Account,
@@ -18,16 +18,17 @@ from vllm_workflow.core.account import (
     Need,
     Reserved,
     max_stretch,
-    num_own_tokens,
 )
 from vllm_workflow.core.holders import Holders
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
+_INF: Final = math.inf
+
 __all__ = ["Fleet", "Instance", "max_stretch"]
 
-LARGE_FLEET = 16
+LARGE_FLEET: Final = 16
 """Instances of a fleet up to which every decision looks at all of them."""
 
 
@@ -45,6 +46,10 @@ class Fleet:
         """(models, KV tokens), each once."""
         self.version = 0
         """Grows with whatever may have made room for a further call."""
+        self._listed: list[Account] | None = None
+        """All accounts, until the instances change."""
+        self._need: Need | None = None
+        """Of the call that was looked at last, until the instances change."""
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; calls in flight on it stay counted."""
@@ -53,6 +58,7 @@ class Fleet:
         account = self._accounts.get(instance.instance_id)
         if account is None:
             account = self._accounts[instance.instance_id] = Account(instance)
+            self._listed = None
         else:
             account.replace(instance)
         self._leaving.discard(instance.instance_id)
@@ -77,6 +83,7 @@ class Fleet:
         if instance_id in self._leaving and not self._accounts[instance_id].reserved:
             self._leaving.discard(instance_id)
             del self._accounts[instance_id]
+            self._listed = None
 
     def __contains__(self, instance_id: object) -> bool:
         """Whether an instance is there and was not removed."""
@@ -84,6 +91,7 @@ class Fleet:
 
     def _note_capacities(self) -> None:
         each = [a for i, a in self._accounts.items() if i not in self._leaving]
+        self._need = None
         self._capacities = list(dict.fromkeys([(a.instance.models, a.kv.num_tokens) for a in each]))
 
     def _sharing_latency(self, instance: Instance) -> Instance:
@@ -116,7 +124,7 @@ class Fleet:
             return
         account.num_others = num_others
         num_tokens = account.kv.num_tokens
-        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < math.inf else 0.0
+        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < _INF else 0.0
         self.version += 1
         self._rooms.note(account)
 
@@ -167,11 +175,25 @@ class Fleet:
             shortlist: Of more than `LARGE_FLEET` instances, predict it on some of those that can
                 start it, spread over the fleet, and on those that got its prompt's head last.
         """
-        need = Need(request, self._num_at_most(request))
+        need = self._need_of(request)
         accounts: Iterable[Account] = self._accounts.values()
         if shortlist and self.is_large:
             accounts = self._shortlist(need, exclude)
         return tuple([a.predict(need, now) for a in accounts if a.is_eligible(need, exclude)])
+
+    def _need_of(self, request: StageRequest) -> Need:
+        """What a call asks of any instance; several questions in turn are about the same one."""
+        need = self._need
+        if need is None or need.request is not request:
+            need = self._need = Need(request, self._num_at_most(request))
+        return need
+
+    def renamed(self, request: StageRequest, service_s: float) -> StageRequest:
+        """Return a call with another `service_s`, which nothing here depends on."""
+        made = request.with_service(service_s)
+        if self._need is not None and self._need.request is request:
+            self._need.request = made
+        return made
 
     @property
     def is_large(self) -> bool:
@@ -183,12 +205,16 @@ class Fleet:
 
         None if no healthy instance outside `exclude` serves its model and can hold it.
         """
-        need = Need(request, self._num_at_most(request))
-        everyone = list(self._accounts.values())
+        need, everyone = self._need_of(request), self._everyone()
         each = [a.alone_s(need) for a in _spread(everyone) if a.is_eligible(need, exclude)]
         if not each:
             each = [a.alone_s(need) for a in everyone if a.is_eligible(need, exclude)]
         return sum(each) / len(each) if each else None
+
+    def _everyone(self) -> list[Account]:
+        if self._listed is None:
+            self._listed = list(self._accounts.values())
+        return self._listed
 
     def _shortlist(self, need: Need, exclude: Collection[str]) -> Iterable[Account]:
         """Instances of a large fleet to look at: all that can start a call, if they are few."""
@@ -199,7 +225,7 @@ class Fleet:
         fitting = list(self._rooms.at_least(need.num_own_tokens))
         found = able(_spread(fitting)) or able(fitting)[:LARGE_FLEET]
         if not found:
-            everyone = list(self._accounts.values())
+            everyone = self._everyone()
             found = [a for a in _spread(everyone) if a.is_eligible(need, exclude)]
             return found or everyone
         chosen = {account.instance.instance_id: account for account in found}
@@ -230,7 +256,7 @@ class Fleet:
 
     def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
-        need = Need(request, self._num_at_most(request))
+        need = self._need_of(request)
         for account in self._rooms.at_least(need.num_own_tokens):
             if account.can_start(need) and account.is_eligible(need, exclude):
                 return True
@@ -244,7 +270,7 @@ class Fleet:
         account = self._accounts[candidate.instance_id]
         if not account.num_others or candidate.queue_s <= 0.0:
             return candidate.queue_s
-        return account.own_wait_s(Need(request, 0), now)
+        return account.own_wait_s(self._need_of(request), now)
 
     def _num_at_most(self, request: StageRequest) -> int:
         """Tokens that an instance must be able to hold; 0 if none can hold what is guessed.
@@ -267,7 +293,7 @@ class Fleet:
                 and wrong guesses of lengths come on top.
         """
         reserved = self._accounts[candidate.instance_id].reserved.values()
-        limit = min((r.max_stretch for r in reserved), default=math.inf)
+        limit = min((r.max_stretch for r in reserved), default=_INF)
         return candidate.stretch * (1.0 + margin) <= limit
 
     def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
@@ -323,9 +349,8 @@ class Fleet:
             )
         num_tokens = 0.0
         if request is not None:
-            num_own = num_own_tokens(request)
-            num_tokens = account.kv.num_new_tokens(request.prefix, num_own)
-            account.kv.admit(request_id, request.prefix, num_own)
+            num_own = self._need_of(request).num_own_tokens
+            num_tokens = account.kv.admit(request_id, request.prefix, num_own)
             if self.is_large:
                 self._holders.note(request.prefix, candidate.instance_id)
         account.reserved[request_id] = Reserved(
@@ -333,7 +358,7 @@ class Fleet:
             now,
             now + candidate.finish_s,
             num_tokens,
-            math.inf if request is None else max_stretch(request, candidate, now),
+            _INF if request is None else max_stretch(request, candidate, now),
         )
         account.outstanding_s += candidate.service_s
         self._rooms.note(account)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
+from typing import Final
 
 from vllm_workflow.core.prefix import Chain, Segment
 
-_MAX_PIECES = 1 << 16
+_MAX_PIECES: Final = 1 << 16
 """Prompts come from clients."""
 
 

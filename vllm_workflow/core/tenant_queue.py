@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Container, Iterable, Iterator
 from heapq import merge
+from typing import final
 
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.tenant_account import run_key
@@ -50,8 +51,8 @@ class TenantQueue(Backlog):
         """The first call, if none but its own kind waits and no quota can hold it."""
         if self.has_quota or len(self._by_kind) != 1:
             return None
-        (calls,) = self._by_kind.values()
-        return calls[0]
+        (line,) = self._by_kind.values()
+        return line.calls[0]
 
     def walk_runs(
         self, keys: Iterable[str], passed_over: Container[Kind], last: Waiting
@@ -68,6 +69,7 @@ class TenantQueue(Backlog):
             yield from self._not_seen.pop(key).values()
 
 
+@final
 class Turn:
     """One tenant's queue, and how far it has been looked through."""
 
@@ -79,15 +81,14 @@ class Turn:
         "_shares",
         "_tenant_id",
         "account",
-        "at",
         "calls",
         "head",
+        "num_moves",
+        "number",
         "passed_over",
         "queue",
     )
 
-    at: tuple[float, int, Turn]
-    """Its virtual time when it was last known, and a number that no other has."""
     head: Waiting
 
     def __init__(
@@ -108,6 +109,10 @@ class Turn:
         self._refused: set[Kind] = set()
         self.passed_over = _Either(passed_over, self._refused)
         self.calls: Iterator[Waiting] | None = None
+        self.number = 0
+        """That no other has."""
+        self.num_moves = 0
+        """Calls of it that have had their turn."""
 
     def begin(self) -> None:
         """To be called before a call of it is yielded; most turns never come."""
@@ -125,8 +130,14 @@ class Turn:
             self._refused.add(self.head.kind)
 
 
+At = tuple[float, int, int, Turn]
+"""A tenant's virtual time when it was last known; its number, its moves until then."""
+
+
 def after(last: Waiting, calls: Iterator[Waiting]) -> Iterator[Waiting]:
-    return (waiting for waiting in calls if waiting > last)
+    for waiting in calls:
+        if last < waiting:
+            yield waiting
 
 
 class _Either:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Container, Iterator, Mapping
 from heapq import heapify, heappop, heappush
+from typing import Final
 
 from vllm_workflow.core.admission import Demand
 from vllm_workflow.core.admissions import Admissions
@@ -16,14 +17,14 @@ from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.tenant_admission import TenantAdmissions
 from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, TenantLedger
-from vllm_workflow.core.tenant_queue import TenantQueue, Turn, after
+from vllm_workflow.core.tenant_queue import At, TenantQueue, Turn, after
 from vllm_workflow.core.types import Candidate, StageRequest
 from vllm_workflow.core.waiting_room import WaitingRoom
 
-_ADMITTED_GUEST_MARGIN = -0.25
+_ADMITTED_GUEST_MARGIN: Final = -0.25
 """As `GUEST_MARGIN`, of guests that had to wait until their run could begin. Less than nothing:
 instances run by slack, so it is not the most urgent call that one more slows down most."""
-_MIN_HOLD_S = 1e-3
+_MIN_HOLD_S: Final = 1e-3
 """Nobody looks again sooner than this whether a quota has room."""
 
 
@@ -224,33 +225,34 @@ class TenantBacklog(Backlog):
         On the way a tenant's virtual time only grows, and so does the lag: who has come within
         it stays so until its turn.
         """
-        by_time = []
+        by_time: list[At] = []
         for number, turn in enumerate(turns):
-            turn.at = (turn.account.virtual_time, number, turn)
-            by_time.append(turn.at)
+            turn.number = number
+            by_time.append((turn.account.virtual_time, number, 0, turn))
         heapify(by_time)
         limit = by_time[0][0] + self._ledger.lag_s if by_time else 0.0
-        within = [(turn.head, turn) for time, _, turn in by_time if time <= limit]
+        within = [(at[3].head.place, at[3]) for at in by_time if at[0] <= limit]
         beyond = [at for at in by_time if at[0] > limit]
         heapify(within)
         heapify(beyond)
         while beyond or within:
-            while by_time[0][2].at is not by_time[0]:  # it has moved on since, or is through
+            while by_time[0][3].num_moves != by_time[0][2]:  # has moved on since, or is through
                 heappop(by_time)
             limit = by_time[0][0] + self._ledger.lag_s
             while beyond and beyond[0][0] <= limit:
-                turn = heappop(beyond)[2]
-                heappush(within, (turn.head, turn))
-            head, turn = heappop(within)
+                turn = heappop(beyond)[3]
+                heappush(within, (turn.head.place, turn))
+            turn = heappop(within)[1]
+            head = turn.head
             turn.begin()
             yield head
             if head.request.request_id in self:
                 turn.pass_over()
-            _, number, _ = turn.at
-            turn.at = (turn.virtual_time, number, turn)
+            turn.num_moves += 1
             if self._go_on(turn):
-                heappush(by_time, turn.at)
-                heappush(beyond, turn.at)
+                at = (turn.virtual_time, turn.number, turn.num_moves, turn)
+                heappush(by_time, at)
+                heappush(beyond, at)
 
     def _go_on(self, turn: Turn) -> bool:
         """Find the next call of a tenant that may be sent; the others' are not concerned."""

@@ -30,8 +30,12 @@ LINGERING_S = 2.0
 _MAX_AHEAD_BYTES = 64 << 10
 """Of requests that are sent before the one under way is answered."""
 _HOST = istr("Host")
-_UNUSUAL = tuple(
-    map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE"))
+_ONCE = (istr("Content-Type"), istr("User-Agent"))
+"""Whoever comes after the router might believe another one than it does, or refuse two."""
+_UNUSUAL = (
+    *map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE")),
+    # Of these, too, there may be one only.
+    *map(istr, ("Server", "ETag", "Max-Forwards", "Content-Location", "Content-Range")),
 )
 _logger = logging.getLogger(__name__)
 
@@ -193,6 +197,7 @@ class PlainConnection(asyncio.Protocol):
                 value.lower() in {"keep-alive", "close"} for value in headers.getall(CONNECTION, ())
             )
             and not any(name in headers for name in _UNUSUAL)
+            and all(len(headers.getall(name, ())) <= 1 for name in _ONCE)
         )
         return headers if is_plain else None
 

@@ -104,7 +104,8 @@ class Backlog:
         return request_id in self._by_id
 
     def __iter__(self) -> Iterator[Waiting]:
-        return merge(*self._by_kind.values())
+        each = list(self._by_kind.values())
+        return iter(each[0]) if len(each) == 1 else merge(*each)
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -20,6 +20,10 @@ TRACING = [
     "opentelemetry-sdk>=1.27",  # spans of runs and calls
     "opentelemetry-exporter-otlp-proto-http>=1.27",  # to whatever collector there is
 ]
+KV_EVENTS = [
+    "pyzmq>=26",  # what vLLM publishes KV-cache events with
+    "msgspec>=0.19",  # reads their msgpack, as vLLM writes it
+]
 TEXT2SQL = [
     "openai>=2,<4",  # the client that agents use
     "sqlglot>=26",  # parses SQL: what is a single SELECT, what does a unit test speak of
@@ -70,12 +74,13 @@ setup(
     extras_require={
         "router": ROUTER,
         "tracing": TRACING,
+        "kv-events": KV_EVENTS,
         "text2sql": TEXT2SQL,
         "vllm": ["vllm>=0.27.1,<0.34"],
         "cpu": CPU,
         # `vllm-workflow profile` needs aiohttp and tqdm; the fit itself is standard library.
         "bench": BENCH,
-        "dev": [*BENCH, *TRACING, *DEV],
+        "dev": [*BENCH, *TRACING, *KV_EVENTS, *DEV],
     },
     entry_points={
         "console_scripts": ["vllm-workflow = vllm_workflow.cli.main:main"],

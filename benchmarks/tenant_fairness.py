@@ -6,7 +6,9 @@
 Level 1. Three tenants of equal weight ask for the same share of `--load`. From a quarter of the
 time on, one of them asks for `factor` times as much. Printed is the SLO attainment of the runs of
 the two others, which are the same runs with the same arrivals in every row. Then two tenants of
-weights 2 and 1 both ask for more than the fleet has, and the service they got is compared.
+weights 2 and 1 both ask for more than the fleet has, and the service they got is compared. Last,
+three tenants of equal weight ask for the same, for each of `--loads` together, and the goodput of
+all is printed, and its share of the best one found.
 """
 
 from __future__ import annotations
@@ -23,12 +25,12 @@ import yaml
 
 from vllm_workflow.bench.compare_jobs import in_processes
 from vllm_workflow.core import policy_names
-from vllm_workflow.core.metrics import mean, slo_attainment
+from vllm_workflow.core.metrics import goodput, mean, slo_attainment
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.arrivals import arrival_times
 from vllm_workflow.sim.bounds import call_s, with_slo_scale
-from vllm_workflow.sim.capacity import capacity
+from vllm_workflow.sim.capacity import capacity, steady_window
 from vllm_workflow.sim.declare import declared
 from vllm_workflow.sim.fleet import SimInstance, fleet_of
 from vllm_workflow.sim.results import SimResult
@@ -74,7 +76,7 @@ class Job:
     setup: Setup
     seed: int
     factor: float | None
-    """None: the third tenant is not there; 1: it does not flood."""
+    """None: the third tenant is not there; 1: it does not flood. Of `overload`: the load."""
     tenants: TenantsConfig | None
 
 
@@ -166,6 +168,24 @@ def weights(job: Job) -> tuple[float | None, float | None]:
     return served["two"] / served["one"], None
 
 
+def overload(job: Job) -> tuple[float | None, float | None]:
+    """Return attainment and goodput of three equal tenants at `factor` times the capacity."""
+    setup, times = job.setup, job.factor or 0.0
+    runs: list[TraceRun] = []
+    for number, tenant in enumerate((*QUIET, "c")):
+        rate = times * setup.capacity / 3.0
+        arrivals = arrival_times(setup.num_runs, request_rate=rate, seed=10 * job.seed + number)
+        runs += runs_of(setup, tenant, 1000 * job.seed + number, arrivals)
+    runs.sort(key=lambda run: run.arrival_s or 0.0)
+    result = simulated(setup, runs, job.tenants, float("inf"))
+    begin, end = steady_window([run.arrival_s or 0.0 for run in runs])
+    steady = [run for run in result.runs if begin < run.end_time <= end]
+    latencies_s = [run.latency_s for run in steady]
+    return attained(result, (*QUIET, "c")), goodput(
+        latencies_s, [run.slo_s for run in steady], end - begin
+    )
+
+
 def spread(values: Sequence[float | None]) -> str:
     found = [v for v in values if v is not None]
     if not found:
@@ -185,11 +205,14 @@ def main() -> None:
     parser.add_argument("--fleet", default="A100:2,A6000:1,L40S:1")
     parser.add_argument("--model-shape", default="llama-3.1-70b")
     parser.add_argument("--weight-bits", type=int, default=4)
-    parser.add_argument("--policy", default="predicted-finish+slack+late")
+    parser.add_argument("--policy", default="workflow")
     parser.add_argument("--load", type=float, default=0.85, help="of capacity, before the flood")
     parser.add_argument("--slo-scale", type=float, default=5.0, help="times the lower bound")
     parser.add_argument("--num-runs", type=int, default=60, help="of each quiet tenant")
     parser.add_argument("--factors", type=float, nargs="+", default=[5.0, 10.0])
+    parser.add_argument(
+        "--loads", type=float, nargs="*", default=[0.85, 1.0, 1.25, 1.5, 2.0], help="times capacity"
+    )
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--capacity", type=float, help="runs per second (default: found)")
     parser.add_argument("--tenants", type=Path, help="a `tenants` section (default: no quotas)")
@@ -229,6 +252,27 @@ def main() -> None:
     both = [Job(setup=setup, seed=s, factor=None, tenants=two) for s in range(args.seeds)]
     ratios = dict(in_processes(weights, both, args.jobs))
     print(f"service at weights 2 : 1, both saturated: {spread([ratios[j][0] for j in both])}")
+    print_overload(setup, args.loads, fair, args.seeds, args.jobs)
+
+
+def print_overload(
+    setup: Setup, loads: Sequence[float], fair: TenantsConfig, num_seeds: int, num_processes: int
+) -> None:
+    cases = [(times, tenants) for times in loads for tenants in (None, fair)]
+    jobs = {
+        case: [Job(setup=setup, seed=s, factor=case[0], tenants=case[1]) for s in range(num_seeds)]
+        for case in cases
+    }
+    each = dict(in_processes(overload, [j for of in jobs.values() for j in of], num_processes))
+    goodputs = {case: mean([each[job][1] or 0.0 for job in of]) or 0.0 for case, of in jobs.items()}
+    best = max(goodputs.values(), default=0.0)
+    for (times, tenants), of in jobs.items():
+        section = "with" if tenants else "without"
+        value = goodputs[times, tenants]
+        print(
+            f"load {times:4g} {section:>8}   {spread([each[job][0] for job in of]):26} "
+            f"goodput {value:.3f} runs/s, {value / best:.0%} of the best"
+        )
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 
 from tests.text2sql.scripted_server import Answer, Request, Server, completion, serving
 from vllm_workflow.client import attach, copy_context, headers, stage, workflow
+from vllm_workflow.core.errors import OverloadedError
 
 pytestmark = pytest.mark.anyio
 
@@ -304,3 +305,82 @@ def test_no_text_can_inject_a_header(text: str) -> None:
     except ValueError:
         return
     assert all(value.isascii() and value.isprintable() for value in values)
+
+
+REFUSED = {"X-Workflow-Refused": "overloaded", "Retry-After": "7", "x-should-retry": "false"}
+
+
+def refusal(request: Request) -> Answer:
+    error = {"error": {"message": "too late", "code": "overloaded"}}
+    return web.json_response(error, status=503, headers=REFUSED)
+
+
+async def test_a_run_that_the_router_refuses_ends_with_an_error_of_its_own(ask: Any) -> None:
+    async with serving(refusal) as server:
+        with pytest.raises(OverloadedError, match=r"'run-1' was refused.* in 7 s") as info:
+            with workflow("text2sql", slo_s=30, id="run-1") as run:
+                await ask(server)()
+
+    assert info.value.retry_after_s == 7.0
+    assert isinstance(info.value.__cause__, openai.InternalServerError)
+    assert run.calls[0].refused_for_s == 7.0
+
+
+async def test_calls_side_by_side_that_are_refused_end_alike() -> None:
+    async with serving(refusal) as server:
+        async with attach(openai.AsyncOpenAI(base_url=server.base_url, api_key="k")) as client:
+
+            async def side_by_side() -> None:
+                with workflow("text2sql"):
+                    async with asyncio.TaskGroup() as tasks:
+                        for _ in range(2):
+                            create = client.chat.completions.create
+                            tasks.create_task(create(model="m", messages=[]))
+
+            with pytest.raises(OverloadedError):
+                await side_by_side()
+
+
+async def test_a_run_that_is_let_in_at_another_try_was_not_refused(ask: Any) -> None:
+    def second_try(request: Request) -> Answer:
+        headers = {"X-Workflow-Refused": "overloaded", "Retry-After": "0", "retry-after-ms": "1"}
+        return "ok" if request.number else web.json_response({}, status=503, headers=headers)
+
+    async with serving(second_try) as server:
+        with workflow("text2sql") as run:
+            await ask(server)()
+
+    assert [call.status for call in run.calls] == [503, 200]
+    assert run.refusal is None
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [503, lambda request: "ok" if not request.number else refusal(request)],
+    ids=["a router without instances", "a call after the first"],
+)
+async def test_other_errors_stay_what_they_are(ask: Any, answer: Any) -> None:
+    async with serving(answer if callable(answer) else lambda request: answer) as server:
+        send = ask(server, max_retries=0)
+
+        async def twice() -> None:
+            with workflow("text2sql"):
+                await send()
+                await send()
+
+        with pytest.raises(openai.InternalServerError):
+            await twice()
+
+
+async def test_an_error_of_the_block_itself_is_not_taken_for_a_refusal(ask: Any) -> None:
+    async with serving(refusal) as server:
+        send = ask(server, max_retries=0)
+
+        async def elsewhere() -> None:
+            with workflow("text2sql"):
+                with pytest.raises(openai.InternalServerError):
+                    await send()
+                raise LookupError("and there is no other place to go")
+
+        with pytest.raises(LookupError):
+            await elsewhere()

@@ -25,10 +25,13 @@ from dataclasses import dataclass, field
 from functools import wraps
 from typing import Any, ParamSpec, TypeVar
 
+from vllm_workflow.core.errors import OverloadedError
+
 _P = ParamSpec("_P")
 _T = TypeVar("_T")
 
 _MAX_LABEL_LENGTH = 256
+_UNAVAILABLE = 503
 _CALL_KEY = "vllm_workflow.call"
 
 
@@ -51,6 +54,8 @@ class Call:
     """`X-Workflow-Slack-Ms`: the router's slack for the call when it was dispatched."""
     queue_ms: float | None = None
     """`X-Workflow-Queue-Ms`: time the call waited in the router."""
+    refused_for_s: float | None = None
+    """`Retry-After` of a router that would not let the run begin; None if it did not say that."""
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -75,6 +80,29 @@ class Run:
     def budget_s(self) -> float | None:
         """What is left of the SLO, never below zero; None without an SLO."""
         return None if self.slo_s is None else max(0.0, self.slo_s - self.elapsed_s)
+
+    @property
+    def attained_s(self) -> float:
+        """What its calls that ended have taken, without their waiting in a router."""
+        return sum(
+            max(0.0, call.end_s - call.start_s - (call.queue_ms or 0.0) / 1000.0)
+            for call in self.calls
+            if call.end_s is not None and call.status == 200
+        )
+
+    @property
+    def refusal(self) -> OverloadedError | None:
+        """What the router said when it would not let the run begin; None once a call was served."""
+        if not self.calls or self.calls[-1].refused_for_s is None:
+            return None
+        if any(call.status is not None and call.status < 400 for call in self.calls):
+            return None
+        retry_after_s = self.calls[-1].refused_for_s
+        return OverloadedError(
+            f"run {self.workflow_id!r} was refused at its first call: it would begin too late "
+            f"beside the runs that wait already; come again in {retry_after_s:.0f} s",
+            retry_after_s=retry_after_s,
+        )
 
 
 @dataclass(slots=True, kw_only=True, eq=False)
@@ -107,6 +135,8 @@ def workflow(
     Raises:
         ValueError: A name that cannot travel in an HTTP header, or an SLO that is not a
             positive number.
+        OverloadedError: The router refused the run (`admission: reject`), and the error by which
+            the client's library says so left the block.
     """
     if slo_s is not None and not (math.isfinite(slo_s) and slo_s > 0):
         raise ValueError(f"workflow(slo_s=...): wanted a positive number of seconds, got {slo_s}")
@@ -119,6 +149,10 @@ def workflow(
     run_token, stage_token = _run.set(run), _stage.set(None)
     try:
         yield run
+    except Exception as error:
+        if (refusal := run.refusal) is not None and _is_unavailable(error):
+            raise refusal from error
+        raise
     finally:
         _stage.reset(stage_token)
         _run.reset(run_token)
@@ -157,6 +191,8 @@ def headers() -> dict[str, str]:
         if run.slo_s is not None and (budget_s := run.budget_s) is not None:
             result["X-Workflow-Slo-Ms"] = str(max(1, round(run.slo_s * 1000)))
             result["X-Workflow-Budget-Ms"] = str(int(budget_s * 1000))
+        if attained_ms := int(run.attained_s * 1000):
+            result["X-Workflow-Attained-Ms"] = str(attained_ms)
         if run.tenant is not None:
             result["X-Tenant-Id"] = run.tenant
     if block is not None:
@@ -214,6 +250,16 @@ def copy_context(function: Callable[_P, _T]) -> Callable[_P, _T]:
     return bound
 
 
+def _is_unavailable(error: BaseException) -> bool:
+    """Whether this is what HTTP libraries raise for a 503, or a group with one."""
+    if isinstance(error, BaseExceptionGroup):
+        return any(map(_is_unavailable, error.exceptions))
+    status = getattr(error, "status_code", None)
+    if status is None:
+        status = getattr(getattr(error, "response", None), "status_code", None)
+    return status == _UNAVAILABLE
+
+
 def _checked(where: str, label: str) -> str:
     """Return `label` if it can be a header's value as it is."""
     if not isinstance(label, str) or not label or len(label) > _MAX_LABEL_LENGTH:
@@ -252,6 +298,8 @@ def _note_response(response: Any) -> tuple[Run, Call] | None:
         call.instance = response.headers.get("X-Workflow-Instance")
         call.slack_ms = _number(response.headers.get("X-Workflow-Slack-Ms"))
         call.queue_ms = _number(response.headers.get("X-Workflow-Queue-Ms"))
+        if "X-Workflow-Refused" in response.headers:
+            call.refused_for_s = _number(response.headers.get("Retry-After")) or 0.0
     return noted
 
 

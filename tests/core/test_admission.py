@@ -6,6 +6,7 @@ from hypothesis import strategies as st
 
 from tests.builders import stage_request
 from vllm_workflow.core.admission import Admission, Held, run_key
+from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.pace import MAX_IDLE_S, Pace
 from vllm_workflow.core.types import StageRequest
 
@@ -46,12 +47,14 @@ def door(
     pace: Pace, *, margin: float = 0.0, max_hold_share: float = 0.2, relegated_share: float = 0.05
 ) -> Admission:
     """Runs are promised four times what they need."""
-    admission = Admission(
-        pace,
-        margin=margin,
+    config = PolicyConfig(
+        late_binding=True,
+        relegate=True,
+        relegation_margin=margin,
         max_hold_share=max_hold_share,
         relegated_share=relegated_share,
     )
+    admission = Admission(pace, config)
     for _ in range(50):
         admission.arrived(run("earlier"), 1.0, 0.0)
     return admission
@@ -177,12 +180,12 @@ def test_a_call_that_leaves_is_forgotten() -> None:
 def test_the_longer_the_line_the_longer_the_wait() -> None:
     admission = door(busy(10, slowdown=4.0))
     hold(admission, run("a"))
-    alone_s = admission.wait_s()
+    alone_s = admission.wait_s(run("another"))
     hold(admission, run("b"), run("c"), run("c")._replace(request_id="c/second"))
 
     # Ten runs of 40 s: one ends every 4 s.
     assert alone_s == pytest.approx(4.0, rel=0.1)
-    assert admission.wait_s() == pytest.approx(3 * alone_s)
+    assert admission.wait_s(run("another")) == pytest.approx(3 * alone_s)
 
 
 def test_a_run_alone_is_not_slowed_down() -> None:

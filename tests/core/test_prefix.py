@@ -130,3 +130,20 @@ def test_what_is_taken_is_given_back_whatever_the_order(
         ledger.release(name, keep=False)
 
     assert ledger.num_used_tokens == 0.0
+
+
+def test_what_an_instance_says_it_dropped_is_not_cached_unless_a_call_reads_it() -> None:
+    ledger = KvLedger(10_000)
+    (template, schema), (_, other) = chain("template", "schema"), chain("template", "other")
+    ledger.admit("ended", (template, schema), 0)
+    ledger.release("ended")
+    ledger.admit("running", (template, other), 0)
+
+    assert ledger.forget([template.chain_hash, schema.chain_hash, 12345]) == 1
+
+    assert ledger.num_cached_tokens((template, schema)) == 100
+    assert ledger.num_used_tokens == 200
+    ledger.release("running")
+    assert ledger.forget([template.chain_hash]) == 1
+    assert ledger.num_cached_tokens((template, other)) == 0
+    assert len(ledger) == 1

@@ -13,7 +13,9 @@ from vllm_workflow.core.errors import ConfigError, NoInstanceError, QuotaExceede
 from vllm_workflow.core.events import (
     Added,
     Apportioned,
+    Cleared,
     Event,
+    Evicted,
     Marked,
     Polled,
     Removed,
@@ -29,7 +31,7 @@ from vllm_workflow.core.replay import replay
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 
 Step = tuple[str, int, float]
-CHANGES = "fail", "mark", "add", "remove", "swap", "apportion", "declare"
+CHANGES = "fail", "mark", "add", "remove", "swap", "apportion", "declare", "evict", "clear"
 steps = st.lists(
     st.tuples(
         st.sampled_from([*["submit"] * 4, *["settle"] * 2, *CHANGES]),
@@ -89,6 +91,10 @@ def drive(brain: Dispatcher, script: Iterable[Step]) -> None:
             brain.add(instance("c", latency=SLOW, max_num_seqs=1 + pick))
         elif what == "remove" and "c" in brain.fleet:
             brain.remove("c")
+        elif what == "evict":
+            brain.evict("ab"[pick % 2], (pick % 3, 7))
+        elif what == "clear":
+            brain.clear("ab"[pick % 2])
         elif what == "swap":
             brain.swap(POLICIES[pick % len(POLICIES)], now=now)
         elif what == "apportion":
@@ -142,6 +148,10 @@ def redo(brain: Dispatcher, events: Iterable[Event]) -> None:
                 brain.remove(event.instance_id)
             case Marked():
                 brain.mark(event.instance_id, healthy=event.healthy)
+            case Evicted():
+                brain.evict(event.instance_id, event.chain_hashes)
+            case Cleared():
+                brain.clear(event.instance_id)
             case Submitted():
                 brain.submit(
                     event.request,

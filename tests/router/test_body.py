@@ -156,7 +156,7 @@ def by_python(raw: bytes) -> object:
 
 FRAGMENTS = st.sampled_from(
     [
-        *rb'{ } [ ] , : "a" "model" " \ud83d \ud800 \u00e9 \n \ NaN Infinity null true false /*'.split(),
+        *rb'{ } [ ] , : "a" "model" " \ud83d \ud800 \u00e9 \n \ NaN Infinity null true'.split(),
         *b"1 - 0 .5 0.1 1e400 1e-400 1E5 -0 -0.0 123456789.125 \xc3\xa9 \xff \xed\xa0\x80".split(),
         *(b" ", b"\n", b"\x00", b"\x01", b"\x0b", b"\x7f", b"\xef\xbb\xbf", b"9" * 25, b"9" * 5000),
     ]

@@ -12,7 +12,6 @@ from typing import Any
 
 import aiohttp
 import pytest
-from aiohttp import web
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
@@ -387,71 +386,6 @@ async def test_an_idle_connection_is_closed(routing: Routing) -> None:
         answer = await exchange(client.router.url, kept)
 
     assert answer.status == 200
-
-
-@pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_takes_nothing_of_its_answer_keeps_no_seat(
-    routing: Routing, stream: bool
-) -> None:
-    """What does not fit into the sockets between them is 16 MB."""
-    gone = asyncio.Event()
-
-    async def answer(request: web.Request) -> web.StreamResponse:
-        await request.read()
-        kind = "text/event-stream" if stream else "application/json"
-        response = web.StreamResponse(headers={"Content-Type": kind})
-        await response.prepare(request)
-        try:
-            for _ in range(250):
-                await response.write(b"data: " + b"x" * 65_536 + b"\n\n")
-        finally:
-            gone.set()
-        return response
-
-    async def healthy(request: web.Request) -> web.Response:
-        return web.Response()
-
-    app = web.Application()
-    app.router.add_get("/health", healthy)
-    app.router.add_post(CHAT, answer)
-    runner = web.AppRunner(app, handler_cancellation=True)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    port = runner.addresses[0][1]
-    try:
-        limits = {"write_timeout_s": 0.3}
-        async with routing(f"http://127.0.0.1:{port}", limits=limits) as client:
-            host, _, port = client.router.url.partition("://")[2].partition(":")
-            _, writer = await asyncio.open_connection(host, int(port), limit=1)
-            writer.write(
-                post(
-                    body=b'{"model":"m","messages":[],"stream":%s}'
-                    % (b"true" if stream else b"false")
-                )
-            )
-            async with asyncio.timeout(10):
-                await gone.wait()
-                while client.router.dispatcher.num_in_flight:
-                    await asyncio.sleep(0.01)
-            writer.transport.abort()
-    finally:
-        await runner.cleanup()
-
-
-async def test_a_client_that_reads_slowly_gets_all(routing: Routing) -> None:
-    limits = {"write_timeout_s": 0.5}
-    async with (
-        FakeEngine(num_tokens=2_000).serving() as engine,
-        routing(engine, limits=limits) as client,
-    ):
-        async with client.post(stream=True) as response:
-            size = 0
-            while chunk := await response.content.read(2_000):
-                size += len(chunk)
-                await asyncio.sleep(0.005)
-
-    assert chunk == b""
-    assert size > 100_000
 
 
 def rss_mb(pid: int) -> float:

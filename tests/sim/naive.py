@@ -260,7 +260,7 @@ class NaiveEngine:
         urgent = [
             c.is_urgent(now, config.urgent_slack_s) for c in self.running[:1] + self.queue()[:1]
         ]
-        cap = config.prefill_chunk_cap if any(urgent) else 0
+        cap = config.prefill_chunk_cap if self.reorders and any(urgent) else 0
         budget, preempted = int(self.latency.max_num_batched_tokens), False
         index = 0
         while index < len(self.running) and budget > 0:

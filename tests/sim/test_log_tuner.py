@@ -13,13 +13,17 @@ from tests.sim.tuner_builders import HEXGEN, fleet, logged
 from vllm_workflow.cli.main import main
 from vllm_workflow.core.config import PRESETS, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Swapped, to_json
+from vllm_workflow.core.events import Apportioned, Swapped, to_json
 from vllm_workflow.core.policy_grid import points
+from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.sim.log_fit import as_fast, scaled, speeds
-from vllm_workflow.sim.log_tuner import tune_log
+from vllm_workflow.sim.log_refused import RefusedRun, stand_ins
+from vllm_workflow.sim.log_tuner import as_happened, tune_log
 from vllm_workflow.sim.log_window import OVER_AFTER_S, read_window, sim_instance, tail_window
 from vllm_workflow.sim.policy_files import append_history, write_policy
-from vllm_workflow.sim.tuner import TunerSettings
+from vllm_workflow.sim.trace_decisions import LoggedRun
+from vllm_workflow.sim.tuner import TunerSettings, tune
+from vllm_workflow.sim.types import PrefixPart
 
 BLIND = replace(HEXGEN, alpha=0.0)
 
@@ -172,13 +176,80 @@ def test_a_replay_that_nobody_can_judge_changes_nothing(tmp_path: Path) -> None:
     )
 
 
-def test_a_log_without_the_runs_that_were_refused_is_not_tuned_on(tmp_path: Path) -> None:
-    present = replace(PRESETS["workflow"], admission="reject")
-    log = read_window(logged(tmp_path / "log", present, num_runs=120, rate=8.0))
-    assert 0 < len(log.runs) < 120
+REFUSING = replace(PRESETS["workflow"], admission="reject")
 
-    with pytest.raises(ConfigError, match=r"log: expected a log of all runs that came, got one"):
-        tune_log(log, points(present, {"relegate": [False]}))
+
+def test_runs_that_were_refused_come_again_in_a_replay(tmp_path: Path) -> None:
+    log = read_window(logged(tmp_path / "log", REFUSING, num_runs=120, rate=8.0))
+    assert len(log.refused) > 10
+    assert len(log.runs) + len(log.refused) == 120
+
+    window = as_happened(log)
+    again = [run for run in window.runs if "~refused-" in run.run_id]
+    arrivals = [run.arrival_s for run in window.runs]
+
+    assert len(window.runs) == 120
+    assert arrivals == sorted(arrivals)  # type: ignore[type-var]
+    assert [run.arrival_s for run in again] == pytest.approx(
+        [each.arrival_time - log.runs[0].arrival_time for each in log.refused]
+    )
+    assert all(len(run.calls) == 2 and run.slo_s == pytest.approx(4.0) for run in again)
+    assert len({run.run_id for run in window.runs}) == 120
+
+
+def test_a_log_of_a_router_that_refuses_runs_is_tuned_on(tmp_path: Path) -> None:
+    log = read_window(logged(tmp_path / "log", REFUSING, num_runs=120, rate=8.0))
+
+    found = tune_log(log, points(REFUSING, {"max_hold_share": [0.0, 0.5]}))
+
+    assert found.fit is not None
+    assert found.verdict.num_runs == 120
+    present = next(p for p in found.verdict.points if p.policy == REFUSING)
+    assert present.score.attainment is not None
+    assert present.score.attainment < 0.9
+
+
+def test_a_client_that_left_was_not_refused(tmp_path: Path) -> None:
+    path = logged(tmp_path / "log", REFUSING, num_runs=120, rate=8.0)
+    path.write_text(path.read_text().replace('"refused": true', '"refused": false'))
+
+    assert read_window(path).refused == ()
+
+
+def test_a_stand_in_is_like_the_refused_run_and_shares_what_all_share(tmp_path: Path) -> None:
+    log = read_window(logged(tmp_path / "log", num_runs=2))
+    short, long = log.runs
+    template, own = PrefixPart(part_id="t", num_tokens=9), PrefixPart(part_id="o", num_tokens=9)
+
+    def with_parts(logged_run: LoggedRun, *parts: PrefixPart, slo_s: float) -> LoggedRun:
+        calls = tuple(replace(call, prefix=parts) for call in logged_run.run.calls)
+        return replace(logged_run, run=replace(logged_run.run, calls=calls, slo_s=slo_s))
+
+    donors = [with_parts(short, template, slo_s=4.0), with_parts(long, template, own, slo_s=40.0)]
+    came = RefusedRun(arrival_time=7.0, workflow=short.run.workflow, tenant="", slo_s=30.0)
+    one, other = stand_ins([came, came], donors)
+
+    assert one.slo_s == 30.0
+    for each in (one, other):
+        first, second = each.calls[0].prefix
+        assert first == template
+        assert second.part_id != own.part_id
+    assert one.calls[0].prefix != other.calls[0].prefix
+    assert stand_ins([came], []) == ()
+
+
+def test_tenants_of_the_log_are_in_its_replay(tmp_path: Path) -> None:
+    path = logged(tmp_path / "log", num_runs=20)
+    narrow = TenantsConfig(default=TenantConfig(max_concurrent_runs=1))
+    with path.open("a", encoding="utf-8") as file:
+        file.write(to_json(Apportioned(now=99.0, tenants=narrow)) + "\n")
+
+    window = as_happened(read_window(path))
+    kept = tune(window, HEXGEN, [BLIND], TunerSettings(min_runs=5))
+    free = tune(replace(window, tenants=None), HEXGEN, [BLIND], TunerSettings(min_runs=5))
+
+    assert window.tenants == narrow
+    assert [point.score for point in kept.points] != [point.score for point in free.points]
 
 
 def test_the_command_prints_writes_and_keeps_a_history(

@@ -18,7 +18,7 @@ from vllm_workflow.sim.bounds import with_slo_scale
 from vllm_workflow.sim.declare import declared
 from vllm_workflow.sim.fields import json_lines, read_text
 from vllm_workflow.sim.log_tuner import as_happened
-from vllm_workflow.sim.log_window import read_window
+from vllm_workflow.sim.log_window import latest, read_window
 from vllm_workflow.sim.trace_decisions import is_decision_log
 from vllm_workflow.sim.what_if import (
     METRICS,
@@ -173,7 +173,7 @@ def _logged(args: argparse.Namespace) -> Scenario:
     if args.num_runs is not None:
         if args.num_runs < 1:
             raise ConfigError(f"--num-runs: expected an integer from 1, got {args.num_runs}")
-        log = replace(log, runs=log.runs[-args.num_runs :])
+        log = latest(log, args.num_runs)
     if not log.runs:
         raise ConfigError(f"{args.traffic}: expected at least one run that ended, got none")
     window = as_happened(log, fleet=fleet_from(args) if args.fleet else None)
@@ -182,6 +182,7 @@ def _logged(args: argparse.Namespace) -> Scenario:
         fleet=window.fleet,
         policy=log.policy,
         workflows=window.workflows,
+        tenants=window.tenants,
         uncounted=window.uncounted if len(window.uncounted) < len(window.runs) else frozenset(),
     )
 

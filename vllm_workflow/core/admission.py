@@ -17,6 +17,7 @@ from collections import OrderedDict
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.types import StageRequest
 
@@ -114,29 +115,18 @@ class Admission:
 
     Args:
         pace: Of the runs under way.
-        margin: Kept in reserve, as a share of the predicted slowdown.
-        max_hold_share: Share of its SLO that a run can wait to begin and still be on time.
-        relegated_share: Share of beginnings that go to runs that have waited longer while
-            others wait, so that none starves.
+        config: `relegation_margin`, `max_hold_share` and `relegated_share` of the policy.
         demand: What was learned of the model's runs under another policy.
     """
 
-    def __init__(
-        self,
-        pace: Pace,
-        *,
-        margin: float,
-        max_hold_share: float,
-        relegated_share: float,
-        demand: Demand | None = None,
-    ) -> None:
+    def __init__(self, pace: Pace, config: PolicyConfig, *, demand: Demand | None = None) -> None:
         self.pace = pace
         self._demand = Demand() if demand is None else demand
         self.num_relegated = 0
         """Runs that began although they could not be on time any more."""
-        self._margin = margin
-        self._max_hold_share = max_hold_share
-        self._relegated_share = relegated_share
+        self._margin = config.relegation_margin
+        self._max_hold_share = config.max_hold_share
+        self._relegated_share = config.relegated_share
         self._held: dict[int, OrderedDict[RunKey, list[Held]]] = {}
         """Priority -> runs in order of arrival."""
         self._key_of: dict[str, tuple[int, RunKey]] = {}
@@ -238,13 +228,17 @@ class Admission:
             now
         ) <= self._demand.bearable_for(request)
 
-    def wait_s(self) -> float:
-        """Seconds until all runs that wait have begun, if they begin as others end."""
+    def wait_s(self, request: StageRequest) -> float:
+        """Seconds until a run begins behind all that wait, if they begin as others end."""
         num_runs = self.pace.num_runs
         if num_runs == 0:
             return 0.0
-        run_s = self._demand.needed_s * self.pace.slowdown(num_runs, self._demand.needed_s)
-        return self.num_waiting_runs * run_s / num_runs
+        return self.num_waiting_runs * self._run_s() / num_runs
+
+    def _run_s(self) -> float:
+        """What a run takes beside those under way."""
+        needed_s = self._demand.needed_s
+        return needed_s * self.pace.slowdown(self.pace.num_runs, needed_s)
 
     def _is_late(self, request: StageRequest, now: float) -> bool:
         """Whether a run would be late even if it began now, alone."""
@@ -254,8 +248,12 @@ class Admission:
     def _slowdown_with_one_more(self, now: float) -> float:
         self.pace.tick(now)
         return (1.0 + self._margin) * self.pace.slowdown(
-            self.pace.num_runs + 1, self._demand.needed_s
+            self._num_with_one_more(), self._demand.needed_s
         )
+
+    def _num_with_one_more(self) -> float:
+        """Runs that count for whether one more may begin, that one included."""
+        return self.pace.num_runs + 1
 
     def _relegate(self, priority: int, key: RunKey) -> list[Held]:
         self.num_relegated += 1

@@ -68,15 +68,13 @@ class Admissions:
         if admission is None:
             if model not in self.paces and len(self.paces) >= _MAX_MODELS:
                 self._forget_a_model(now)
-            config = self._config
-            admission = self._admissions[model] = Admission(
-                self.paces.setdefault(model, Pace()),
-                margin=config.relegation_margin,
-                max_hold_share=config.max_hold_share,
-                relegated_share=config.relegated_share,
-                demand=self._demands.setdefault(model, Demand()),
+            admission = self._admissions[model] = self._made(
+                self.paces.setdefault(model, Pace()), self._demands.setdefault(model, Demand())
             )
         return admission
+
+    def _made(self, pace: Pace, demand: Demand) -> Admission:
+        return Admission(pace, self._config, demand=demand)
 
     def hold(self, held: Held, now: float) -> None:
         """Let a run wait to begin."""

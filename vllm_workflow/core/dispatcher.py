@@ -20,6 +20,8 @@ from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
     Added,
     Apportioned,
+    Cleared,
+    Evicted,
     Marked,
     Polled,
     Record,
@@ -82,9 +84,10 @@ class Dispatcher:
                     record(Marked(instance_id=instance.instance_id, healthy=False))
 
     def _waiting_room(self) -> WaitingRoom:
+        learned = self._paces, self._demands
         if self.tenants is None:
-            return WaitingRoom(self.fleet, self._policy, self.config, self._paces, self._demands)
-        return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants)
+            return WaitingRoom(self.fleet, self._policy, self.config, *learned)
+        return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants, *learned)
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; a new one counts as healthy."""
@@ -115,6 +118,16 @@ class Dispatcher:
             self._record(
                 Reported(instance_id=instance_id, num_others=num_others, kv_share=kv_share)
             )
+
+    def evict(self, instance_id: str, chain_hashes: tuple[int, ...]) -> None:
+        """Note pieces of prompts that an instance caches no more; see `KvLedger.forget`."""
+        if self.fleet.evict(instance_id, chain_hashes) and self._record is not None:
+            self._record(Evicted(instance_id=instance_id, chain_hashes=chain_hashes))
+
+    def clear(self, instance_id: str) -> None:
+        """Note that an instance's prefix cache is empty."""
+        if self.fleet.evict(instance_id, None) and self._record is not None:
+            self._record(Cleared(instance_id=instance_id))
 
     def restore_speed(
         self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
@@ -151,8 +164,6 @@ class Dispatcher:
         """Let tenants have other shares, quotas and SLOs from here on; `poll` should follow.
 
         What each has used stays, and so do the deadlines that calls under way were promised.
-        Where nobody asked whose a call is, or nobody will, what is learned of how runs slow each
-        other down begins anew: with tenants it does not count.
         """
         if self._record is not None:
             self._record(Apportioned(now=now, tenants=tenants))
@@ -160,7 +171,6 @@ class Dispatcher:
         if tenants is not None and self.tenants is not None:
             self.tenants.change(tenants, now)
         else:
-            self._paces, self._demands = {}, {}
             self.tenants = None if tenants is None else TenantLedger(tenants)
             if self.tenants is not None:
                 self.tenants.take_over(
@@ -300,8 +310,13 @@ class Dispatcher:
             self._record(Polled(now=now, decisions=decisions))
         return list(decisions)
 
-    def withdraw(self, request_id: str) -> bool:
-        """Give up a call that waits; returns whether it did."""
+    def withdraw(self, request_id: str, *, refused: bool = False) -> bool:
+        """Give up a call that waits; returns whether it did.
+
+        Args:
+            request_id: Of the call.
+            refused: See `Withdrawn`.
+        """
         request = self.waiting.leave(request_id)
         if request is None:
             return False
@@ -309,7 +324,7 @@ class Dispatcher:
         if self.tenants is not None:
             self.tenants.left(request)
         if self._record is not None:
-            self._record(Withdrawn(request_id=request_id))
+            self._record(Withdrawn(request_id=request_id, refused=refused))
         return True
 
     def _bind_waiting(

@@ -81,6 +81,21 @@ class Reported:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Evicted:
+    """An instance told that it caches some pieces of prompts no more."""
+
+    instance_id: str
+    chain_hashes: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cleared:
+    """An instance told that its prefix cache is empty."""
+
+    instance_id: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Restored:
     """What an earlier process had learned of an instance was taken over."""
 
@@ -116,6 +131,8 @@ class Withdrawn:
     """A call that waited was given up."""
 
     request_id: str
+    refused: bool = False
+    """By the router, and its run with it; else its client left."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -133,6 +150,8 @@ Event = (
     | Removed
     | Marked
     | Reported
+    | Evicted
+    | Cleared
     | Restored
     | Submitted
     | Polled
@@ -144,7 +163,8 @@ Record = Callable[[Event], None]
 _EVENTS: Mapping[str, type[Event]] = {
     cls.__name__.lower(): cls
     for cls in (
-        *(Started, Swapped, Apportioned, Added, Removed, Marked, Reported, Restored),
+        *(Started, Swapped, Apportioned, Added, Removed, Marked),
+        *(Reported, Evicted, Cleared, Restored),
         *(Submitted, Polled, Withdrawn, Settled),
     )
 }

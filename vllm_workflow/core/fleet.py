@@ -128,6 +128,21 @@ class Fleet:
         self.version += 1
         self._rooms.note(account)
 
+    def evict(self, instance_id: str, chain_hashes: Iterable[int] | None) -> int:
+        """Believe an instance that it caches some pieces of prompts no more; None: none at all.
+
+        Returns:
+            How many of them were believed to be there.
+        """
+        account = self._accounts.get(instance_id)
+        if account is None:
+            return 0
+        if chain_hashes is not None:
+            return account.kv.forget(chain_hashes)
+        num_before = len(account.kv)
+        account.kv.clear()
+        return num_before - len(account.kv)
+
     def is_healthy(self, instance_id: str) -> bool:
         account = self._accounts.get(instance_id)
         return account is not None and account.healthy

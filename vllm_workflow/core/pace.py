@@ -25,6 +25,7 @@ _RunKey = tuple[str, str]
 
 @dataclass(slots=True)
 class _Run:
+    tenant_id: str
     num_open: int = 0
     """Calls made and not yet ended."""
     end_time: float = 0.0
@@ -48,6 +49,8 @@ class Pace:
     def __init__(self) -> None:
         self.num_runs = 0
         """Runs with a call under way, or soon to make one."""
+        self.num_runs_of: dict[str, int] = {}
+        """The same by tenant, of those that have any."""
         self._runs: dict[_RunKey, _Run] = {}
         self._idle: OrderedDict[_RunKey, None] = OrderedDict()
         """Runs between two calls, the one that is so longest first."""
@@ -116,7 +119,7 @@ class Pace:
         self.tick(now)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _Run()
+            run = self._runs[key] = _Run(key[0])
         elif not run.num_open:
             self._idle.pop(key, None)
             self._over.pop(key, None)
@@ -180,7 +183,7 @@ class Pace:
                 self._count(run, False)
             self._forget()
 
-    def slowdown(self, num_runs: int, needed_s: float = 0.0) -> float:
+    def slowdown(self, num_runs: float, needed_s: float = 0.0) -> float:
         """Time that calls take over what they would alone, with so many runs under way.
 
         Args:
@@ -216,8 +219,16 @@ class Pace:
         self._beside_s = keep * self._beside_s + idle_s * max(0.0, num_runs - 1.0)
 
     def _count(self, run: _Run, is_counted: bool) -> None:
-        self.num_runs += is_counted - run.is_counted
+        if run.is_counted == is_counted:
+            return
+        step = 1 if is_counted else -1
+        self.num_runs += step
         run.is_counted = is_counted
+        num_runs = self.num_runs_of.get(run.tenant_id, 0) + step
+        if num_runs:
+            self.num_runs_of[run.tenant_id] = num_runs
+        else:
+            del self.num_runs_of[run.tenant_id]
 
     def _forget(self) -> None:
         """Keep within bounds: the run longest without a call goes, first of those that are over."""

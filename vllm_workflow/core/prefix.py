@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -168,6 +169,17 @@ class KvLedger:
         """Forget every prefix that no call in flight reads: the engine has restarted."""
         self._idle.clear()
         self._num_idle_tokens = 0.0
+
+    def forget(self, chain_hashes: Iterable[int]) -> int:
+        """Hold some pieces no more, but those that a call in flight reads, which it computes.
+
+        Returns:
+            How many of them were held.
+        """
+        num_before = len(self._idle)
+        for chain_hash in chain_hashes:
+            self._num_idle_tokens -= self._idle.pop(chain_hash, 0)
+        return num_before - len(self._idle)
 
     def __len__(self) -> int:
         return len(self._held) + len(self._idle)

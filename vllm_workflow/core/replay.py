@@ -12,7 +12,9 @@ from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import (
     Added,
     Apportioned,
+    Cleared,
     Event,
+    Evicted,
     Marked,
     Polled,
     Removed,
@@ -67,6 +69,10 @@ def replay(
                 dispatcher.report(
                     event.instance_id, num_others=event.num_others, kv_share=event.kv_share
                 )
+            case Evicted():
+                dispatcher.evict(event.instance_id, event.chain_hashes)
+            case Cleared():
+                dispatcher.clear(event.instance_id)
             case Restored():
                 dispatcher.restore_speed(**asdict(event))
             case Submitted():

@@ -6,16 +6,23 @@ import math
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush, merge
 
+from vllm_workflow.core.admission import Demand
+from vllm_workflow.core.admissions import Admissions
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatch import DispatchPolicy
 from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.tenant_account import run_key
+from vllm_workflow.core.tenant_admission import TenantAdmissions
 from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, Shares, TenantLedger
 from vllm_workflow.core.tenants import TenantConfig
 from vllm_workflow.core.types import Candidate, StageRequest
 from vllm_workflow.core.waiting_room import Choice, WaitingRoom
 
+_ADMITTED_GUEST_MARGIN = -0.25
+"""As `GUEST_MARGIN`, of guests that had to wait until their run could begin. Less than nothing:
+instances run by slack, so it is not the most urgent call that one more slows down most."""
 _MIN_HOLD_S = 1e-3
 """Nobody looks again sooner than this whether a quota has room."""
 
@@ -30,15 +37,21 @@ class TenantWaitingRoom(WaitingRoom):
         policy: Chooses among the instances that can start a call.
         config: Order of the calls, and whether runs are relegated.
         ledger: Of the tenants.
+        paces: How runs of each model slow each other down.
+        demands: What runs of each model are promised and need.
     """
 
     def __init__(
-        self, fleet: Fleet, policy: DispatchPolicy, config: PolicyConfig, ledger: TenantLedger
+        self,
+        fleet: Fleet,
+        policy: DispatchPolicy,
+        config: PolicyConfig,
+        ledger: TenantLedger,
+        paces: dict[str, Pace] | None = None,
+        demands: dict[str, Demand] | None = None,
     ) -> None:
-        super().__init__(fleet, policy, config)
-        # Runs begin by their tenants' turns, which an order of runs among all would undo.
-        self._relegates = False
         self._ledger = ledger
+        super().__init__(fleet, policy, config, paces, demands)
         self._turns = TenantBacklog(ledger), TenantBacklog(ledger)
         self.backlog, self.relegated = self._turns
         self._has_guests = True
@@ -57,6 +70,7 @@ class TenantWaitingRoom(WaitingRoom):
         elif self._fleet.has_room():
             yield from super().starting(now)
         else:
+            self._begin_held(now)
             for turns in self._turns:
                 turns.find_held()
             self._looked_at_version = self._fleet.version
@@ -64,7 +78,28 @@ class TenantWaitingRoom(WaitingRoom):
     @property
     def held_until(self) -> float:
         backlog, relegated = self._turns
-        return min(backlog.held_until, relegated.held_until)
+        return min(backlog.held_until, relegated.held_until, self._admissions.next_expiry)
+
+    def _admissions_for(self, config: PolicyConfig) -> Admissions:
+        return TenantAdmissions(
+            self.paces,
+            config,
+            self._demands,
+            weight=lambda tenant_id: self._ledger.config_of(tenant_id).weight,
+            ready_time=self._ready_time,
+        )
+
+    def _ready_time(self, request: StageRequest, now: float) -> float:
+        """When a run may begin; with quotas, none does before those that have are through."""
+        tenant_id = request.tenant_id
+        if not self._ledger.config_of(tenant_id).has_quota:
+            return now
+        if any(turns.has_tenant(tenant_id) for turns in self._turns):
+            return math.inf
+        time, quota = self._ledger.account(tenant_id).ready_time(request, now)
+        if time > now:
+            self._ledger.hold(request, quota, now)
+        return time
 
     def _released(self, now: float) -> Iterator[Choice]:
         for waiting in self._in_turn(()):
@@ -92,7 +127,12 @@ class TenantWaitingRoom(WaitingRoom):
 
     def _margin(self, instance_id: str) -> float:
         """What others must have to spare: a stretch leaves out what prompts computed beside
-        them cost, and under a flood there are many; how far off it is, drift tells."""
+        them cost, and under a flood there are many; how far off it is, drift tells.
+
+        Where a flood's runs wait to begin there are few at a time, and what is left free is lost.
+        """
+        if self._relegates:
+            return _ADMITTED_GUEST_MARGIN
         return (1.0 + GUEST_MARGIN) * max(1.0, self._fleet.drift(instance_id)) - 1.0
 
 
@@ -147,6 +187,10 @@ class TenantBacklog(Backlog):
                 del self._queues[tenant_id]
                 self._with_quota.pop(tenant_id, None)
         return waiting
+
+    def has_tenant(self, tenant_id: str) -> bool:
+        """Whether a call of a tenant waits."""
+        return tenant_id in self._queues
 
     def walk(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
         """Yield the calls that no quota holds, in turn; the one just yielded may be removed."""

@@ -57,7 +57,7 @@ class WaitingRoom:
         """Calls of runs under way that can no longer be on time: they wait for all others."""
         self.paces = {} if paces is None else paces
         self._demands = {} if demands is None else demands
-        self._admissions = Admissions(self.paces, config, self._demands)
+        self._admissions = self._admissions_for(config)
         self._fleet = fleet
         self._policy = policy
         self._config = config
@@ -66,6 +66,9 @@ class WaitingRoom:
         self._ordering = config.build_ordering()
         self._num_since_relegated = 0
         self._looked_at_version = -1
+
+    def _admissions_for(self, config: PolicyConfig) -> Admissions:
+        return Admissions(self.paces, config, self._demands)
 
     def __len__(self) -> int:
         return len(self.backlog) + len(self.relegated) + self.num_held
@@ -191,7 +194,7 @@ class WaitingRoom:
             or not admission.is_first(request.request_id)
         ):
             return
-        wait_s, promised_s = admission.wait_s(), request.deadline - request.arrival_time
+        wait_s, promised_s = admission.wait_s(request), request.deadline - request.arrival_time
         most_s = self._config.max_hold_share * promised_s
         if wait_s > most_s:
             raise OverloadedError(
@@ -206,6 +209,11 @@ class WaitingRoom:
         pace = self.paces.get(request.model)
         if pace is not None:
             pace.closed(run_key(request), request, end_time=end_time, idle_s=idle_s, ok=ok)
+
+    def _begin_held(self, now: float) -> None:
+        for model in list(self._admissions.holding):
+            for _ in self._begin(model, now):
+                pass
 
     def _begin(self, model: str, now: float) -> Iterator[Waiting]:
         """Let the runs of a model begin that may."""
@@ -265,10 +273,8 @@ class WaitingRoom:
             newest_candidates: What has just been predicted of it, if anything has.
         """
         fleet = self._fleet
-        if newest is None and self._admissions.holding:
-            for model in list(self._admissions.holding):
-                for _ in self._begin(model, now):
-                    pass
+        if newest is None:
+            self._begin_held(now)
         if self._relegates:
             self._relegate(now)
         full: set[Kind] = set()

@@ -154,7 +154,11 @@ def _check(num_containers: int, num_values: int) -> None:
 
 
 def with_additions(
-    body: Body, xargs: Mapping[str, str | int], *, priority: int | None = None
+    body: Body,
+    xargs: Mapping[str, str | int],
+    *,
+    priority: int | None = None,
+    session_id: str | None = None,
 ) -> bytes:
     """Return the body to forward.
 
@@ -163,6 +167,7 @@ def with_additions(
         xargs: Flat values for `vllm_xargs`. If there are any, the client's own `wf_*` keys
             there go, so that an engine sees one source; other keys stay as they are.
         priority: For a body that has no `priority` of its own.
+        session_id: For a body that has no `session_id`.
     """
     raw, additions = body.raw, []
     theirs = body.members.get("vllm_xargs")
@@ -175,6 +180,8 @@ def with_additions(
         raw = _replace_xargs(raw.decode(), xargs).encode()
     if priority is not None and "priority" not in body.members:
         additions.append(b'"priority":%d' % priority)
+    if session_id is not None:
+        additions.append(b'"session_id":' + msgspec.json.encode(session_id))
     if not additions:
         return raw
     end = raw.rindex(b"}")

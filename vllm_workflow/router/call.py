@@ -93,7 +93,13 @@ def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
 
 
 def forwarded_body(
-    call: Call, decision: Decision, ordering: OrderingPolicy | None, *, now: float, unix_time: float
+    call: Call,
+    decision: Decision,
+    ordering: OrderingPolicy | None,
+    *,
+    now: float,
+    unix_time: float,
+    has_session: bool = False,
 ) -> bytes:
     """Return the body for one attempt, with the budget that is left at `now`.
 
@@ -103,6 +109,7 @@ def forwarded_body(
         ordering: Gives the `priority` to add; None to add none, except one from a hint.
         now: Instant on the clock of `call.request`.
         unix_time: The same instant as seconds since 1970.
+        has_session: Name the call in the engine's KV events, unless its body has a name for it.
     """
     if not call.takes_xargs:
         return call.body.raw
@@ -119,7 +126,14 @@ def forwarded_body(
         if ordering.key_is_instant:
             key += unix_time - now
         priority = priority_of(key, info.priority or 0)
-    return with_additions(call.body, xargs, priority=priority)
+    session_id = request.request_id if has_session and not _names_session(call.body) else None
+    return with_additions(call.body, xargs, priority=priority, session_id=session_id)
+
+
+def _names_session(body: Body) -> bool:
+    """Whether the body says what vLLM takes for `session_id`; a header counts less there."""
+    theirs = body.members.get("vllm_xargs")
+    return "session_id" in body.members or (isinstance(theirs, dict) and "session_id" in theirs)
 
 
 def priority_of(key: float, level: int = 0) -> int:

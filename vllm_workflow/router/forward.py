@@ -161,6 +161,7 @@ class Forwarder:
             self._ordering(),
             now=attempt.start_time,
             unix_time=time.time(),
+            has_session=bool(upstream.config.kv_events),
         )
         head = pool.head(call.path, upstream.headers(call.headers), len(body))
         attempt.give_up = connection.abandon

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from ssl import SSLContext
 from typing import Annotated, Any
@@ -77,6 +78,9 @@ class InstanceConfig(Strict):
     api_key_file: str = ""
     """File with that key."""
     tls: UpstreamTlsConfig = UpstreamTlsConfig()
+    kv_events: str = ""
+    """Where the server publishes its KV-cache events, e.g. `tcp://10.0.0.7:5557`; needs the
+    `kv-events` extra. Without it, what its prefix cache holds is known from usage alone."""
     _profile: LatencyProfile | None = PrivateAttr(default=None)
     """Files are read when the configuration is checked: one that goes away later changes
     nothing, and where one holds something else the instance is another one."""
@@ -94,6 +98,19 @@ class InstanceConfig(Strict):
         if parts.path.rstrip("/").endswith("/v1"):
             raise ValueError("expected the root of the server, without /v1")
         return url.rstrip("/")
+
+    @field_validator("kv_events")
+    @classmethod
+    def _endpoint(cls, endpoint: str) -> str:
+        if not endpoint:
+            return endpoint
+        parts = urlsplit(endpoint)
+        if parts.scheme != "tcp" or not parts.hostname or parts.port is None or parts.path:
+            raise ValueError("expected tcp://HOST:PORT")
+        missing = [name for name in ("zmq", "msgspec") if find_spec(name) is None]
+        if missing:
+            raise ValueError(f"needs {missing}: pip install 'vllm-workflow[kv-events]'")
+        return endpoint
 
     @model_validator(mode="before")
     @classmethod

@@ -17,6 +17,7 @@ from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.discovery import Discovery, sources
 from vllm_workflow.router.keeper import Keeper
+from vllm_workflow.router.kv_events import KvEvents
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.proxy import Proxy
@@ -47,6 +48,7 @@ class Parts:
     proxy: Proxy
     switch: PolicySwitch
     tuner: Tuner
+    kv_events: KvEvents
     keeper: Keeper | None
     """If there is a store."""
 
@@ -63,6 +65,7 @@ class Parts:
             self.upstreams.run(),
             self.discovery.run(),
             self.tuner.run(),
+            self.kv_events.run(),
             self._expire_runs(),
         ]
         return watchers + [each.run() for each in (self.records.log, self.keeper) if each]
@@ -99,6 +102,7 @@ def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession
         binder.instances_changed,
         reads_load=config.read_load,
     )
+    kv_events = KvEvents(dispatcher, upstreams, metrics.registry)
     access = Access(config.auth)
     bodies = Bodies(config.max_body_mb, config.limits)
     proxy = Proxy(
@@ -112,6 +116,7 @@ def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession
         set_priority=config.set_priority,
         log_prompts=config.log_prompts,
         tracing=records.tracing,
+        kv_events=kv_events,
     )
     switch = PolicySwitch(dispatcher, binder, metrics)
     return Parts(
@@ -128,6 +133,7 @@ def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession
         proxy=proxy,
         switch=switch,
         tuner=Tuner(config, switch, records.store),
+        kv_events=kv_events,
         keeper=Keeper(dispatcher, records.store) if records.store else None,
     )
 

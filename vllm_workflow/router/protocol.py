@@ -8,10 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
-import socket
-import ssl
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,10 +19,11 @@ from vllm_workflow.router.errors import error_json, error_response
 from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.limits import LimitsConfig
 from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
+from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)
-_BACKLOG = 1024
-"""Connections that may wait to be taken."""
+_LAST_WORDS_S = 1.0
+"""For answers to calls that took too long to end."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -179,16 +177,18 @@ class Listener:
         tls: That connections are taken with; None: in plain text.
         grace_s: How long calls under way may take to end when it closes.
         calls: What answers plain calls, by path.
+        hand_over: Called when that time is over, to have calls end at once.
     """
 
     def __init__(
         self,
         app: web.Application,
         limits: LimitsConfig,
-        tls: ssl.SSLContext | None,
+        tls: RenewableTls | None,
         *,
         grace_s: float,
         calls: Mapping[str, Handle] | None = None,
+        hand_over: Callable[[], None] = lambda: None,
     ) -> None:
         self.handles = {
             f"POST {path} HTTP/1.1".encode(): handle for path, handle in (calls or {}).items()
@@ -203,10 +203,11 @@ class Listener:
         """May be replaced."""
         self.num_connections = 0
         self.num_trusts = 0
-        """Grows whenever those who were let in before may no longer be."""
+        """To be raised when clients that were let in may be no more: each connection made before
+        ends with its next answer."""
         self._tls = tls
+        self._hand_over = hand_over
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
-        self._servers: Sequence[asyncio.Server] = ()
 
     @property
     def server(self) -> web.Server:
@@ -227,58 +228,21 @@ class Listener:
         try:
             try:
                 server = await loop.create_server(
-                    self._protocol, host, port, ssl=self._tls, backlog=_BACKLOG
+                    self._protocol, host, port, ssl=self._tls, backlog=1024
                 )
             except OSError as e:
                 raise ConfigError(
                     f"{where}: cannot listen on {host}:{port}: {e.strerror}"
                 ) from None
-            self._servers = [server]
             address, number = server.sockets[0].getsockname()[:2]
             name = f"[{address}]" if ":" in address else address
             try:
                 yield f"{'https' if self._tls else 'http'}://{name}:{number}"
             finally:
-                self._close_servers()
+                server.close()
                 await self._end_connections()
         finally:
             await self._runner.cleanup()
-
-    async def renewed(self, tls: ssl.SSLContext) -> Sequence[asyncio.Server]:
-        """Return what is ready to take connections with another context, for `take` or to close.
-
-        Raises:
-            OSError: There are no file descriptors left.
-        """
-        loop = asyncio.get_running_loop()
-        servers: list[asyncio.Server] = []
-        try:
-            for each in [sock for server in self._servers for sock in server.sockets]:
-                # The same socket in the kernel: whoever waits in its queue is taken, too.
-                same = socket.socket(fileno=os.dup(each.fileno()))
-                servers.append(
-                    await loop.create_server(
-                        self._protocol, sock=same, ssl=tls, backlog=_BACKLOG, start_serving=False
-                    )
-                )
-        except BaseException:
-            for server in servers:
-                server.close()
-            raise
-        return servers
-
-    async def take(self, servers: Sequence[asyncio.Server], *, distrusts: bool) -> None:
-        """Take connections by other servers on the same sockets, see `renewed`.
-
-        Args:
-            servers: In the place of those before.
-            distrusts: End each connection there is with its next answer.
-        """
-        for server in servers:
-            await server.start_serving()
-        self._close_servers()
-        self._servers = servers
-        self.num_trusts += distrusts
 
     def _protocol(self) -> asyncio.Protocol:
         if self.handles:
@@ -293,23 +257,24 @@ class Listener:
         """
         return Protocol(self, num_trusts, loop=asyncio.get_running_loop())
 
-    def _close_servers(self) -> None:
-        for server in self._servers:
-            server.close()
-
     async def _end_connections(self) -> None:
         """Let calls under way end, for as long as they may."""
         await asyncio.sleep(0)  # what has been sent up to now is begun
         self.is_ending = True
         self.server.pre_shutdown()
-        await asyncio.gather(self._end_plain(), self.server.shutdown(self.grace_s))
+        until_late = asyncio.get_running_loop().call_later(self.grace_s, self._hand_over)
+        most_s = self.grace_s + _LAST_WORDS_S
+        try:
+            await asyncio.gather(self._end_plain(most_s), self.server.shutdown(most_s))
+        finally:
+            until_late.cancel()
 
-    async def _end_plain(self) -> None:
+    async def _end_plain(self, most_s: float) -> None:
         for connection in list(self.plain):
             connection.end()
         tasks = [connection.task for connection in self.plain if connection.task is not None]
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=self.grace_s)
+            _, late = await asyncio.wait(tasks, timeout=most_s)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)

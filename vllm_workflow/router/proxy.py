@@ -36,6 +36,7 @@ from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
 
 if TYPE_CHECKING:
+    from vllm_workflow.router.kv_events import KvEvents
     from vllm_workflow.router.tracing import Tracing
 
 RETRY_AFTER_S = 1
@@ -64,6 +65,7 @@ class Proxy:
         set_priority: bool = False,
         log_prompts: bool = False,
         tracing: Tracing | None = None,
+        kv_events: KvEvents | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -78,8 +80,20 @@ class Proxy:
         self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self._tracing = tracing
+        self._kv_events = kv_events
         self.runs = Runs(self._run_ended)
         self.running = Once()
+        self._is_stopping = False
+
+    def hand_over(self) -> None:
+        """Give up the calls that have not ended, so that their clients ask another router.
+
+        Those whose answer has not begun get 503 with `Retry-After`, streams an error event.
+        """
+        self._is_stopping = True
+        self._binder.hand_over()
+        for upstream in self._upstreams:
+            upstream.silence.abandon(begun=True)
 
     @property
     def policy(self) -> str:
@@ -204,6 +218,9 @@ class Proxy:
                 head=head_of(call.body.members) if call.takes_xargs else (),
             )
             run.deadline = predicted.deadline  # its own, or what its tenant is promised
+            if call.info.attained_ms and not predicted.attained_s:
+                told_s = call.info.attained_ms / 1000.0
+                predicted = predicted._replace(attained_s=told_s, attained_path_s=told_s)
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
                 predicted = predicted._replace(
@@ -232,7 +249,7 @@ class Proxy:
         tries = Tries(
             partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
         )
-        while tries.may_go_on:
+        while tries.may_go_on and not self._is_stopping:
             try:
                 decision = await self._binder.bind(
                     call.request, num_prompt_bytes=len(call.body.raw), tries=tries
@@ -278,6 +295,8 @@ class Proxy:
         stream = call.body.stream
         attempt = Attempt(decision, call.request, now, Usage(stream=stream), stream)
         self._metrics.dispatched(decision, now - call.request.arrival_time)
+        if self._kv_events is not None:
+            self._kv_events.sent(attempt.instance_id, call.request)
         return attempt
 
     def _settle(self, call: Call, attempt: Attempt) -> None:
@@ -285,12 +304,21 @@ class Proxy:
         outcome = attempt.outcome(time.monotonic())
         self._binder.settle(outcome)
         self._metrics.settled(attempt.decision, outcome)
+        if self._kv_events is not None:
+            self._kv_events.ended(outcome)
         if self._metrics.tenants is not None:
             self._metrics.tenants.used(call.request.tenant_id, outcome)
 
     def _give_up(self, call: Call, tries: Tries) -> Answer:
         """Answer for a fleet of which no instance could: with its own last word, if any."""
         model = call.body.model
+        if self._is_stopping:
+            return error_answer(
+                503,
+                "the router is being stopped; another one may answer",
+                code="shutting_down",
+                headers={"X-Request-Id": call.request_id, "Retry-After": str(RETRY_AFTER_S)},
+            )
         if tries.refusal is None and self._binder.is_gone(model):
             return error_answer(
                 404,
@@ -346,5 +374,6 @@ def _refusal(call: Call, error: OverloadedError) -> Answer:
         headers={
             "X-Request-Id": call.request_id,
             "Retry-After": str(math.ceil(error.retry_after_s)),
+            "X-Workflow-Refused": "overloaded",
         },
     )

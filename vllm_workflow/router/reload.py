@@ -18,6 +18,7 @@ from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.logs import configure
 from vllm_workflow.router.parts import Parts
 from vllm_workflow.router.protocol import Listener
+from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)
 
@@ -49,8 +50,8 @@ class _Plan:
     sources: list[Source]
     found: dict[str, list[InstanceConfig]]
     """By source."""
-    servers: list[Sequence[asyncio.Server]]
-    """For each listener, with another certificate; empty if it is the same one."""
+    tls: ssl.SSLContext | None
+    """What clients' connections are taken with from now on; None: as before."""
     distrusts: bool
     """Whether clients that were let in before may no longer be."""
 
@@ -62,20 +63,31 @@ class Reloader:
         config: As in force.
         read: Reads and checks the file; None if there is none.
         parts: Of the router.
+        tls: What clients' connections are taken with; None: in plain text.
     """
 
     def __init__(
-        self, config: RouterConfig, read: Callable[[], RouterConfig] | None, parts: Parts
+        self,
+        config: RouterConfig,
+        read: Callable[[], RouterConfig] | None,
+        parts: Parts,
+        tls: RenewableTls | None,
     ) -> None:
         self._config = config
         self._policy = parts.switch.current
         """As the file says, whatever a tuner has made of it since."""
         self._read = read
         self._parts = parts
+        self._tls = tls
         self._lock = asyncio.Lock()
         self._reloading: set[asyncio.Task[list[str]]] = set()
         self.listeners: list[Listener] = []
-        """Get limits and certificates."""
+        """Get the limits of connections."""
+
+    @property
+    def config(self) -> RouterConfig:
+        """As in force."""
+        return self._config
 
     async def __call__(self) -> list[str]:
         """Read and take over; returns the names of the fields that changed.
@@ -98,7 +110,7 @@ class Reloader:
             raise ConfigError("reload: the router was started without a file (--config)")
         async with self._lock:
             plan = await self._planned(self._read)
-            await self._take(plan)
+            self._take(plan)
         changed = sorted(plan.changed)
         _logger.info("configuration read again; changed: %s", ", ".join(changed) or "nothing")
         return changed
@@ -119,34 +131,15 @@ class Reloader:
             changed.add("policy")
         wanted = sources(config.discovery, self._parts.session)
         found = await self._parts.discovery.found_by(wanted)
-        servers: list[Sequence[asyncio.Server]] = []
-        distrusts = False
+        tls, distrusts = None, False
         if config.tls is not None and old.tls is not None and "tls" in changed:
             tls = await asyncio.to_thread(config.tls.context)
-            servers = await self._renewed(tls)
             distrusts = not config.tls.trusts_as(old.tls)
-        return _Plan(config, policy, tenants, frozenset(changed), wanted, found, servers, distrusts)
+        return _Plan(config, policy, tenants, frozenset(changed), wanted, found, tls, distrusts)
 
-    async def _renewed(self, tls: ssl.SSLContext) -> list[Sequence[asyncio.Server]]:
-        """Return servers for each listener.
-
-        Raises:
-            ConfigError: The system has none left.
-        """
-        servers: list[Sequence[asyncio.Server]] = []
-        try:
-            for listener in self.listeners:
-                ready = await listener.renewed(tls)
-                servers.append(ready)
-        except OSError as e:
-            for server in [server for each in servers for server in each]:
-                server.close()
-            raise ConfigError(f"tls: cannot listen with another certificate: {e}") from None
-        return servers
-
-    async def _take(self, plan: _Plan) -> None:
+    def _take(self, plan: _Plan) -> None:
         config, changed, parts = plan.config, plan.changed, self._parts
-        self._take_access(config)
+        self._take_access(plan)
         parts.proxy.max_wait_s = config.max_wait_s
         parts.proxy.set_priority = config.set_priority
         parts.proxy.log_prompts = config.log_prompts
@@ -159,11 +152,12 @@ class Reloader:
         if changed & {"log_level", "log_format", "log_calls"}:
             configure(config.log_level, config.log_format, log_calls=config.log_calls)
         self._config, self._policy = config, plan.policy
-        for listener, servers in zip(self.listeners, plan.servers, strict=False):
-            await listener.take(servers, distrusts=plan.distrusts)
 
-    def _take_access(self, config: RouterConfig) -> None:
-        parts = self._parts
+    def _take_access(self, plan: _Plan) -> None:
+        """Change who is let in, and how much of the router each may take."""
+        config, parts = plan.config, self._parts
+        if self._tls is not None and plan.tls is not None:
+            self._tls.current = plan.tls
         parts.access.replace(config.auth)
         if parts.operator and config.admin:
             parts.operator.key = config.admin.hashed
@@ -171,6 +165,7 @@ class Reloader:
         for listener in self.listeners:
             listener.limits = config.limits
             listener.grace_s = config.shutdown_grace_s
+            listener.num_trusts += plan.distrusts
 
     def _take_decisions(self, plan: _Plan) -> None:
         """Change what decides, between two decisions."""

@@ -226,7 +226,11 @@ class Tuning:
         """Return what is in force, as a log would tell it."""
         first, now = self._switch.first, self._switch.current
         fleet = self._switch.dispatcher.fleet
-        events: list[Event] = [Started(policy=first, fingerprint=first.fingerprint)]
+        ledger = self._switch.dispatcher.tenants
+        tenants = None if ledger is None else ledger.config
+        events: list[Event] = [
+            Started(policy=first, fingerprint=first.fingerprint, tenants=tenants)
+        ]
         for instance in fleet:
             events.append(Added(instance=instance))
             if not fleet.is_healthy(instance.instance_id):

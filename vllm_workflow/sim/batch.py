@@ -67,7 +67,8 @@ class Batch:
         self._max_num_tokens = max_num_tokens
         self._is_async = is_async
         self._reorders = reorders
-        self._prefill_cap = config.prefill_chunk_cap
+        # Where vLLM's own order stays, the plug-in caps nothing either.
+        self._prefill_cap = config.prefill_chunk_cap if reorders else 0
         self._urgent_slack_s = config.urgent_slack_s
         self._cooldown_s = config.preempt_cooldown_s
         self.running: list[LiveCall] = []
@@ -101,8 +102,12 @@ class Batch:
             self.decoding.leave(call)
         else:
             self.prefilling.remove(call)
-        # The token of a step that is still under way when the next one is planned.
-        num_unknown = int(self._is_async and call.num_computed > call.prefill_end)
+        # The token that it computes in a step under way, unless it was known when that was planned.
+        num_unknown = int(
+            self._is_async
+            and call.num_computed > call.prefill_end
+            and call.missed_step < self.decoding.num_steps - 2
+        )
         self.pool.free(call.table, call.num_computed, may_return=True, num_unknown=num_unknown)
         call.prefill_end = call.num_prompt + call.num_generated
         call.num_computed = 0

@@ -73,6 +73,7 @@ class DecodeBatch:
 
     def miss(self, call: LiveCall) -> None:
         """Let a call not take part in the next step."""
+        call.missed_step = self.num_steps
         self._num_by_residue[call.base % self._block_size] -= 1
         call.base -= 1
         self.sum_base -= 1

@@ -230,7 +230,9 @@ class EventEngine:
             elif call in self._batch.prefilling:
                 self._batch.prefilling.remove(call)
             self._running.remove(call)
-            self.pool.free(call.table, call.num_computed)
+            # Of the token that the step under way computes vLLM does not learn any more.
+            num_unknown = call.num_computed - (call.num_prompt + call.num_output - 1)
+            self.pool.free(call.table, call.num_computed, num_unknown=max(0, num_unknown))
         self._batch.lingering = []
 
     # The step that begins.

@@ -27,6 +27,7 @@ class LiveCall:
         "is_running",
         "key",
         "latest_start",
+        "missed_step",
         "num_cached",
         "num_computed",
         "num_generated",
@@ -69,6 +70,8 @@ class LiveCall:
         """While it decodes: computed tokens minus the engine's count of decode steps."""
         self.finish_at = 0
         """While it decodes: count of decode steps at which it ends."""
+        self.missed_step = -2
+        """The last step, by the engine's count of decode steps, that it did not take part in."""
         self.num_cached = 0
         self.num_preemptions = 0
         self.num_seats_lost = 0

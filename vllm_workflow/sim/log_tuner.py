@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 from statistics import median
 
 from vllm_workflow.core.config import PolicyConfig
-from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.metrics import mean, percentile, slo_attainment
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.declare import declared
 from vllm_workflow.sim.fleet import SimInstance
 from vllm_workflow.sim.log_fit import MIN_CALLS, Speed, as_fast, speeds
-from vllm_workflow.sim.log_window import LogWindow, sim_instance
+from vllm_workflow.sim.log_refused import stand_ins
+from vllm_workflow.sim.log_window import LogWindow, latest, sim_instance
 from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.tuner import TunerSettings, Verdict, Window, engines_of, tune
 
@@ -89,19 +89,12 @@ def tune_log(
         max_runs: Of the window, the last so many; None for all.
 
     Raises:
-        ConfigError: See `tune`; or a log under admission 'reject', which lacks
-            the runs that were refused.
+        ConfigError: See `tune`.
     """
     settings = settings or TunerSettings()
     incumbent = incumbent or log.policy
-    if "reject" in (log.policy.admission, log.first_policy.admission):
-        raise ConfigError(
-            f"{log.source}: expected a log of all runs that came, got one made under admission "
-            "'reject', which does not hold those that it refused: a replay would have too little "
-            "load. Tune on a log made under 'accept'"
-        )
     if max_runs is not None:
-        log = replace(log, runs=log.runs[-max_runs:])
+        log = latest(log, max_runs)
     window = _window(log, fleet, workflows, engine_policy)
     if len(window.runs) - len(window.uncounted) < settings.min_runs or fleet is not None:
         return LogVerdict(verdict=tune(window, incumbent, points, settings), fit=None)
@@ -143,6 +136,7 @@ def fitted(log: LogWindow, window: Window) -> tuple[Window, Fit]:
         log.policy,
         engines=engines_of(window.engine_policy),
         workflows=window.workflows,
+        tenants=window.tenants,
     )
     whole = [each for each in log.runs if each.run.run_id in log.whole]
     again = [run for run in result.runs if run.run_id in log.whole]
@@ -159,11 +153,14 @@ def _window(
     workflows: Sequence[WorkflowProfile] | None,
     engine_policy: PolicyConfig | None,
 ) -> Window:
+    whole = [each for each in log.runs if each.run.run_id in log.whole]
+    runs = [*(each.run for each in log.runs), *stand_ins(log.refused, whole)]
     return Window(
-        runs=tuple(each.run for each in log.runs),
+        runs=tuple(sorted(runs, key=lambda run: run.arrival_s or 0.0)),
         fleet=tuple(fleet or map(sim_instance, log.instances)),
         workflows=tuple(declared(e.run for e in log.runs) if workflows is None else workflows),
         engine_policy=engine_policy or log.first_policy,
+        tenants=log.tenants,
         uncounted=frozenset(e.run.run_id for e in log.runs if e.run.run_id not in log.whole),
     )
 

@@ -5,18 +5,28 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Added, Marked, Removed, Started, Swapped, from_json
+from vllm_workflow.core.events import (
+    Added,
+    Apportioned,
+    Marked,
+    Removed,
+    Started,
+    Swapped,
+    from_json,
+)
 from vllm_workflow.core.fleet import Instance
+from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.router.store import StoreReader, is_store
 from vllm_workflow.sim.engine import DEFAULT_BLOCK_SIZE
 from vllm_workflow.sim.fields import Place, an_object, json_lines, parse, read_text, required
 from vllm_workflow.sim.fleet import SimInstance
+from vllm_workflow.sim.log_refused import RefusedRun, refused_runs
 from vllm_workflow.sim.trace_decisions import LoggedRun, is_decision_log, logged_runs
 
 OVER_AFTER_S = 60.0
@@ -25,7 +35,7 @@ UNKNOWN_KV_BLOCKS = 1 << 20
 """Of an instance whose configuration does not say."""
 MAX_TAIL_BYTES = 256 << 20
 _FIRST_TAIL_BYTES = 4 << 20
-_STATE = frozenset({"started", "swapped", "added", "removed", "marked"})
+_STATE = frozenset({"started", "swapped", "apportioned", "added", "removed", "marked"})
 
 _Line = tuple[Place, Mapping[str, Any]]
 
@@ -43,6 +53,10 @@ class LogWindow:
     """Healthy at the end; all, if none was."""
     runs: tuple[LoggedRun, ...]
     """By arrival."""
+    refused: tuple[RefusedRun, ...] = ()
+    """In the order in which they came."""
+    tenants: TenantsConfig | None = None
+    """Their shares, quotas and SLOs at the end; None: nobody asked whose a call was."""
     whole: frozenset[str]
     """Ids of the runs that began within the window and were over when it ended."""
     duration_s: float
@@ -123,7 +137,9 @@ def window_of(lines: Sequence[_Line], *, source: str, window_s: float = math.inf
     end = max(known, default=0.0)
     since = end - window_s
     first = next((i for i, time in enumerate(times) if time is not None and time >= since), 0)
-    started, policy, instances = _state(line for line, kind in zip(lines, kinds) if kind in _STATE)
+    started, policy, tenants, instances = _state(
+        line for line, kind in zip(lines, kinds) if kind in _STATE
+    )
     events = [line for line, kind in zip(lines[first:], kinds[first:]) if kind not in _STATE]
     runs = tuple(logged_runs(events))
     begin = min((time for time in known if time >= since), default=0.0)
@@ -133,8 +149,21 @@ def window_of(lines: Sequence[_Line], *, source: str, window_s: float = math.inf
         first_policy=started,
         instances=instances,
         runs=runs,
+        refused=refused_runs(events),
+        tenants=tenants,
         whole=frozenset(each.run.run_id for each in runs if _is_whole(each, begin, end)),
         duration_s=end - begin,
+    )
+
+
+def latest(log: LogWindow, num_runs: int) -> LogWindow:
+    """Return a window with the last runs of one, those that were refused among them."""
+    began = [run.arrival_time for run in log.runs] + [each.arrival_time for each in log.refused]
+    since = sorted(began)[-num_runs:][0] if began else 0.0
+    return replace(
+        log,
+        runs=tuple(run for run in log.runs if run.arrival_time >= since),
+        refused=tuple(each for each in log.refused if each.arrival_time >= since),
     )
 
 
@@ -152,9 +181,12 @@ def _is_whole(run: LoggedRun, begin: float, end: float) -> bool:
     return any(call.final for call in run.calls) or run.end_time <= end - OVER_AFTER_S
 
 
-def _state(lines: Iterable[_Line]) -> tuple[PolicyConfig, PolicyConfig, tuple[Instance, ...]]:
-    """Return the policy at the beginning, that at the end, and the instances then."""
+def _state(
+    lines: Iterable[_Line],
+) -> tuple[PolicyConfig, PolicyConfig, TenantsConfig | None, tuple[Instance, ...]]:
+    """Return the policy at the beginning, and policy, tenants and instances at the end."""
     first = policy = PolicyConfig()
+    tenants: TenantsConfig | None = None
     instances: dict[str, Instance] = {}
     healthy: dict[str, bool] = {}
     for place, data in lines:
@@ -165,8 +197,11 @@ def _state(lines: Iterable[_Line]) -> tuple[PolicyConfig, PolicyConfig, tuple[In
         match event:
             case Started():
                 first = policy = event.policy
+                tenants = event.tenants
             case Swapped():
                 policy = event.policy
+            case Apportioned():
+                tenants = event.tenants
             case Added():
                 instances[event.instance.instance_id] = event.instance
             case Removed():
@@ -174,7 +209,7 @@ def _state(lines: Iterable[_Line]) -> tuple[PolicyConfig, PolicyConfig, tuple[In
             case Marked():
                 healthy[event.instance_id] = event.healthy
     alive = [each for name, each in instances.items() if healthy.get(name, True)]
-    return first, policy, tuple(alive or instances.values())
+    return first, policy, tenants, tuple(alive or instances.values())
 
 
 def _now(data: Mapping[str, Any], place: Place) -> float | None:

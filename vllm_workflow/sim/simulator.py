@@ -300,7 +300,7 @@ class _Simulation:
         run.is_refused = True
         for request_id in [i for i, call in self._bound_later.items() if call.run is run]:
             del self._bound_later[request_id]
-            self._dispatcher.withdraw(request_id)
+            self._dispatcher.withdraw(request_id, refused=True)
 
     def _poll(self) -> None:
         """Send what the dispatcher has let wait until now."""

@@ -25,6 +25,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.metrics import mean, percentile, slo_attainment
 from vllm_workflow.core.policy_grid import changes
+from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.fleet import EngineFactory, SimInstance, event_engine
 from vllm_workflow.sim.replicates import lower_bound, replicate
@@ -50,6 +51,8 @@ class Window:
     """Declared to the router."""
     engine_policy: PolicyConfig | None = None
     """What the engines run whatever the router does; None: the same as the router."""
+    tenants: TenantsConfig | None = None
+    """Their shares, quotas and SLOs, as the router knows them."""
     uncounted: frozenset[str] = frozenset()
     """Ids of runs that are load only, because the window cuts them off."""
 
@@ -237,7 +240,12 @@ class _Tuner:
     def _simulated(self, policy: PolicyConfig, runs: Sequence[TraceRun]) -> _Outcome:
         window = self._window
         result = simulate(
-            runs, window.fleet, policy, engines=self._engines, workflows=window.workflows
+            runs,
+            window.fleet,
+            policy,
+            engines=self._engines,
+            workflows=window.workflows,
+            tenants=window.tenants,
         )
         self._num_calls += len(result.calls)
         counted = [run for run in result.runs if run.run_id not in window.uncounted]

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.metrics import goodput, mean, percentile, slo_attainment
+from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.sim.fleet import SimInstance
 from vllm_workflow.sim.replicates import Estimate, estimate, replicate
@@ -43,6 +44,8 @@ class Scenario:
     policy: PolicyConfig
     """Of router and engines."""
     workflows: tuple[WorkflowProfile, ...] = ()
+    tenants: TenantsConfig | None = None
+    """Their shares, quotas and SLOs; None: nobody asks whose a call is."""
     uncounted: frozenset[str] = frozenset()
     """Ids of runs that are load only."""
 
@@ -101,7 +104,13 @@ def compare(
 
 def _measured(scenario: Scenario, number: int, seed: int) -> dict[str, float]:
     runs = replicate(scenario.runs, number, seed)
-    result = simulate(runs, scenario.fleet, scenario.policy, workflows=scenario.workflows)
+    result = simulate(
+        runs,
+        scenario.fleet,
+        scenario.policy,
+        workflows=scenario.workflows,
+        tenants=scenario.tenants,
+    )
     counted = [run for run in result.runs if run.run_id not in scenario.uncounted]
     latencies_s = [run.latency_s for run in counted]
     slos_s = [run.slo_s for run in counted]

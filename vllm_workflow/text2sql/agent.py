@@ -136,6 +136,7 @@ class Text2SqlAgent:
 
         Raises:
             NoCandidateError: No call of the generate stage gave SQL.
+            OverloadedError: The router refused the run.
         """
         with workflow(WORKFLOW_NAME, slo_s=slo_s, id=workflow_id, tenant=tenant) as run:
             return await _OneRun(self, run, seed).answer(question, evidence)

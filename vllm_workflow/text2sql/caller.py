@@ -15,7 +15,7 @@ from vllm_workflow.text2sql.types import Message, Stage
 
 
 class StageCaller:
-    """One run's way to the model; a failed call is recorded and never raises.
+    """One run's way to the model; a failed call is recorded and does not raise.
 
     Args:
         client: An attached client.
@@ -53,6 +53,9 @@ class StageCaller:
             index: Which of the parallel calls of the stage this is.
             temperature: 0 for a greedy answer.
             final: Whether this is the run's last call.
+
+        Raises:
+            OverloadedError: The router refused the run: no other call of it is worth a try.
         """
         start_s = self.run.elapsed_s
         completion: object = None
@@ -71,6 +74,8 @@ class StageCaller:
         if error is None and not (isinstance(completion, ChatCompletion) and completion.choices):
             error = "the answer is not a chat completion with a choice"
         self.calls.append(_stage_call(name, start_s, self.run.elapsed_s, block, completion, error))
+        if error is not None and (refusal := self.run.refusal) is not None:
+            raise refusal
         if error is not None or not isinstance(completion, ChatCompletion):
             return None
         return completion.choices[0].message.content or ""

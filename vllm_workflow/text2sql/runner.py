@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from vllm_workflow.core.errors import ConfigError, WorkflowError
+from vllm_workflow.core.errors import ConfigError, OverloadedError, WorkflowError
 from vllm_workflow.text2sql.agent import Text2SqlAgent
 from vllm_workflow.text2sql.answer import Answer, StageCall
 from vllm_workflow.text2sql.comparison import same_result
@@ -52,10 +52,15 @@ class RunRecord:
     """Execution match with the gold SQL; None without one, or if that does not run."""
     error: str | None = None
     """Why the run failed, or why its answer could not be compared."""
+    rejected: bool = False
+    """The router refused it at its first call; it missed its SLO without a call served."""
 
     @property
     def status(self) -> str:
-        """`ok`, `empty`, `error`, `refused` or `timeout` of the chosen SQL, or `failed`."""
+        """`ok`, `empty`, `error`, `refused` or `timeout` of the chosen SQL, or of the run `failed`
+        or `rejected`."""
+        if self.rejected:
+            return "rejected"
         return self.answer.execution.status.value if self.answer else "failed"
 
     @property
@@ -164,7 +169,8 @@ def summary(records: Sequence[RunRecord]) -> dict[str, Any]:
     return {
         "num_workflows": len(records),
         "completed_workflows": len(latencies),
-        "failed_workflows": len(records) - len(latencies),
+        "failed_workflows": sum(record.status == "failed" for record in records),
+        "rejected_workflows": sum(record.rejected for record in records),
         "execution_accuracy": _mean(with_gold),
         "slo_attainment": _mean(with_slo),
         "mean_workflow_latency_ms": _mean([1000 * latency for latency in latencies]),
@@ -187,6 +193,7 @@ async def _run_one(
     workflow_id = uuid.uuid4().hex
     answer: Answer | None = None
     error: str | None = None
+    rejected = False
     try:
         answer = await agent.answer(
             question.question,
@@ -196,6 +203,8 @@ async def _run_one(
             tenant=tenant,
             seed=seed,
         )
+    except OverloadedError as failure:
+        rejected, error = True, str(failure)
     except WorkflowError as failure:
         error = str(failure)
     latency_s = answer.latency_s if answer else time.monotonic() - start
@@ -216,6 +225,7 @@ async def _run_one(
         answer=answer,
         correct=correct,
         error=error,
+        rejected=rejected,
     )
 
 

@@ -25,7 +25,8 @@ CORE = (
     *("account", "admission", "admissions", "backlog", "deadline", "dispatch", "dispatcher"),
     *("fleet", "handover", "histogram", "latency", "learned", "lengths", "pace", "predictor"),
     *("preemption", "prefix", "remaining", "rooms", "run_path", "runs", "tenant_account"),
-    *("tenant_ledger", "tenant_room", "transitions", "types", "waiting_room"),
+    *("tenant_admission", "tenant_ledger", "tenant_room", "transitions", "types", "value"),
+    "waiting_room",
 )
 SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),

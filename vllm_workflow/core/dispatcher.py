@@ -263,7 +263,7 @@ class Dispatcher:
             if not candidates:
                 raise NoInstanceError(self._why_none(request, excluded))
             costs = self._policy.costs(request, candidates)
-            best = min(range(len(costs)), key=costs.__getitem__)
+            best = costs.index(min(costs))
             decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
         self.predictor.began(request)
         if self._record is not None:
@@ -289,11 +289,15 @@ class Dispatcher:
             alone_s = fleet.mean_alone_s(request, exclude)
         else:
             candidates = fleet.candidates(request, now=now, exclude=exclude)
-            each = [c.alone_s for c in candidates]
-            alone_s = sum(each) / len(each) if each else None
+            alone_s = None
+            if candidates:
+                sum_s = 0.0
+                for candidate in candidates:
+                    sum_s += candidate.alone_s
+                alone_s = sum_s / len(candidates)
         if alone_s is None:
             raise NoInstanceError(self._why_none(request, exclude))
-        return request._replace(service_s=alone_s), candidates
+        return fleet.renamed(request, alone_s), candidates
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions on calls that waited, now that something may have changed.
@@ -304,11 +308,12 @@ class Dispatcher:
         looked = self.waiting.has_news or self.waiting.held_until <= now
         if looked:
             self._bind_waiting(now)
-        decisions = tuple(self._due.values())
-        self._due.clear()
+        decisions = list(self._due.values())
+        if decisions:
+            self._due.clear()
         if self._record is not None and (looked or decisions):
-            self._record(Polled(now=now, decisions=decisions))
-        return list(decisions)
+            self._record(Polled(now=now, decisions=tuple(decisions)))
+        return decisions
 
     def withdraw(self, request_id: str, *, refused: bool = False) -> bool:
         """Give up a call that waits; returns whether it did.
@@ -334,9 +339,15 @@ class Dispatcher:
         newest_candidates: tuple[Candidate, ...] = (),
     ) -> None:
         starting = self.waiting.starting(now, newest, newest_candidates)
-        for waiting, candidates, costs, index in starting:
+        for choice in starting:
+            waiting = choice.waiting
             self._due[waiting.request.request_id] = self._bind(
-                waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
+                waiting.request,
+                choice.candidates,
+                choice.costs,
+                choice.chosen,
+                now,
+                waiting.num_prompt_bytes,
             )
             if self.tenants is not None:
                 work_s = self.tenants.work_s(waiting.request.request_id)
@@ -418,8 +429,10 @@ class Dispatcher:
         """
         if not self.config.relegate or not candidates:
             return request.service_s
-        each = [c.alone_s / self.fleet.drift(c.instance_id) for c in candidates]
-        return sum(each) / len(each)
+        sum_s = 0.0
+        for candidate in candidates:
+            sum_s += candidate.alone_s / self.fleet.drift(candidate.instance_id)
+        return sum_s / len(candidates)
 
     @property
     def num_settled(self) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Container, Iterable, Iterator, Mapping
 from heapq import heapify, heappop, heappush, merge
+from typing import Final, final
 
 from vllm_workflow.core.admission import Demand
 from vllm_workflow.core.admissions import Admissions
@@ -20,10 +21,10 @@ from vllm_workflow.core.tenants import TenantConfig
 from vllm_workflow.core.types import Candidate, StageRequest
 from vllm_workflow.core.waiting_room import Choice, WaitingRoom
 
-_ADMITTED_GUEST_MARGIN = -0.25
+_ADMITTED_GUEST_MARGIN: Final = -0.25
 """As `GUEST_MARGIN`, of guests that had to wait until their run could begin. Less than nothing:
 instances run by slack, so it is not the most urgent call that one more slows down most."""
-_MIN_HOLD_S = 1e-3
+_MIN_HOLD_S: Final = 1e-3
 """Nobody looks again sooner than this whether a quota has room."""
 
 
@@ -222,33 +223,34 @@ class TenantBacklog(Backlog):
         On the way a tenant's virtual time only grows, and so does the lag: who has come within
         it stays so until its turn.
         """
-        by_time = []
+        by_time: list[_At] = []
         for number, turn in enumerate(turns):
-            turn.at = (turn.account.virtual_time, number, turn)
-            by_time.append(turn.at)
+            turn.number = number
+            by_time.append((turn.account.virtual_time, number, 0, turn))
         heapify(by_time)
         limit = by_time[0][0] + self._ledger.lag_s if by_time else 0.0
-        within = [(turn.head, turn) for time, _, turn in by_time if time <= limit]
+        within = [(at[3].head.place, at[3]) for at in by_time if at[0] <= limit]
         beyond = [at for at in by_time if at[0] > limit]
         heapify(within)
         heapify(beyond)
         while beyond or within:
-            while by_time[0][2].at is not by_time[0]:  # it has moved on since, or is through
+            while by_time[0][3].num_moves != by_time[0][2]:  # has moved on since, or is through
                 heappop(by_time)
             limit = by_time[0][0] + self._ledger.lag_s
             while beyond and beyond[0][0] <= limit:
-                turn = heappop(beyond)[2]
-                heappush(within, (turn.head, turn))
-            head, turn = heappop(within)
+                turn = heappop(beyond)[3]
+                heappush(within, (turn.head.place, turn))
+            turn = heappop(within)[1]
+            head = turn.head
             turn.begin()
             yield head
             if head.request.request_id in self:
                 turn.pass_over()
-            _, number, _ = turn.at
-            turn.at = (turn.virtual_time, number, turn)
+            turn.num_moves += 1
             if self._go_on(turn):
-                heappush(by_time, turn.at)
-                heappush(beyond, turn.at)
+                at = (turn.virtual_time, turn.number, turn.num_moves, turn)
+                heappush(by_time, at)
+                heappush(beyond, at)
 
     def _go_on(self, turn: _Turn) -> bool:
         """Find the next call of a tenant that may be sent; the others' are not concerned."""
@@ -309,8 +311,8 @@ class _Queue(Backlog):
         """The first call, if none but its own kind waits and no quota can hold it."""
         if self.has_quota or len(self._by_kind) != 1:
             return None
-        (calls,) = self._by_kind.values()
-        return calls[0]
+        (line,) = self._by_kind.values()
+        return line.calls[0]
 
     def walk_runs(
         self, keys: Iterable[str], passed_over: Container[Kind], after: Waiting
@@ -327,6 +329,7 @@ class _Queue(Backlog):
             yield from self._not_seen.pop(key).values()
 
 
+@final
 class _Turn:
     """One tenant's queue, and how far it has been looked through."""
 
@@ -338,15 +341,14 @@ class _Turn:
         "_shares",
         "_tenant_id",
         "account",
-        "at",
         "calls",
         "head",
+        "num_moves",
+        "number",
         "passed_over",
         "queue",
     )
 
-    at: tuple[float, int, _Turn]
-    """Its virtual time when it was last known, and a number that no other has."""
     head: Waiting
 
     def __init__(
@@ -367,6 +369,10 @@ class _Turn:
         self._refused: set[Kind] = set()
         self.passed_over = _Either(passed_over, self._refused)
         self.calls: Iterator[Waiting] | None = None
+        self.number = 0
+        """That no other has."""
+        self.num_moves = 0
+        """Calls of it that have had their turn."""
 
     def begin(self) -> None:
         """To be called before a call of it is yielded; most turns never come."""
@@ -384,8 +390,14 @@ class _Turn:
             self._refused.add(self.head.kind)
 
 
+_At = tuple[float, int, int, _Turn]
+"""A tenant's virtual time when it was last known; its number, its moves until then."""
+
+
 def _after(last: Waiting, calls: Iterator[Waiting]) -> Iterator[Waiting]:
-    return (waiting for waiting in calls if waiting > last)
+    for waiting in calls:
+        if last < waiting:
+            yield waiting
 
 
 class _Either:

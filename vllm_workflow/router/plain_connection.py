@@ -30,8 +30,12 @@ LINGERING_S = 2.0
 _MAX_AHEAD_BYTES = 64 << 10
 """Of requests that are sent before the one under way is answered."""
 _HOST = istr("Host")
-_UNUSUAL = tuple(
-    map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE"))
+_ONCE = (istr("Content-Type"), istr("User-Agent"))
+"""Whoever comes after the router might believe another one than it does, or refuse two."""
+_UNUSUAL = (
+    *map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE")),
+    # Of these, too, there may be one only.
+    *map(istr, ("Server", "ETag", "Max-Forwards", "Content-Location", "Content-Range")),
 )
 _logger = logging.getLogger(__name__)
 
@@ -193,6 +197,9 @@ class PlainConnection(asyncio.Protocol):
             return False
         for name in _UNUSUAL:
             if name in headers:
+                return False
+        for name in _ONCE:
+            if len(headers.getall(name, ())) > 1:
                 return False
         for value in headers.getall(CONNECTION, ()):
             if value.lower() not in {"keep-alive", "close"}:

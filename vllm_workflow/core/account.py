@@ -5,7 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from dataclasses import dataclass, field
-from typing import Final, final
+from hashlib import sha256
+from typing import Any, Final, final
 
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.prefix import KvLedger
@@ -13,6 +14,12 @@ from vllm_workflow.core.types import Candidate, StageRequest
 
 _INF: Final = math.inf
 
+_MIN_DRIFT_WEIGHT: Final = 0.05
+"""Share of one call in the drift factor: about the last twenty calls decide."""
+_PRIOR_DRIFT_WEIGHT: Final = 4.0
+"""Calls that the configured latency counts for until then."""
+_MAX_DRIFT: Final = 8.0
+_MIN_DRIFT: Final = 1 / 8.0
 _OVERDUE_SHARE: Final = 0.25
 """A call that has outlived its prediction is taken to need this share of its age still."""
 _OTHERS_S: Final = 2.0
@@ -154,6 +161,49 @@ class Account:
         self.instance = instance
         self.latency_id = id(instance.latency)
         self.kv.resize(_capacity(instance))
+
+    def observe(self, predicted_s: float, actual_s: float) -> None:
+        """Correct its speed by one finished call; see `Fleet.observe`."""
+        ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
+        if 0.0 < ratio < _INF:
+            self.num_observed += 1
+            weight = 1.0 / (_PRIOR_DRIFT_WEIGHT + self.num_observed)
+            if weight < _MIN_DRIFT_WEIGHT:
+                weight = _MIN_DRIFT_WEIGHT
+            step = weight * math.log(_as_drift(ratio))
+            self.drift = _as_drift(self.drift * math.exp(step))
+
+    def observe_cached(self, predicted: int, actual: int) -> None:
+        """Learn how far it caches what it is believed to; see `Fleet.observe_cached`."""
+        if predicted > 0:
+            share = actual / predicted
+            share = 0.0 if share < 0.0 else 1.0 if share > 1.0 else share
+            self.hit_share += _MIN_DRIFT_WEIGHT * (share - self.hit_share)
+
+    def speed(self) -> dict[str, Any]:
+        """Return what was learned, as plain values that `restore_speed` takes."""
+        return {
+            "latency": latency_fingerprint(self.instance.latency),
+            "drift": self.drift,
+            "num_observed": self.num_observed,
+            "hit_share": self.hit_share,
+        }
+
+    def restore_speed(
+        self, latency: str, drift: float, num_observed: int, hit_share: float
+    ) -> bool:
+        """Begin with what was learned earlier; see `Fleet.restore_speed`.
+
+        Raises:
+            ValueError: A number that cannot be.
+        """
+        if not (_MIN_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
+            raise ValueError(f"drift, hit_share: got {drift!r}, {hit_share!r}")
+        if latency_fingerprint(self.instance.latency) != latency:
+            return False
+        self.drift, self.hit_share = drift, hit_share
+        self.num_observed = max(0, num_observed)
+        return True
 
     @property
     def num_ahead(self) -> int:
@@ -330,3 +380,15 @@ def max_stretch(request: StageRequest, candidate: Candidate, now: float) -> floa
 
 def _capacity(instance: Instance) -> float:
     return _INF if instance.num_kv_tokens is None else instance.num_kv_tokens
+
+
+def _as_drift(ratio: float) -> float:
+    """Return the nearest that a drift factor can be."""
+    if ratio < _MIN_DRIFT:
+        return _MIN_DRIFT
+    return _MAX_DRIFT if ratio > _MAX_DRIFT else ratio
+
+
+def latency_fingerprint(latency: LatencyModel) -> str:
+    """Return what tells one latency model from another."""
+    return sha256(repr(latency).encode()).hexdigest()[:12]

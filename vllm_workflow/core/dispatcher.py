@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict
 
 from vllm_workflow.core.admission import Demand
 from vllm_workflow.core.backlog import Waiting
@@ -20,21 +19,17 @@ from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
     Added,
     Apportioned,
-    Cleared,
-    Evicted,
     Marked,
     Polled,
     Record,
-    Removed,
-    Reported,
-    Restored,
     Settled,
     Started,
     Submitted,
     Swapped,
     Withdrawn,
 )
-from vllm_workflow.core.fleet import Fleet, Instance
+from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.core.instances import Instances
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.predictor import Predictor, Sent
 from vllm_workflow.core.tenant_ledger import TenantLedger
@@ -45,7 +40,7 @@ from vllm_workflow.core.waiting_room import WaitingRoom
 from vllm_workflow.core.workflow import WorkflowProfile
 
 
-class Dispatcher:
+class Dispatcher(Instances):
     """Decides where calls go and learns from how they end.
 
     Args:
@@ -64,16 +59,14 @@ class Dispatcher:
         record: Record | None = None,
         tenants: TenantsConfig | None = None,
     ) -> None:
-        self.fleet = fleet
+        super().__init__(fleet, Predictor(fleet, workflows), record)
         self.config = config
-        self.predictor = Predictor(fleet, workflows)
         self.predictor.risk_quantile = config.risk_quantile
         self._policy = build(config)
         self.tenants = None if tenants is None else TenantLedger(tenants)
         self._paces: dict[str, Pace] = {}
         self._demands: dict[str, Demand] = {}
         self.waiting = self._waiting_room()
-        self._record = record
         self._due: dict[str, Decision] = {}
         self._sent: dict[str, Sent] = {}
         if record is not None:
@@ -88,62 +81,6 @@ class Dispatcher:
         if self.tenants is None:
             return WaitingRoom(self.fleet, self._policy, self.config, *learned)
         return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants, *learned)
-
-    def add(self, instance: Instance) -> None:
-        """Add or replace an instance; a new one counts as healthy."""
-        self.fleet.add(instance)
-        self.predictor.fleet_changed()
-        if self._record is not None:
-            self._record(Added(instance=instance))
-
-    def remove(self, instance_id: str) -> None:
-        """Send no more calls to an instance, and forget it when those in flight have ended."""
-        self.fleet.remove(instance_id)
-        self.predictor.fleet_changed()
-        if self._record is not None:
-            self._record(Removed(instance_id=instance_id))
-
-    def mark(self, instance_id: str, *, healthy: bool) -> None:
-        """Note whether calls may be sent to an instance; one that was removed gets none."""
-        if instance_id in self.fleet and self.fleet.is_healthy(instance_id) != healthy:
-            self.fleet.mark(instance_id, healthy=healthy)
-            self.predictor.fleet_changed()
-            if self._record is not None:
-                self._record(Marked(instance_id=instance_id, healthy=healthy))
-
-    def report(self, instance_id: str, *, num_others: int, kv_share: float) -> None:
-        """Note what an instance tells of others' calls; see `Fleet.report`."""
-        self.fleet.report(instance_id, num_others=num_others, kv_share=kv_share)
-        if self._record is not None:
-            self._record(
-                Reported(instance_id=instance_id, num_others=num_others, kv_share=kv_share)
-            )
-
-    def evict(self, instance_id: str, chain_hashes: tuple[int, ...]) -> None:
-        """Note pieces of prompts that an instance caches no more; see `KvLedger.forget`."""
-        if self.fleet.evict(instance_id, chain_hashes) and self._record is not None:
-            self._record(Evicted(instance_id=instance_id, chain_hashes=chain_hashes))
-
-    def clear(self, instance_id: str) -> None:
-        """Note that an instance's prefix cache is empty."""
-        if self.fleet.evict(instance_id, None) and self._record is not None:
-            self._record(Cleared(instance_id=instance_id))
-
-    def restore_speed(
-        self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
-    ) -> None:
-        """Begin with what was learned of an instance earlier; see `Fleet.restore_speed`."""
-        restored = Restored(
-            instance_id=instance_id,
-            latency=latency,
-            drift=drift,
-            num_observed=num_observed,
-            hit_share=hit_share,
-        )
-        if self.fleet.restore_speed(**asdict(restored)):
-            self.predictor.fleet_changed()
-            if self._record is not None:
-                self._record(restored)
 
     def swap(self, config: PolicyConfig, *, now: float) -> None:
         """Let another policy decide from here on; `poll` should follow.

@@ -7,10 +7,8 @@ is needed and no decision can interleave with another.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from hashlib import sha256
 from itertools import islice
 from typing import Any, Final
 
@@ -21,6 +19,7 @@ from vllm_workflow.core.account import (
     Reserved,
     max_stretch,
 )
+from vllm_workflow.core.holders import Holders
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
@@ -29,16 +28,8 @@ _INF: Final = math.inf
 
 __all__ = ["Fleet", "Instance", "max_stretch"]
 
-_MIN_DRIFT_WEIGHT: Final = 0.05
-"""Share of one call in the drift factor: about the last twenty calls decide."""
-_PRIOR_DRIFT_WEIGHT: Final = 4.0
-"""Calls that the configured latency counts for until then."""
-_MAX_DRIFT: Final = 8.0
-_MIN_DRIFT: Final = 1 / 8.0
 LARGE_FLEET: Final = 16
 """Instances of a fleet up to which every decision looks at all of them."""
-_MAX_HOLDERS: Final = 1 << 16
-"""Pieces of prompts whose last instance is remembered: prompts come from clients."""
 
 
 class Fleet:
@@ -49,8 +40,8 @@ class Fleet:
         self._leaving: set[str] = set()
         """Those of them that were removed, but for the calls in flight there."""
         self._rooms = Rooms()
-        self._last_holder: OrderedDict[int, str] = OrderedDict()
-        """Instance that got a prompt's piece last, by its chain hash; in a large fleet."""
+        self._holders = Holders()
+        """Of a large fleet."""
         self._capacities: list[tuple[tuple[str, ...], float]] = []
         """(models, KV tokens), each once."""
         self.version = 0
@@ -239,7 +230,7 @@ class Fleet:
             return found or everyone
         chosen = {account.instance.instance_id: account for account in found}
         for segment in need.request.prefix:
-            instance_id = self._last_holder.get(segment.chain_hash, "")
+            instance_id = self._holders.last(segment)
             account = self._accounts.get(instance_id)
             if account is not None and account.has_room and account.can_start(need):
                 chosen[instance_id] = account
@@ -313,11 +304,7 @@ class Fleet:
             predicted: `num_cached_tokens` of its candidate; 0 says nothing.
             actual: As the engine counted.
         """
-        if predicted > 0:
-            account = self._accounts[instance_id]
-            share = actual / predicted
-            share = 0.0 if share < 0.0 else 1.0 if share > 1.0 else share
-            account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
+        self._accounts[instance_id].observe_cached(predicted, actual)
 
     @property
     def num_instances(self) -> int:
@@ -365,7 +352,7 @@ class Fleet:
             num_own = self._need_of(request).num_own_tokens
             num_tokens = account.kv.admit(request_id, request.prefix, num_own)
             if self.is_large:
-                self._note_holder(request, candidate.instance_id)
+                self._holders.note(request.prefix, candidate.instance_id)
         account.reserved[request_id] = Reserved(
             candidate.service_s,
             now,
@@ -375,13 +362,6 @@ class Fleet:
         )
         account.outstanding_s += candidate.service_s
         self._rooms.note(account)
-
-    def _note_holder(self, request: StageRequest, instance_id: str) -> None:
-        for segment in request.prefix:
-            self._last_holder[segment.chain_hash] = instance_id
-            self._last_holder.move_to_end(segment.chain_hash)
-        while len(self._last_holder) > _MAX_HOLDERS:
-            self._last_holder.popitem(last=False)
 
     def release(self, request_id: str, instance_id: str, *, ran: bool = True) -> None:
         """Stop counting a call, however it ended. Safe to call twice.
@@ -409,27 +389,11 @@ class Fleet:
                 guess of a length says nothing about speed.
             actual_s: The same as measured; `nan` is ignored.
         """
-        account = self._accounts[instance_id]
-        ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
-        if 0.0 < ratio < _INF:
-            account.num_observed += 1
-            weight = 1.0 / (_PRIOR_DRIFT_WEIGHT + account.num_observed)
-            if weight < _MIN_DRIFT_WEIGHT:
-                weight = _MIN_DRIFT_WEIGHT
-            step = weight * math.log(_as_drift(ratio))
-            account.drift = _as_drift(account.drift * math.exp(step))
+        self._accounts[instance_id].observe(predicted_s, actual_s)
 
     def speeds(self) -> dict[str, dict[str, Any]]:
         """Return what was learned of each instance, as plain values that `restore_speed` takes."""
-        return {
-            instance_id: {
-                "latency": latency_fingerprint(account.instance.latency),
-                "drift": account.drift,
-                "num_observed": account.num_observed,
-                "hit_share": account.hit_share,
-            }
-            for instance_id, account in self._accounts.items()
-        }
+        return {instance_id: each.speed() for instance_id, each in self._accounts.items()}
 
     def restore_speed(
         self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
@@ -447,13 +411,11 @@ class Fleet:
         Raises:
             ValueError: A number that cannot be.
         """
-        if not (_MIN_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
-            raise ValueError(f"drift, hit_share: got {drift!r}, {hit_share!r}")
         account = self._accounts.get(instance_id)
-        if account is None or latency_fingerprint(account.instance.latency) != latency:
+        if account is None:
             return False
-        account.drift, account.hit_share = drift, hit_share
-        account.num_observed = max(0, num_observed)
+        if not account.restore_speed(latency, drift, num_observed, hit_share):
+            return False
         self.version += 1
         return True
 
@@ -483,18 +445,6 @@ class Fleet:
     def outstanding_s(self, instance_id: str) -> float:
         """Predicted service of the calls in flight on an instance, summed."""
         return self._accounts[instance_id].outstanding_s
-
-
-def _as_drift(ratio: float) -> float:
-    """Return the nearest that a drift factor can be."""
-    if ratio < _MIN_DRIFT:
-        return _MIN_DRIFT
-    return _MAX_DRIFT if ratio > _MAX_DRIFT else ratio
-
-
-def latency_fingerprint(latency: LatencyModel) -> str:
-    """Return what tells one latency model from another."""
-    return sha256(repr(latency).encode()).hexdigest()[:12]
 
 
 def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens: float) -> float:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import Final, final
+from typing import Final
 
 from vllm_workflow.core.admission import Demand, Held, run_key
 from vllm_workflow.core.admissions import Admissions
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
+from vllm_workflow.core.choice import MAX_LOOKED_AT, Choice, able_among, count_in_vain, without
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
 from vllm_workflow.core.dispatch import DispatchPolicy
@@ -19,40 +20,6 @@ from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.types import Candidate, StageRequest
 
 _INF: Final = math.inf
-
-_MAX_LOOKED_AT: Final = 16
-"""Calls of one kind that turn out not to fit, after which no more of it are looked at when
-something has changed. Those for which every instance is full are passed over at no cost."""
-
-
-@final
-class Choice:
-    """A call that starts now, and where."""
-
-    __slots__ = (
-        "candidates",
-        "chosen",
-        "costs",
-        "waiting",
-    )
-
-    waiting: Final[Waiting]
-    candidates: Final[tuple[Candidate, ...]]
-    costs: Final[Sequence[float]]
-    chosen: Final[int]
-    """Index of the candidate that it starts on."""
-
-    def __init__(
-        self,
-        waiting: Waiting,
-        candidates: tuple[Candidate, ...],
-        costs: Sequence[float],
-        chosen: int,
-    ) -> None:
-        self.waiting = waiting
-        self.candidates = candidates
-        self.costs = costs
-        self.chosen = chosen
 
 
 class WaitingRoom:
@@ -323,7 +290,7 @@ class WaitingRoom:
                 continue
             if not fleet.can_start(waiting.request, waiting.exclude):
                 blocked.setdefault(kind, waiting)
-                _count_in_vain(kind, num_in_vain, full)
+                count_in_vain(kind, num_in_vain, full)
                 continue
             if waiting is newest and newest_candidates and not num_started:
                 candidates = newest_candidates
@@ -332,13 +299,13 @@ class WaitingRoom:
             if blocked and claims is None:
                 claims = self._claims(blocked, now)
             costs = self._policy.costs(waiting.request, candidates)
-            able = _able(candidates, claims)
+            able = able_among(candidates, claims)
             if not able:
                 blocked.setdefault(kind, waiting)
             elif self._has_guests and self._is_guest(waiting):
                 able = [i for i in able if self._bears(waiting, candidates[i], now)]
             if not able:
-                _count_in_vain(kind, num_in_vain, full)
+                count_in_vain(kind, num_in_vain, full)
                 continue
             num_started += 1
             self._num_since_relegated += 1
@@ -358,7 +325,7 @@ class WaitingRoom:
 
     def _relegate(self, now: float) -> None:
         """Move what can no longer be on time behind all that can."""
-        for waiting in self.backlog.first(_MAX_LOOKED_AT):
+        for waiting in self.backlog.first(MAX_LOOKED_AT):
             if is_hopeless(waiting.request, now):
                 request = waiting.request
                 self.backlog.remove(request.request_id)
@@ -382,7 +349,7 @@ class WaitingRoom:
             return self.backlog.walk(passed_over)
         first = self._goes_first
         hopeful, hopeless = self.backlog.walk(passed_over), self.relegated.walk(passed_over)
-        return chain([first] if first else [], hopeful, _without(first, hopeless))
+        return chain([first] if first else [], hopeful, without(first, hopeless))
 
     def _ahead_of(self, newest: Waiting) -> dict[Kind, Waiting]:
         """The first call of each kind of those that go before `newest`, in order."""
@@ -426,36 +393,3 @@ class WaitingRoom:
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
         """Whether a guest may join others on an instance."""
         return True
-
-
-def _count_in_vain(kind: Kind, num_in_vain: dict[Kind, int], passed_over: set[Kind]) -> None:
-    """Note that a call does not fit; where many do not, no more of that kind are looked at."""
-    num_calls = num_in_vain[kind] = num_in_vain.get(kind, 0) + 1
-    if num_calls >= _MAX_LOOKED_AT:
-        passed_over.add(kind)
-
-
-def _without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting]:
-    for waiting in calls:
-        if waiting is not first:
-            yield waiting
-
-
-def _able(candidates: Sequence[Candidate], claims: Mapping[str, float] | None) -> list[int]:
-    """Indexes of the candidates that a call could start on now.
-
-    A call does not wait for a faster instance while a slower one could start it: that pays for
-    the call, and leaves the fleet idle when many do it.
-
-    Args:
-        candidates: Predictions; those with no `queue_s` can start it.
-        claims: Seconds until a call that goes first starts on an instance: what would still be
-            there by then is not started there. None: none does.
-    """
-    able = []
-    for index, candidate in enumerate(candidates):
-        if candidate.queue_s <= 0.0 and (
-            not claims or candidate.finish_s <= claims.get(candidate.instance_id, _INF)
-        ):
-            able.append(index)
-    return able

@@ -15,13 +15,13 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
-from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
+from vllm_workflow.router.attempt import BUSY, Attempt, Refusal
 from vllm_workflow.router.auth import Access, admitted
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
-from vllm_workflow.router.errors import RequestError, error_answer
+from vllm_workflow.router.errors import LostError, RequestError, error_answer
 from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader

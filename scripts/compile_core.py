@@ -22,10 +22,11 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_workflow"
 CORE = (
-    *("account", "admission", "admissions", "backlog", "deadline", "dispatch", "dispatcher"),
-    *("fleet", "handover", "histogram", "latency", "learned", "lengths", "pace", "predictor"),
-    *("preemption", "prefix", "remaining", "rooms", "run_path", "runs", "tenant_account"),
-    *("tenant_ledger", "tenant_room", "transitions", "types", "waiting_room"),
+    *("account", "admission", "admissions", "backlog", "choice", "deadline", "dispatch"),
+    *("dispatcher", "fleet", "handover", "histogram", "holders", "instances", "latency", "learned"),
+    *("lengths", "pace", "predictor", "preemption", "prefix", "remaining", "rooms", "run_path"),
+    *("runs", "tenant_account", "tenant_admission", "tenant_ledger", "tenant_queue", "tenant_room"),
+    *("transitions", "types", "value", "waiting_room"),
 )
 SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),

@@ -82,6 +82,15 @@ class Run:
         return None if self.slo_s is None else max(0.0, self.slo_s - self.elapsed_s)
 
     @property
+    def attained_s(self) -> float:
+        """What its calls that ended have taken, without their waiting in a router."""
+        return sum(
+            max(0.0, call.end_s - call.start_s - (call.queue_ms or 0.0) / 1000.0)
+            for call in self.calls
+            if call.end_s is not None and call.status == 200
+        )
+
+    @property
     def refusal(self) -> OverloadedError | None:
         """What the router said when it would not let the run begin; None once a call was served."""
         if not self.calls or self.calls[-1].refused_for_s is None:
@@ -182,6 +191,8 @@ def headers() -> dict[str, str]:
         if run.slo_s is not None and (budget_s := run.budget_s) is not None:
             result["X-Workflow-Slo-Ms"] = str(max(1, round(run.slo_s * 1000)))
             result["X-Workflow-Budget-Ms"] = str(int(budget_s * 1000))
+        if attained_ms := int(run.attained_s * 1000):
+            result["X-Workflow-Attained-Ms"] = str(attained_ms)
         if run.tenant is not None:
             result["X-Tenant-Id"] = run.tenant
     if block is not None:

@@ -403,3 +403,21 @@ async def test_an_instance_that_has_left_leaves_no_series(routing: Routing) -> N
 
     assert 'instance="b"' not in text
     assert 'instance="a"' in text
+
+
+async def test_an_instance_that_comes_back_by_the_same_name_has_its_series_again(
+    routing: Routing,
+) -> None:
+    async with FakeEngine().serving() as one, routing(one, admin=ADMIN) as client:
+        operator = Operator(client)
+        for _ in range(2):
+            async with client.post() as response:
+                assert response.status == 200
+            counted = await client.metric("requests_total", instance="a", stage="", status="200")
+            assert counted == 1.0
+            assert await client.metric("actual_seconds_count", instance="a") == 1.0
+            assert await client.metric("requests_in_flight", instance="a") == 0.0
+            await operator.ask("DELETE", "/admin/instances/a")
+            await operator.until({})
+            await operator.ask("POST", "/admin/instances", {"id": "a", "url": one.url})
+            await operator.until({"a": "healthy"})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from typing import Any
 
@@ -10,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_workflow.router.body import parse, with_additions
+from vllm_workflow.router.errors import RequestError
 
 XARGS: dict[str, str | int] = {"wf_id": "w", "wf_budget_ms": 5}
 ADDED = b'"vllm_xargs":{"wf_id":"w","wf_budget_ms":5}'
@@ -137,3 +139,48 @@ def test_what_matters_is_read() -> None:
     for nonsense in (b'"x"', b"-1", b"0", b"true", b"null", b"1.5"):
         assert parse(b'{"max_tokens":' + nonsense + b"}").max_tokens is None
     assert parse(b'{"stream":"yes"}').stream is False
+
+
+def by_python(raw: bytes) -> object:
+    """What Python's own reader makes of a body; None if it is no JSON object."""
+
+    def refuse(text: str) -> None:
+        raise ValueError(text)
+
+    try:
+        value = json.loads(raw.decode(), parse_constant=refuse)
+    except (ValueError, RecursionError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+FRAGMENTS = st.sampled_from(
+    [
+        *rb'{ } [ ] , : "a" "model" " \ud83d \ud800 \u00e9 \n \ NaN Infinity null true'.split(),
+        *b"1 - 0 .5 0.1 1e400 1e-400 1E5 -0 -0.0 123456789.125 \xc3\xa9 \xff \xed\xa0\x80".split(),
+        *(b" ", b"\n", b"\x00", b"\x01", b"\x0b", b"\x7f", b"\xef\xbb\xbf", b"9" * 25, b"9" * 5000),
+    ]
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=9),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=4), inner),
+    max_leaves=12,
+)
+
+
+@given(
+    st.lists(FRAGMENTS, max_size=12).map(lambda parts: b"{" + b"".join(parts) + b"}")
+    | st.tuples(FRAGMENTS, FRAGMENTS).map(lambda parts: b'{"a":%b%b}' % parts)
+    | st.tuples(st.dictionaries(st.text(max_size=4), VALUES), st.booleans()).map(
+        lambda each: json.dumps(each[0], ensure_ascii=each[1]).encode()
+    )
+)
+def test_a_body_says_to_the_router_what_it_says_to_python(raw: bytes) -> None:
+    members: object = None
+    with contextlib.suppress(RequestError):
+        members = parse(raw).members
+    expected = by_python(raw)
+    if isinstance(expected, dict) and not isinstance(expected.get("model", ""), str | None):
+        expected = None
+
+    assert repr(members) == repr(expected)

@@ -9,8 +9,8 @@ from contextlib import asynccontextmanager
 import pytest
 from multidict import CIMultiDict
 
-from vllm_workflow.router.connection import MAX_HEAD_BYTES, BrokenOffError, Connection
-from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.connection import MAX_HEAD_BYTES, Connection
+from vllm_workflow.router.errors import BrokenOffError, RequestError
 from vllm_workflow.router.pool import KEEPALIVE_S, Pool
 
 pytestmark = pytest.mark.anyio

@@ -18,6 +18,11 @@ pytestmark = pytest.mark.anyio
 
 BODY = b'{"model":"m","messages":[]}'
 STREAM = b'{"model":"m","messages":[],"stream":true}'
+SINGLETONS = (
+    *(b"Content-Length", b"Content-Location", b"Content-Range", b"Content-Type", b"ETag"),
+    *(b"Host", b"Max-Forwards", b"Server", b"Transfer-Encoding", b"User-Agent"),
+)
+"""Headers of which a request has one at most, by RFC 9110 and aiohttp."""
 HEALTH = b"GET /health HTTP/1.1\r\nHost: router\r\n\r\n"
 
 
@@ -185,6 +190,7 @@ async def test_a_connection_stays_for_the_next_call_unless_it_is_to_end(
         post(BODY, b"Connection: keep-alive, X-Custom"),
         post(BODY, b"Content-Encoding: gzip"),
         post(BODY, b"Host: another"),
+        *(post(BODY, name + b": a", name + b": a") for name in SINGLETONS),
         post(BODY, b"X : a"),
         post(BODY, b" folded"),
         post(BODY, b"X: a\nY: b"),

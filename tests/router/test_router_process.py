@@ -133,15 +133,67 @@ async def test_a_router_told_to_stop_lets_calls_end(number: signal.Signals, tmp_
     assert json.loads(log.read_text().splitlines()[-1])["event"] == "settled"
 
 
-async def test_a_call_that_takes_longer_than_the_grace_is_cut_off(tmp_path: Path) -> None:
+async def test_calls_that_take_longer_than_the_grace_are_handed_over(tmp_path: Path) -> None:
+    """One is at the instance, one waits for a seat there, one for an instance, one streams."""
     async with FakeEngine(held=True).serving() as engine, aiohttp.ClientSession() as session:
         path = tmp_path / "router.yaml"
-        path.write_text(f"port: 0\nshutdown_grace_s: 0.1\ninstances: [{{url: '{engine.url}'}}]\n")
-        async with process("--config", str(path)) as (running, url), asyncio.timeout(20):
-            pending = asyncio.create_task(session.post(url + CHAT, json={}).__aenter__())
-            await engine.wait_for(received=1)
+        instance = f"{{url: '{engine.url}', models: [m], max_num_seqs: 2}}"
+        lost = "{url: 'http://127.0.0.1:9', models: [other]}"
+        path.write_text(f"port: 0\nshutdown_grace_s: 0.1\ninstances: [{instance}, {lost}]\n")
+        async with process("--config", str(path)) as (running, url), asyncio.timeout(60):
+            engine.release()
+            async with session.post(url + CHAT, json={"model": "m", "stream": True}) as stream:
+                await stream.content.readuntil(b"\n\n")
+                waiting = [
+                    asyncio.create_task(session.post(url + CHAT, json={"model": m}).__aenter__())
+                    for m in ("m", "m", "other")
+                ]
+                await engine.wait_for(received=2)
+                while await waiting_calls(session, url) < 2:
+                    await asyncio.sleep(0.02)
+                running.terminate()
+                told = await stream.content.readuntil(b"\n\n")
+                with pytest.raises(aiohttp.ClientPayloadError):  # it is not whole
+                    told += await stream.read()
+                await engine.wait_for(aborted=2)
+                answers = await asyncio.gather(*waiting)
+                errors = [(await answer.json())["error"]["code"] for answer in answers]
+            assert await running.wait() == 0
+
+    assert b'"error"' in told
+    assert b"[DONE]" not in told
+    assert [answer.status for answer in answers] == [503] * 3
+    assert errors == ["shutting_down"] * 3
+    assert {answer.headers["Retry-After"] for answer in answers} == {"1"}
+    assert len(engine.received) == 2
+
+
+async def waiting_calls(session: aiohttp.ClientSession, url: str) -> float:
+    async with session.get(url + "/metrics") as response:
+        for line in (await response.text()).splitlines():
+            if line.startswith("vllm_workflow:router_requests_waiting "):
+                return float(line.split()[-1])
+    raise AssertionError("no such series")
+
+
+async def test_before_it_stops_it_takes_calls_and_says_that_it_is_not_ready(
+    tmp_path: Path,
+) -> None:
+    async with FakeEngine().serving() as engine, aiohttp.ClientSession() as session:
+        path = tmp_path / "router.yaml"
+        path.write_text(f"port: 0\nshutdown_delay_s: 3600\ninstances: [{{url: '{engine.url}'}}]\n")
+        async with process("--config", str(path)) as (running, url), asyncio.timeout(60):
+            async with session.get(url + "/ready") as response:
+                assert (response.status, await response.json()) == (200, {"ready": True})
             running.terminate()
-            await engine.wait_for(aborted=1)
-            with pytest.raises(aiohttp.ClientError):
-                await pending
+            status = 200
+            while status == 200:
+                async with session.get(url + "/ready") as response:
+                    status = response.status
+            assert status == 503
+            async with session.get(url + "/live") as response:
+                assert response.status == 200
+            async with session.post(url + CHAT, json={}) as response:
+                assert response.status == 200
+            running.terminate()  # a second time: at once
             assert await running.wait() == 0

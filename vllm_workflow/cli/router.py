@@ -8,6 +8,7 @@ import gc
 import logging
 import signal
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,10 @@ async def _serve(config: RouterConfig, read: Callable[[], RouterConfig] | None) 
             flush=True,
         )
         await stopping.wait()
+        stopping.clear()
+        with suppress(TimeoutError):  # whoever says so twice is in a hurry
+            async with asyncio.timeout(router.leave()):
+                await stopping.wait()
 
 
 async def _reload(router: Router) -> None:

@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, final
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.pace import Pace
@@ -24,13 +24,13 @@ from vllm_workflow.core.types import StageRequest
 RunKey = tuple[str, str]
 """(tenant, workflow_id); of a call without an id, its own name."""
 
-_ROOM = 0.9
+_ROOM: Final = 0.9
 """Share of the slowdown that runs can bear, up to which runs begin that may well be late."""
-_MIN_RATE = 0.03
+_MIN_RATE: Final = 0.03
 """Share of one arrival in what runs are promised and need: about the last thirty decide."""
-_MIN_ARRIVALS = 30
+_MIN_ARRIVALS: Final = 30
 """Runs that must have come before any is made to wait."""
-_MAX_CLASSES = 1024
+_MAX_CLASSES: Final = 1024
 """Workflows of tenants remembered at most: their names come from clients."""
 
 
@@ -38,12 +38,29 @@ def run_key(request: StageRequest) -> RunKey:
     return (request.tenant_id, request.workflow_id or f"#{request.request_id}")
 
 
-class Held(NamedTuple):
+@final
+class Held:
     """A first call of a run that has not begun."""
 
-    request: StageRequest
-    num_prompt_bytes: int
-    exclude: tuple[str, ...]
+    __slots__ = (
+        "exclude",
+        "num_prompt_bytes",
+        "request",
+    )
+
+    request: Final[StageRequest]
+    num_prompt_bytes: Final[int]
+    exclude: Final[tuple[str, ...]]
+
+    def __init__(
+        self,
+        request: StageRequest,
+        num_prompt_bytes: int,
+        exclude: tuple[str, ...],
+    ) -> None:
+        self.request = request
+        self.num_prompt_bytes = num_prompt_bytes
+        self.exclude = exclude
 
 
 @dataclass(slots=True)

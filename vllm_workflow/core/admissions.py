@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import math
 from itertools import islice
+from typing import Final
 
 from vllm_workflow.core.admission import Admission, Demand, Held
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.pace import Pace
 
-_MAX_MODELS = 256
+_INF: Final = math.inf
+
+_MAX_MODELS: Final = 256
 """Models whose runs are followed, unless more have runs under way: names come from clients."""
-_MAX_DROP_TRIES = 16
+_MAX_DROP_TRIES: Final = 16
 """Models looked at for one to forget when another comes."""
 
 
@@ -46,7 +49,7 @@ class Admissions:
     @property
     def next_expiry(self) -> float:
         """Instant from which a run that waits may begin though nothing has happened."""
-        time = math.inf
+        time = _INF
         for admission in self.holding.values():
             time = min(time, admission.pace.next_expiry)
         return time

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect_left, insort
+from bisect import bisect_left
 from collections.abc import Container, Iterator
 from heapq import merge
 from itertools import islice
-from typing import NamedTuple
+from typing import Final, final
 
 from vllm_workflow.core.types import StageRequest
 
@@ -14,20 +14,46 @@ Kind = tuple[str, tuple[str, ...]]
 """Model and excluded instances: what decides which instances come into question."""
 
 
-class Waiting(NamedTuple):
+Place = tuple[int, int, float, int]
+"""Priority; level, of which a lower one goes first; key from the ordering policy, of which a
+smaller one goes first; order of arrival, in which no two are alike."""
+
+
+@final
+class Waiting:
     """One call that no instance has been chosen for yet."""
 
-    priority: int
-    level: int
-    """Calls of a lower level go first."""
-    key: float
-    """From the ordering policy: smaller goes first."""
-    sequence: int
-    """Order of arrival; no two are alike, so that nothing below is ever compared."""
-    request: StageRequest
-    num_prompt_bytes: int
-    exclude: tuple[str, ...]
-    kind: Kind
+    __slots__ = ("exclude", "kind", "num_prompt_bytes", "place", "request")
+
+    place: Final[Place]
+    request: Final[StageRequest]
+    num_prompt_bytes: Final[int]
+    exclude: Final[tuple[str, ...]]
+    kind: Final[Kind]
+
+    def __init__(
+        self, place: Place, request: StageRequest, num_prompt_bytes: int, exclude: tuple[str, ...]
+    ) -> None:
+        self.place = place
+        self.request = request
+        self.num_prompt_bytes = num_prompt_bytes
+        self.exclude = exclude
+        self.kind = (request.model, exclude)
+
+    def __lt__(self, other: Waiting) -> bool:
+        """Whether it goes before another one."""
+        return self.place < other.place
+
+
+@final
+class _Line:
+    """The calls of one kind, sorted, and their places beside them, which compare faster."""
+
+    __slots__ = ("calls", "places")
+
+    def __init__(self) -> None:
+        self.calls: list[Waiting] = []
+        self.places: list[Place] = []
 
 
 class Backlog:
@@ -37,7 +63,7 @@ class Backlog:
     """
 
     def __init__(self) -> None:
-        self._by_kind: dict[Kind, list[Waiting]] = {}
+        self._by_kind: dict[Kind, _Line] = {}
         self._by_id: dict[str, Waiting] = {}
         self._num_added = 0
 
@@ -58,34 +84,42 @@ class Backlog:
         if request.request_id in self._by_id:
             raise ValueError(f"request {request.request_id!r} is already waiting")
         self._num_added += 1
-        kind = (request.model, exclude)
-        waiting = Waiting(
-            request.priority, level, key, self._num_added, request, num_prompt_bytes, exclude, kind
-        )
+        place = (request.priority, level, key, self._num_added)
+        waiting = Waiting(place, request, num_prompt_bytes, exclude)
         self._insert(waiting)
         return waiting
 
     def _insert(self, waiting: Waiting) -> None:
-        insort(self._by_kind.setdefault(waiting.kind, []), waiting)
+        line = self._by_kind.get(waiting.kind)
+        if line is None:
+            line = self._by_kind[waiting.kind] = _Line()
+        index = bisect_left(line.places, waiting.place)
+        line.places.insert(index, waiting.place)
+        line.calls.insert(index, waiting)
         self._by_id[waiting.request.request_id] = waiting
 
     def remove(self, request_id: str) -> Waiting | None:
         """Take a call out; None if it does not wait."""
         waiting = self._by_id.pop(request_id, None)
         if waiting is not None:
-            calls = self._by_kind[waiting.kind]
-            del calls[bisect_left(calls, waiting)]
-            if not calls:
+            line = self._by_kind[waiting.kind]
+            if len(line.calls) == 1:
                 del self._by_kind[waiting.kind]
+            index = bisect_left(line.places, waiting.place)
+            del line.places[index]
+            del line.calls[index]
         return waiting
 
     def first(self, num_calls: int) -> list[Waiting]:
         """Return those that go first, in order."""
+        if len(self._by_kind) == 1:
+            for line in self._by_kind.values():
+                return line.calls[:num_calls]
         return list(islice(self, num_calls))
 
     def heads(self) -> list[Waiting]:
         """Return the first call of each kind, in order."""
-        return sorted([calls[0] for calls in self._by_kind.values()])
+        return sorted([line.calls[0] for line in self._by_kind.values()])
 
     def has_model(self, model: str) -> bool:
         """Whether a call of a model waits."""
@@ -97,14 +131,15 @@ class Backlog:
         Args:
             passed_over: Kinds of which no further call is yielded; may grow on the way.
         """
-        each = [_walk(kind, calls, passed_over) for kind, calls in self._by_kind.items()]
-        return each[0] if len(each) == 1 else merge(*each)
+        each = [_walk(kind, line.calls, passed_over) for kind, line in self._by_kind.items()]
+        return merge(*each) if len(each) > 1 else each[0] if each else iter(())
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._by_id
 
     def __iter__(self) -> Iterator[Waiting]:
-        return merge(*self._by_kind.values())
+        each = [line.calls for line in self._by_kind.values()]
+        return merge(*each) if len(each) > 1 else iter(each[0] if each else ())
 
     def __len__(self) -> int:
         return len(self._by_id)

@@ -10,12 +10,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
-from typing import Protocol
+from typing import Final, Protocol
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.types import Candidate, StageRequest
 
-UNDRAWN_COST = 1e9
+UNDRAWN_COST: Final = 1e9
 """More than any instance has calls in flight; finite, so that it can be written down."""
 
 
@@ -127,7 +127,7 @@ class PredictedFinish:
     """Earliest predicted finish, plus the slowdown it causes to the calls already there."""
 
     def costs(self, request: StageRequest, candidates: Sequence[Candidate]) -> list[float]:
-        return [c.finish_s + c.harm_s for c in candidates]
+        return [c.queue_s + c.prefill_s + c.decode_s + c.harm_s for c in candidates]
 
 
 def build(config: PolicyConfig) -> DispatchPolicy:

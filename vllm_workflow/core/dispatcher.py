@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import asdict
 
 from vllm_workflow.core.admission import Demand
 from vllm_workflow.core.backlog import Waiting
@@ -20,21 +19,17 @@ from vllm_workflow.core.errors import NoInstanceError
 from vllm_workflow.core.events import (
     Added,
     Apportioned,
-    Cleared,
-    Evicted,
     Marked,
     Polled,
     Record,
-    Removed,
-    Reported,
-    Restored,
     Settled,
     Started,
     Submitted,
     Swapped,
     Withdrawn,
 )
-from vllm_workflow.core.fleet import Fleet, Instance
+from vllm_workflow.core.fleet import Fleet
+from vllm_workflow.core.instances import Instances
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.predictor import Predictor, Sent
 from vllm_workflow.core.tenant_ledger import TenantLedger
@@ -45,7 +40,7 @@ from vllm_workflow.core.waiting_room import WaitingRoom
 from vllm_workflow.core.workflow import WorkflowProfile
 
 
-class Dispatcher:
+class Dispatcher(Instances):
     """Decides where calls go and learns from how they end.
 
     Args:
@@ -64,16 +59,14 @@ class Dispatcher:
         record: Record | None = None,
         tenants: TenantsConfig | None = None,
     ) -> None:
-        self.fleet = fleet
+        super().__init__(fleet, Predictor(fleet, workflows), record)
         self.config = config
-        self.predictor = Predictor(fleet, workflows)
         self.predictor.risk_quantile = config.risk_quantile
         self._policy = build(config)
         self.tenants = None if tenants is None else TenantLedger(tenants)
         self._paces: dict[str, Pace] = {}
         self._demands: dict[str, Demand] = {}
         self.waiting = self._waiting_room()
-        self._record = record
         self._due: dict[str, Decision] = {}
         self._sent: dict[str, Sent] = {}
         if record is not None:
@@ -88,62 +81,6 @@ class Dispatcher:
         if self.tenants is None:
             return WaitingRoom(self.fleet, self._policy, self.config, *learned)
         return TenantWaitingRoom(self.fleet, self._policy, self.config, self.tenants, *learned)
-
-    def add(self, instance: Instance) -> None:
-        """Add or replace an instance; a new one counts as healthy."""
-        self.fleet.add(instance)
-        self.predictor.fleet_changed()
-        if self._record is not None:
-            self._record(Added(instance=instance))
-
-    def remove(self, instance_id: str) -> None:
-        """Send no more calls to an instance, and forget it when those in flight have ended."""
-        self.fleet.remove(instance_id)
-        self.predictor.fleet_changed()
-        if self._record is not None:
-            self._record(Removed(instance_id=instance_id))
-
-    def mark(self, instance_id: str, *, healthy: bool) -> None:
-        """Note whether calls may be sent to an instance; one that was removed gets none."""
-        if instance_id in self.fleet and self.fleet.is_healthy(instance_id) != healthy:
-            self.fleet.mark(instance_id, healthy=healthy)
-            self.predictor.fleet_changed()
-            if self._record is not None:
-                self._record(Marked(instance_id=instance_id, healthy=healthy))
-
-    def report(self, instance_id: str, *, num_others: int, kv_share: float) -> None:
-        """Note what an instance tells of others' calls; see `Fleet.report`."""
-        self.fleet.report(instance_id, num_others=num_others, kv_share=kv_share)
-        if self._record is not None:
-            self._record(
-                Reported(instance_id=instance_id, num_others=num_others, kv_share=kv_share)
-            )
-
-    def evict(self, instance_id: str, chain_hashes: tuple[int, ...]) -> None:
-        """Note pieces of prompts that an instance caches no more; see `KvLedger.forget`."""
-        if self.fleet.evict(instance_id, chain_hashes) and self._record is not None:
-            self._record(Evicted(instance_id=instance_id, chain_hashes=chain_hashes))
-
-    def clear(self, instance_id: str) -> None:
-        """Note that an instance's prefix cache is empty."""
-        if self.fleet.evict(instance_id, None) and self._record is not None:
-            self._record(Cleared(instance_id=instance_id))
-
-    def restore_speed(
-        self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
-    ) -> None:
-        """Begin with what was learned of an instance earlier; see `Fleet.restore_speed`."""
-        restored = Restored(
-            instance_id=instance_id,
-            latency=latency,
-            drift=drift,
-            num_observed=num_observed,
-            hit_share=hit_share,
-        )
-        if self.fleet.restore_speed(**asdict(restored)):
-            self.predictor.fleet_changed()
-            if self._record is not None:
-                self._record(restored)
 
     def swap(self, config: PolicyConfig, *, now: float) -> None:
         """Let another policy decide from here on; `poll` should follow.
@@ -263,7 +200,7 @@ class Dispatcher:
             if not candidates:
                 raise NoInstanceError(self._why_none(request, excluded))
             costs = self._policy.costs(request, candidates)
-            best = min(range(len(costs)), key=costs.__getitem__)
+            best = costs.index(min(costs))
             decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
         self.predictor.began(request)
         if self._record is not None:
@@ -289,11 +226,15 @@ class Dispatcher:
             alone_s = fleet.mean_alone_s(request, exclude)
         else:
             candidates = fleet.candidates(request, now=now, exclude=exclude)
-            each = [c.alone_s for c in candidates]
-            alone_s = sum(each) / len(each) if each else None
+            alone_s = None
+            if candidates:
+                sum_s = 0.0
+                for candidate in candidates:
+                    sum_s += candidate.alone_s
+                alone_s = sum_s / len(candidates)
         if alone_s is None:
             raise NoInstanceError(self._why_none(request, exclude))
-        return request._replace(service_s=alone_s), candidates
+        return fleet.renamed(request, alone_s), candidates
 
     def poll(self, now: float) -> list[Decision]:
         """Return the decisions on calls that waited, now that something may have changed.
@@ -304,11 +245,12 @@ class Dispatcher:
         looked = self.waiting.has_news or self.waiting.held_until <= now
         if looked:
             self._bind_waiting(now)
-        decisions = tuple(self._due.values())
-        self._due.clear()
+        decisions = list(self._due.values())
+        if decisions:
+            self._due.clear()
         if self._record is not None and (looked or decisions):
-            self._record(Polled(now=now, decisions=decisions))
-        return list(decisions)
+            self._record(Polled(now=now, decisions=tuple(decisions)))
+        return decisions
 
     def withdraw(self, request_id: str, *, refused: bool = False) -> bool:
         """Give up a call that waits; returns whether it did.
@@ -334,9 +276,15 @@ class Dispatcher:
         newest_candidates: tuple[Candidate, ...] = (),
     ) -> None:
         starting = self.waiting.starting(now, newest, newest_candidates)
-        for waiting, candidates, costs, index in starting:
+        for choice in starting:
+            waiting = choice.waiting
             self._due[waiting.request.request_id] = self._bind(
-                waiting.request, candidates, costs, index, now, waiting.num_prompt_bytes
+                waiting.request,
+                choice.candidates,
+                choice.costs,
+                choice.chosen,
+                now,
+                waiting.num_prompt_bytes,
             )
             if self.tenants is not None:
                 work_s = self.tenants.work_s(waiting.request.request_id)
@@ -418,8 +366,10 @@ class Dispatcher:
         """
         if not self.config.relegate or not candidates:
             return request.service_s
-        each = [c.alone_s / self.fleet.drift(c.instance_id) for c in candidates]
-        return sum(each) / len(each)
+        sum_s = 0.0
+        for candidate in candidates:
+            sum_s += candidate.alone_s / self.fleet.drift(candidate.instance_id)
+        return sum_s / len(candidates)
 
     @property
     def num_settled(self) -> int:

@@ -19,6 +19,7 @@ from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
+from vllm_workflow.core.value import Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,7 +185,6 @@ _ITEMS: Mapping[str, type[Any]] = {
     "decisions": Decision,
     "named": TenantConfig,
 }
-_NAMED_TUPLES = (Candidate, Decision, Outcome, StageRequest)
 
 
 def to_json(event: Event) -> str:
@@ -217,18 +217,17 @@ def _fields(value: Any) -> dict[str, Any]:
 
 
 def _names(value: Any) -> Sequence[str]:
-    if isinstance(value, tuple):
-        names: Sequence[str] = value._fields  # type: ignore[attr-defined]
-        return names
+    if isinstance(value, Value):
+        return value._fields
     return [f.name for f in fields(value) if f.init]
 
 
 def _plain(value: Any) -> Any:
-    if isinstance(value, _NAMED_TUPLES):
-        return _fields(value)
+    if isinstance(value, Segment):
+        return [value.chain_hash, value.num_tokens]
     if isinstance(value, tuple):
         return [_plain(item) for item in value]
-    return _fields(value) if is_dataclass(value) else value
+    return _fields(value) if isinstance(value, Value) or is_dataclass(value) else value
 
 
 def _build(cls: type[Any], data: dict[str, Any]) -> Any:

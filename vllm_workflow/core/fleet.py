@@ -7,12 +7,10 @@ is needed and no decision can interleave with another.
 from __future__ import annotations
 
 import math
-from collections import OrderedDict
 from collections.abc import Collection, Iterable, Iterator
 from dataclasses import replace
-from hashlib import sha256
 from itertools import islice
-from typing import Any
+from typing import Any, Final
 
 from vllm_workflow.core.account import (
     Account,
@@ -20,23 +18,18 @@ from vllm_workflow.core.account import (
     Need,
     Reserved,
     max_stretch,
-    num_own_tokens,
 )
+from vllm_workflow.core.holders import Holders
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
+_INF: Final = math.inf
+
 __all__ = ["Fleet", "Instance", "max_stretch"]
 
-_MIN_DRIFT_WEIGHT = 0.05
-"""Share of one call in the drift factor: about the last twenty calls decide."""
-_PRIOR_DRIFT_WEIGHT = 4.0
-"""Calls that the configured latency counts for until then."""
-_MAX_DRIFT = 8.0
-LARGE_FLEET = 16
+LARGE_FLEET: Final = 16
 """Instances of a fleet up to which every decision looks at all of them."""
-_MAX_HOLDERS = 1 << 16
-"""Pieces of prompts whose last instance is remembered: prompts come from clients."""
 
 
 class Fleet:
@@ -47,12 +40,16 @@ class Fleet:
         self._leaving: set[str] = set()
         """Those of them that were removed, but for the calls in flight there."""
         self._rooms = Rooms()
-        self._last_holder: OrderedDict[int, str] = OrderedDict()
-        """Instance that got a prompt's piece last, by its chain hash; in a large fleet."""
+        self._holders = Holders()
+        """Of a large fleet."""
         self._capacities: list[tuple[tuple[str, ...], float]] = []
         """(models, KV tokens), each once."""
         self.version = 0
         """Grows with whatever may have made room for a further call."""
+        self._listed: list[Account] | None = None
+        """All accounts, until the instances change."""
+        self._need: Need | None = None
+        """Of the call that was looked at last, until the instances change."""
 
     def add(self, instance: Instance) -> None:
         """Add or replace an instance; calls in flight on it stay counted."""
@@ -61,6 +58,7 @@ class Fleet:
         account = self._accounts.get(instance.instance_id)
         if account is None:
             account = self._accounts[instance.instance_id] = Account(instance)
+            self._listed = None
         else:
             account.replace(instance)
         self._leaving.discard(instance.instance_id)
@@ -85,6 +83,7 @@ class Fleet:
         if instance_id in self._leaving and not self._accounts[instance_id].reserved:
             self._leaving.discard(instance_id)
             del self._accounts[instance_id]
+            self._listed = None
 
     def __contains__(self, instance_id: object) -> bool:
         """Whether an instance is there and was not removed."""
@@ -92,6 +91,7 @@ class Fleet:
 
     def _note_capacities(self) -> None:
         each = [a for i, a in self._accounts.items() if i not in self._leaving]
+        self._need = None
         self._capacities = list(dict.fromkeys([(a.instance.models, a.kv.num_tokens) for a in each]))
 
     def _sharing_latency(self, instance: Instance) -> Instance:
@@ -124,7 +124,7 @@ class Fleet:
             return
         account.num_others = num_others
         num_tokens = account.kv.num_tokens
-        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < math.inf else 0.0
+        account.kv.num_other_tokens = kv_share * num_tokens if num_tokens < _INF else 0.0
         self.version += 1
         self._rooms.note(account)
 
@@ -175,11 +175,25 @@ class Fleet:
             shortlist: Of more than `LARGE_FLEET` instances, predict it on some of those that can
                 start it, spread over the fleet, and on those that got its prompt's head last.
         """
-        need = Need(request, self._num_at_most(request))
+        need = self._need_of(request)
         accounts: Iterable[Account] = self._accounts.values()
         if shortlist and self.is_large:
             accounts = self._shortlist(need, exclude)
-        return tuple([a.predict(need, now) for a in accounts if _is_eligible(a, need, exclude)])
+        return tuple([a.predict(need, now) for a in accounts if a.is_eligible(need, exclude)])
+
+    def _need_of(self, request: StageRequest) -> Need:
+        """What a call asks of any instance; several questions in turn are about the same one."""
+        need = self._need
+        if need is None or need.request is not request:
+            need = self._need = Need(request, self._num_at_most(request))
+        return need
+
+    def renamed(self, request: StageRequest, service_s: float) -> StageRequest:
+        """Return a call with another `service_s`, which nothing here depends on."""
+        made = request.with_service(service_s)
+        if self._need is not None and self._need.request is request:
+            self._need.request = made
+        return made
 
     @property
     def is_large(self) -> bool:
@@ -191,28 +205,32 @@ class Fleet:
 
         None if no healthy instance outside `exclude` serves its model and can hold it.
         """
-        need = Need(request, self._num_at_most(request))
-        everyone = list(self._accounts.values())
-        each = [a.alone_s(need) for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+        need, everyone = self._need_of(request), self._everyone()
+        each = [a.alone_s(need) for a in _spread(everyone) if a.is_eligible(need, exclude)]
         if not each:
-            each = [a.alone_s(need) for a in everyone if _is_eligible(a, need, exclude)]
+            each = [a.alone_s(need) for a in everyone if a.is_eligible(need, exclude)]
         return sum(each) / len(each) if each else None
+
+    def _everyone(self) -> list[Account]:
+        if self._listed is None:
+            self._listed = list(self._accounts.values())
+        return self._listed
 
     def _shortlist(self, need: Need, exclude: Collection[str]) -> Iterable[Account]:
         """Instances of a large fleet to look at: all that can start a call, if they are few."""
 
         def able(accounts: Iterable[Account]) -> list[Account]:
-            return [a for a in accounts if a.can_start(need) and _is_eligible(a, need, exclude)]
+            return [a for a in accounts if a.can_start(need) and a.is_eligible(need, exclude)]
 
         fitting = list(self._rooms.at_least(need.num_own_tokens))
         found = able(_spread(fitting)) or able(fitting)[:LARGE_FLEET]
         if not found:
-            everyone = list(self._accounts.values())
-            found = [a for a in _spread(everyone) if _is_eligible(a, need, exclude)]
+            everyone = self._everyone()
+            found = [a for a in _spread(everyone) if a.is_eligible(need, exclude)]
             return found or everyone
         chosen = {account.instance.instance_id: account for account in found}
         for segment in need.request.prefix:
-            instance_id = self._last_holder.get(segment.chain_hash, "")
+            instance_id = self._holders.last(segment)
             account = self._accounts.get(instance_id)
             if account is not None and account.has_room and account.can_start(need):
                 chosen[instance_id] = account
@@ -238,9 +256,9 @@ class Fleet:
 
     def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
-        need = Need(request, self._num_at_most(request))
+        need = self._need_of(request)
         for account in self._rooms.at_least(need.num_own_tokens):
-            if account.can_start(need) and _is_eligible(account, need, exclude):
+            if account.can_start(need) and account.is_eligible(need, exclude):
                 return True
         return False
 
@@ -252,7 +270,7 @@ class Fleet:
         account = self._accounts[candidate.instance_id]
         if not account.num_others or candidate.queue_s <= 0.0:
             return candidate.queue_s
-        return account.own_wait_s(Need(request, 0), now)
+        return account.own_wait_s(self._need_of(request), now)
 
     def _num_at_most(self, request: StageRequest) -> int:
         """Tokens that an instance must be able to hold; 0 if none can hold what is guessed.
@@ -275,7 +293,7 @@ class Fleet:
                 and wrong guesses of lengths come on top.
         """
         reserved = self._accounts[candidate.instance_id].reserved.values()
-        limit = min((r.max_stretch for r in reserved), default=math.inf)
+        limit = min((r.max_stretch for r in reserved), default=_INF)
         return candidate.stretch * (1.0 + margin) <= limit
 
     def observe_cached(self, instance_id: str, *, predicted: int, actual: int) -> None:
@@ -286,10 +304,7 @@ class Fleet:
             predicted: `num_cached_tokens` of its candidate; 0 says nothing.
             actual: As the engine counted.
         """
-        if predicted > 0:
-            account = self._accounts[instance_id]
-            share = min(max(actual / predicted, 0.0), 1.0)
-            account.hit_share += _MIN_DRIFT_WEIGHT * (share - account.hit_share)
+        self._accounts[instance_id].observe_cached(predicted, actual)
 
     @property
     def num_instances(self) -> int:
@@ -334,27 +349,19 @@ class Fleet:
             )
         num_tokens = 0.0
         if request is not None:
-            num_own = num_own_tokens(request)
-            num_tokens = account.kv.num_new_tokens(request.prefix, num_own)
-            account.kv.admit(request_id, request.prefix, num_own)
+            num_own = self._need_of(request).num_own_tokens
+            num_tokens = account.kv.admit(request_id, request.prefix, num_own)
             if self.is_large:
-                self._note_holder(request, candidate.instance_id)
+                self._holders.note(request.prefix, candidate.instance_id)
         account.reserved[request_id] = Reserved(
             candidate.service_s,
             now,
             now + candidate.finish_s,
             num_tokens,
-            math.inf if request is None else max_stretch(request, candidate, now),
+            _INF if request is None else max_stretch(request, candidate, now),
         )
         account.outstanding_s += candidate.service_s
         self._rooms.note(account)
-
-    def _note_holder(self, request: StageRequest, instance_id: str) -> None:
-        for segment in request.prefix:
-            self._last_holder[segment.chain_hash] = instance_id
-            self._last_holder.move_to_end(segment.chain_hash)
-        while len(self._last_holder) > _MAX_HOLDERS:
-            self._last_holder.popitem(last=False)
 
     def release(self, request_id: str, instance_id: str, *, ran: bool = True) -> None:
         """Stop counting a call, however it ended. Safe to call twice.
@@ -382,26 +389,11 @@ class Fleet:
                 guess of a length says nothing about speed.
             actual_s: The same as measured; `nan` is ignored.
         """
-        account = self._accounts[instance_id]
-        ratio = actual_s / predicted_s if predicted_s > 0.0 else 1.0
-        if math.isfinite(ratio) and ratio > 0.0:
-            account.num_observed += 1
-            weight = max(_MIN_DRIFT_WEIGHT, 1.0 / (_PRIOR_DRIFT_WEIGHT + account.num_observed))
-            step = weight * math.log(min(max(ratio, 1 / _MAX_DRIFT), _MAX_DRIFT))
-            drift = account.drift * math.exp(step)
-            account.drift = min(max(drift, 1 / _MAX_DRIFT), _MAX_DRIFT)
+        self._accounts[instance_id].observe(predicted_s, actual_s)
 
     def speeds(self) -> dict[str, dict[str, Any]]:
         """Return what was learned of each instance, as plain values that `restore_speed` takes."""
-        return {
-            instance_id: {
-                "latency": latency_fingerprint(account.instance.latency),
-                "drift": account.drift,
-                "num_observed": account.num_observed,
-                "hit_share": account.hit_share,
-            }
-            for instance_id, account in self._accounts.items()
-        }
+        return {instance_id: each.speed() for instance_id, each in self._accounts.items()}
 
     def restore_speed(
         self, instance_id: str, *, latency: str, drift: float, num_observed: int, hit_share: float
@@ -419,13 +411,11 @@ class Fleet:
         Raises:
             ValueError: A number that cannot be.
         """
-        if not (1 / _MAX_DRIFT <= drift <= _MAX_DRIFT and 0.0 <= hit_share <= 1.0):
-            raise ValueError(f"drift, hit_share: got {drift!r}, {hit_share!r}")
         account = self._accounts.get(instance_id)
-        if account is None or latency_fingerprint(account.instance.latency) != latency:
+        if account is None:
             return False
-        account.drift, account.hit_share = drift, hit_share
-        account.num_observed = max(0, num_observed)
+        if not account.restore_speed(latency, drift, num_observed, hit_share):
+            return False
         self.version += 1
         return True
 
@@ -457,24 +447,9 @@ class Fleet:
         return self._accounts[instance_id].outstanding_s
 
 
-def latency_fingerprint(latency: LatencyModel) -> str:
-    """Return what tells one latency model from another."""
-    return sha256(repr(latency).encode()).hexdigest()[:12]
-
-
 def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens: float) -> float:
     return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
         max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
-    )
-
-
-def _is_eligible(account: Account, need: Need, exclude: Collection[str]) -> bool:
-    """Whether an instance may get a call, now or later."""
-    return (
-        account.healthy
-        and need.num_at_most <= account.kv.num_tokens
-        and account.instance.serves(need.request.model)
-        and account.instance.instance_id not in exclude
     )
 
 

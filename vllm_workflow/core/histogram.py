@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
-BUCKETS_PER_OCTAVE = 4
+BUCKETS_PER_OCTAVE: Final = 4
 """A bucket's bounds are 19 % apart, so its middle is at most 9 % off."""
 LEAST, MOST = 1e-3, 1e9
 """Smaller values count as 0, larger ones as `MOST`: tokens and seconds are in between."""
-MEMORY = 200.0
+MEMORY: Final = 200.0
 """Values that the newest of many count for together."""
-_GROWTH = MEMORY / (MEMORY - 1.0)
-_MAX_INCREMENT = 1e12
-_NUM_NEW = 64
+_GROWTH: Final = MEMORY / (MEMORY - 1.0)
+_MAX_INCREMENT: Final = 1e12
+_NUM_NEW: Final = 64
 """Values that may wait to be sorted in."""
-_ZERO = -(1 << 20)
+_ZERO: Final = -(1 << 20)
 """The bucket of what is below `LEAST`."""
 
 

@@ -52,6 +52,8 @@ class LatencyModel:
     _fixed_s: float = field(init=False, repr=False, compare=False, default=0.0)
     _above_s: float = field(init=False, repr=False, compare=False, default=0.0)
     """What a token above the knee costs beyond one below it."""
+    _full_s: float = field(init=False, repr=False, compare=False, default=0.0)
+    """A step of prompt tokens only, as many as there may be, without their attention."""
 
     def __post_init__(self) -> None:
         for f in fields(self):
@@ -77,6 +79,8 @@ class LatencyModel:
         object.__setattr__(self, "_knee", knee)
         object.__setattr__(self, "_fixed_s", self.overhead_s + self.weights_s)
         object.__setattr__(self, "_above_s", self.per_token_s - self.per_token_below_knee_s)
+        full_s = self._fixed_s + self._tokens_s(self.max_num_batched_tokens)
+        object.__setattr__(self, "_full_s", full_s)
 
     @property
     def knee_tokens(self) -> float:
@@ -119,14 +123,16 @@ class LatencyModel:
             num_tokens: Prompt tokens to compute.
             num_cached_tokens: Prompt tokens before them that the prefix cache holds.
         """
-        num_tokens = max(1, num_tokens)
-        num_full, num_last = divmod(num_tokens, self.max_num_batched_tokens)
+        if num_tokens < 1:
+            num_tokens = 1
+        num_full = num_tokens // self.max_num_batched_tokens
+        num_last = num_tokens - num_full * self.max_num_batched_tokens
         full_s = last_s = 0.0
         if num_full:
-            full_s = num_full * (self._fixed_s + self._tokens_s(self.max_num_batched_tokens))
+            full_s = num_full * self._full_s
         if num_last:
             last_s = self._fixed_s + self._tokens_s(num_last)
-        attention = prefill_attention(num_tokens, num_cached_tokens)
+        attention = num_tokens * (num_cached_tokens + 0.5 * (num_tokens + 1))
         return full_s + last_s + attention * self.per_prefill_kv_token_s
 
     def decode_s(self, num_tokens: float, *, batch_size: int, num_context_tokens: float) -> float:
@@ -150,6 +156,20 @@ class LatencyModel:
             + tokens_s
             + num_seqs * self.per_seq_s
             + num_seqs * num_context_tokens * self.per_kv_token_s
+        )
+
+    def joined_steps_s(self, num_seqs: int, num_context_tokens: float) -> tuple[float, float]:
+        """`decode_step_s` of one sequence more, and of `num_seqs`."""
+        fixed_s, below_s, seq_s = self._fixed_s, self.per_token_below_knee_s, self.per_seq_s
+        kv_s, num_more = self.per_kv_token_s, num_seqs + 1
+        tokens_s, more_s = num_seqs * below_s, num_more * below_s
+        if num_more > self._knee:
+            more_s += (num_more - self._knee) * self._above_s
+            if num_seqs > self._knee:
+                tokens_s += (num_seqs - self._knee) * self._above_s
+        return (
+            fixed_s + more_s + num_more * seq_s + num_more * num_context_tokens * kv_s,
+            fixed_s + tokens_s + num_seqs * seq_s + num_seqs * num_context_tokens * kv_s,
         )
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Final
 
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.histogram import Histogram
@@ -11,8 +11,8 @@ from vllm_workflow.core.lengths import Lengths, StageLengths
 from vllm_workflow.core.remaining import RemainingTime
 from vllm_workflow.core.transitions import END, Flow, Transitions
 
-VERSION = 1
-_SHARES = (0.5, 0.95)
+VERSION: Final = 1
+_SHARES: Final = (0.5, 0.95)
 
 
 class Learned:

@@ -10,27 +10,27 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from vllm_workflow.core.histogram import Histogram
 
-PRIOR_OUTPUT_TOKENS = 64.0
+PRIOR_OUTPUT_TOKENS: Final = 64.0
 """Expected output of a stage never seen and never declared."""
-PRIOR_TOKENS_PER_BYTE = 0.25
+PRIOR_TOKENS_PER_BYTE: Final = 0.25
 """English text under common BPE vocabularies."""
-_PRIOR_WEIGHT = 4.0
+_PRIOR_WEIGHT: Final = 4.0
 """How many observations a declared value counts for, and a stage's mean in each of its buckets."""
-_MAX_STAGES = 4096
+_MAX_STAGES: Final = 4096
 """Names come from clients, so they must not fill the memory: the least recently seen one goes."""
-_MEMORY = 200.0
+_MEMORY: Final = 200.0
 """Observations after which older ones fade, so that a changed prompt is noticed."""
-_BUCKETS_PER_OCTAVE = 2
+_BUCKETS_PER_OCTAVE: Final = 2
 """Of prompts. Half-octaves explain as much as knowing the template, see docs."""
 
 PRIOR, DECLARED, LEARNED, CLIENT = "prior", "declared", "learned", "client"
 """Where a prediction comes from: nowhere, the configuration, runs, the client's own word."""
 
-_NUM_NEW = 32
+_NUM_NEW: Final = 32
 """Calls that may wait to be sorted into distributions."""
 
 StageKey = tuple[str, str, str]
@@ -158,7 +158,8 @@ class Lengths:
 
     def prompt_tokens(self, num_bytes: int) -> int:
         """Expected tokens of a prompt of `num_bytes` bytes of text, at least 1."""
-        return max(1, round(num_bytes * self._tokens_per_byte.value))
+        num_tokens = round(num_bytes * self._tokens_per_byte.value)
+        return num_tokens if num_tokens > 1 else 1
 
     def observe(self, key: StageKey, *, num_prompt_tokens: int, output_tokens: int) -> None:
         """Learn from the answer of a call that ended well.

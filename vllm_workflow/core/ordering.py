@@ -9,13 +9,13 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import ClassVar, Protocol
+from typing import ClassVar, Final, Protocol
 
 from vllm_workflow.core.deadline import proportional_budget_s
 from vllm_workflow.core.types import StageRequest
 
-DEFAULT_PATIENCE_S = 60.0
-DEFAULT_STARVATION_RATIO = 1.0
+DEFAULT_PATIENCE_S: Final = 60.0
+DEFAULT_STARVATION_RATIO: Final = 1.0
 
 
 class OrderingPolicy(Protocol):

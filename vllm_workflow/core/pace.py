@@ -4,45 +4,56 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, final
 
 from vllm_workflow.core.types import Candidate, StageRequest
 
-MAX_IDLE_RUNS = 8_192
+_INF: Final = math.inf
+
+MAX_IDLE_RUNS: Final = 8_192
 """Runs without a call under way that are remembered: their names come from clients."""
-MAX_IDLE_S = 60.0
+MAX_IDLE_S: Final = 60.0
 """A run without a call for this long is taken to be over, and forgotten."""
-_MEMORY_S = 3000.0
+_MEMORY_S: Final = 3000.0
 """Seconds of service, as on an idle fleet, after which what was seen has faded to a third."""
-_PRIOR_RUNS = 30.0
+_PRIOR_RUNS: Final = 30.0
 """Runs that the prediction of the slope counts for."""
-_SHARING_RATE = 0.02
-_GAP_RATE = 0.02
+_SHARING_RATE: Final = 0.02
+_GAP_RATE: Final = 0.02
 
 _RunKey = tuple[str, str]
 
 
-@dataclass(slots=True)
+@final
 class _Run:
-    tenant_id: str
-    num_open: int = 0
-    """Calls made and not yet ended."""
-    end_time: float = 0.0
-    """Of the call that ended last."""
-    goes_on: bool = True
-    """Whether calls are expected to follow."""
-    is_counted: bool = False
-    is_final: bool = False
-    """Its client has said that it is over; calls made beside the last one may be open."""
+    __slots__ = ("end_time", "goes_on", "is_counted", "is_final", "num_open", "tenant_id")
+
+    def __init__(self, tenant_id: str) -> None:
+        self.tenant_id = tenant_id
+        self.num_open = 0
+        """Calls made and not yet ended."""
+        self.end_time = 0.0
+        """Of the call that ended last."""
+        self.goes_on = True
+        """Whether calls are expected to follow."""
+        self.is_counted = False
+        self.is_final = False
+        """Its client has said that it is over; calls made beside the last one may be open."""
 
 
-class _Open(NamedTuple):
-    time: float
-    run_seconds: float
-    """Of all runs, up to then."""
+@final
+class _Open:
+    """A call that has not ended."""
+
+    __slots__ = ("run_seconds", "time")
+
+    def __init__(self, time: float, run_seconds: float) -> None:
+        self.time = time
+        self.run_seconds = run_seconds
+        """Of all runs, up to then."""
 
 
+@final
 class Pace:
     """Follows the runs under way. Every step costs the same however many they are."""
 
@@ -57,7 +68,7 @@ class Pace:
         self._over: OrderedDict[_RunKey, None] = OrderedDict()
         """Runs taken to be over, likewise: how long they were not could still be learned."""
         self._calls: dict[str, _Open] = {}
-        self._time = -math.inf
+        self._time = -_INF
         self._run_seconds = 0.0
         self._gap_s = 0.0
         self._lost_s = 0.0
@@ -85,11 +96,12 @@ class Pace:
         """Instant at which the first run that makes no call is taken to be over; `inf` if none."""
         for key in self._idle:
             return self._runs[key].end_time + self._patience_s
-        return math.inf
+        return _INF
 
     @property
     def _patience_s(self) -> float:
-        return min(MAX_IDLE_S, 1.0 + 4.0 * self._gap_s)
+        patience_s = 1.0 + 4.0 * self._gap_s
+        return patience_s if patience_s < MAX_IDLE_S else MAX_IDLE_S
 
     def tick(self, now: float) -> None:
         """Let time pass: runs that have made no call for long are over."""

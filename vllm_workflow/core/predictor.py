@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, Final, final
 
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.learned import Learned
@@ -20,29 +20,49 @@ from vllm_workflow.core.lengths import (
 )
 from vllm_workflow.core.prefix import Segment
 from vllm_workflow.core.runs import Attained, AttainedService
-from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.core.workflow import WorkflowProfile
 
-_REST_KEPT_FOR = 32
+_REST_KEPT_FOR: Final = 32
 """Outcomes after which the rest of a run is predicted anew: it changes slowly, costs time."""
 
 _FINAL: Expected = 0.0, CLIENT
 _UNKNOWN: Expected = 0.0, PRIOR
-_MAX_TEXT_BYTES = 1 << 20
+_MAX_TEXT_BYTES: Final = 1 << 20
 """Bodies beyond this say nothing about tokens per byte."""
 
-_MAX_RESTS = 1024
+_MAX_RESTS: Final = 1024
 """Predictions kept at most: the model in their key comes from clients."""
 
 
-class Sent(NamedTuple):
+@final
+class Sent:
     """A call on its way."""
 
-    request: StageRequest
-    decision: Decision
-    num_prompt_bytes: int
-    time: float
+    __slots__ = (
+        "decision",
+        "num_prompt_bytes",
+        "request",
+        "time",
+    )
+
+    request: Final[StageRequest]
+    decision: Final[Decision]
+    num_prompt_bytes: Final[int]
+    time: Final[float]
     """Instant at which it was bound."""
+
+    def __init__(
+        self,
+        request: StageRequest,
+        decision: Decision,
+        num_prompt_bytes: int,
+        time: float,
+    ) -> None:
+        self.request = request
+        self.decision = decision
+        self.num_prompt_bytes = num_prompt_bytes
+        self.time = time
 
 
 class Predictor:
@@ -123,19 +143,29 @@ class Predictor:
         )
         rest_s, rest_from = _FINAL if request.final else self._rest_s(request)
         self.num_predicted[output_from, rest_from] += 1
-        return request._replace(
-            num_prompt_tokens=num_prompt_tokens,
-            expected_output_tokens=output_tokens,
-            expected_from=output_from,
-            max_output_tokens=max_tokens,
-            rest_s=rest_s,
-            rest_from=rest_from,
-            attained_s=attained.total_s,
-            attained_path_s=attained.path_s,
-            prefix=tuple(
-                Segment(chain_hash, lengths.prompt_tokens(num_bytes))
-                for chain_hash, num_bytes in head
-            ),
+        prefix = [Segment(at, lengths.prompt_tokens(num_bytes)) for at, num_bytes in head]
+        return StageRequest(
+            request.request_id,
+            request.arrival_time,
+            request.workflow_id,
+            request.workflow,
+            request.stage,
+            request.tenant_id,
+            request.model,
+            request.priority,
+            request.deadline,
+            request.run_arrival_time,
+            attained.total_s,
+            attained.path_s,
+            rest_s,
+            request.service_s,
+            num_prompt_tokens,
+            output_tokens,
+            max_tokens,
+            tuple(prefix),
+            request.final,
+            output_from,
+            rest_from,
         )
 
     def attained(self, request: StageRequest) -> Attained:
@@ -160,29 +190,37 @@ class Predictor:
                 predicted=sent.decision.chosen.num_cached_tokens,
                 actual=outcome.num_cached_tokens,
             )
-        stretch = sent.decision.chosen.stretch
-        alone_s = self._prefill_s(sent, outcome) + _decode_s(sent, outcome) / stretch
+        chosen = sent.decision.chosen
+        drift = self._fleet.drift(chosen.instance_id)
+        computed_s = self._computed_s(chosen, outcome)
+        prefill_s = chosen.prefill_s if computed_s is None else drift * computed_s
+        decode_s = _decode_s(sent, outcome)
+        alone_s = prefill_s + decode_s / chosen.stretch
         # What was learned of the speed of an instance is mostly how busy it is.
         self.learned.remaining.ended(
             sent.request,
             end_time=sent.time + outcome.e2el_s,
-            alone_s=alone_s / self._fleet.drift(outcome.instance_id),
+            alone_s=alone_s / drift,
             ok=outcome.ok,
         )
         if outcome.ok:
-            self._learn(sent, outcome)
+            self._learn(sent, outcome, computed_s, decode_s)
         return alone_s
 
-    def _learn(self, sent: Sent, outcome: Outcome) -> None:
+    def _learn(
+        self, sent: Sent, outcome: Outcome, computed_s: float | None, decode_s: float
+    ) -> None:
         request, chosen = sent.request, sent.decision.chosen
-        decode_s = _decode_s(sent, outcome)
         self._fleet.observe(
             chosen.instance_id,
             predicted_s=chosen.queue_s + chosen.prefill_s + decode_s,
             actual_s=outcome.e2el_s,
         )
         if request.workflow_id:
-            self._attained.end(request, self._prefill_s(sent, outcome) + decode_s)
+            prefill_s = chosen.prefill_s
+            if computed_s is not None:
+                prefill_s = self._fleet.drift(chosen.instance_id) * computed_s
+            self._attained.end(request, prefill_s + decode_s)
         # Larger bodies are mostly images, whose bytes are not text.
         if outcome.num_prompt_tokens and 0 < sent.num_prompt_bytes <= _MAX_TEXT_BYTES:
             self.lengths.observe_prompt(outcome.num_prompt_tokens / sent.num_prompt_bytes)
@@ -196,18 +234,17 @@ class Predictor:
         if self.num_settled % _REST_KEPT_FOR == 0:
             self._rests.clear()
 
-    def _prefill_s(self, sent: Sent, outcome: Outcome) -> float:
-        """Prefill of the prompt tokens that were computed, on the instance that did.
+    def _computed_s(self, chosen: Candidate, outcome: Outcome) -> float | None:
+        """Prefill of the prompt tokens that were computed, by the configured speed of the
+        instance that did; None if they were not counted.
 
         What a run has attained is priced by the latency model, for the tokens that its calls
         turned out to have: measured durations contain the time spent waiting.
         """
         if outcome.num_prompt_tokens is None:
-            return sent.decision.chosen.prefill_s
-        instance_id = sent.decision.chosen.instance_id
-        latency = self._fleet.instance(instance_id).latency
+            return None
         num_cached = outcome.num_cached_tokens or 0
-        return self._fleet.drift(instance_id) * latency.prefill_s(
+        return self._fleet.instance(chosen.instance_id).latency.prefill_s(
             outcome.num_prompt_tokens - num_cached, num_cached_tokens=num_cached
         )
 
@@ -230,17 +267,15 @@ class Predictor:
 
     def _declared_rest_s(self, request: StageRequest, workflow: WorkflowProfile) -> float:
         """Rounds and prompts as declared; answers as counted, where there were any."""
-        return sum(
-            stage.rounds
-            * self._fleet.mean_service_s(
-                request.model,
-                stage.prompt_tokens,
-                self.lengths.output_tokens(
-                    (request.tenant_id, workflow.name, stage.name), stage.prompt_tokens
-                )[0],
+        rest_s = 0.0
+        for stage in workflow.after(request.stage):
+            output_tokens, _ = self.lengths.output_tokens(
+                (request.tenant_id, workflow.name, stage.name), stage.prompt_tokens
             )
-            for stage in workflow.after(request.stage)
-        )
+            rest_s += stage.rounds * self._fleet.mean_service_s(
+                request.model, stage.prompt_tokens, output_tokens
+            )
+        return rest_s
 
 
 def _stage(request: StageRequest) -> StageKey:

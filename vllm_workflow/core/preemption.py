@@ -9,15 +9,16 @@ from __future__ import annotations
 
 import math
 from collections import OrderedDict, deque
+from typing import Final
 
-MIN_GAIN = 2.0
+MIN_GAIN: Final = 2.0
 """Seconds of waiting that a preemption must save per second of computing again that it causes.
 Not 1: the work is certain, the saving is an estimate, and whoever runs beside it waits too."""
-NUM_DEPARTURES = 9
+NUM_DEPARTURES: Final = 9
 """Latest ends of calls that the time to the next one is taken from."""
-DECAY = 0.98
+DECAY: Final = 0.98
 """Weight of the past per step with prompt tokens; the last fifty count most."""
-MAX_RUNS = 4096
+MAX_RUNS: Final = 4096
 """Runs whose losses are remembered; the one that lost least recently is forgotten first."""
 
 

@@ -10,39 +10,67 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, final
+
+from vllm_workflow.core.value import Value
+
+_INF: Final = math.inf
+
+_SEGMENT_FIELDS = (
+    "chain_hash",
+    "num_tokens",
+)
 
 
-class Segment(NamedTuple):
+@final
+class Segment(Value):
     """One piece of a prompt's head."""
 
-    chain_hash: int
+    __slots__ = _SEGMENT_FIELDS
+    _fields = _SEGMENT_FIELDS
+
+    chain_hash: Final[int]
     """Of this piece and all before it."""
-    num_tokens: int
+    num_tokens: Final[int]
+
+    def __init__(
+        self,
+        chain_hash: int,
+        num_tokens: int,
+    ) -> None:
+        self.chain_hash = chain_hash
+        self.num_tokens = num_tokens
 
 
-MAX_IDLE_SEGMENTS = 1 << 16
+MAX_IDLE_SEGMENTS: Final = 1 << 16
 """Of one instance: prompts come from clients, and pieces may be small."""
-MAX_IDLE_SEGMENTS_UNBOUNDED = 1 << 13
+MAX_IDLE_SEGMENTS_UNBOUNDED: Final = 1 << 13
 """Of one whose capacity is not known: four million tokens in the pieces of the router."""
 
 Chain = tuple[Segment, ...]
 """The head of a prompt that others may share, outermost piece first."""
 
 
-@dataclass(slots=True)
+@final
 class _Held:
-    num_tokens: int
-    num_users: int = 0
-    """Calls in flight that read it, at least one."""
+    __slots__ = ("num_tokens", "num_users")
+
+    def __init__(self, num_tokens: int) -> None:
+        self.num_tokens = num_tokens
+        self.num_users = 0
+        """Calls in flight that read it, at least one."""
 
 
-class _Call(NamedTuple):
-    chain: Chain
-    num_own_tokens: float
+@final
+class _Call:
+    __slots__ = ("chain", "num_own_tokens")
+
+    def __init__(self, chain: Chain, num_own_tokens: float) -> None:
+        self.chain = chain
+        self.num_own_tokens = num_own_tokens
 
 
+@final
 class KvLedger:
     """Tokens in one KV cache: shared segments once, whatever the number of calls that read them.
 
@@ -89,15 +117,15 @@ class KvLedger:
         """Return `num_cached_tokens` and `num_new_tokens`."""
         held, idle = self._held, self._idle
         num_cached, is_cached = 0, True
-        for chain_hash, num_tokens in chain:
-            known = held.get(chain_hash)
+        for segment in chain:
+            known = held.get(segment.chain_hash)
             if known is not None:
                 if is_cached:
                     num_cached += known.num_tokens
                 continue
-            num_own_tokens += num_tokens
+            num_own_tokens += segment.num_tokens
             if is_cached:
-                num_idle_tokens = idle.get(chain_hash)
+                num_idle_tokens = idle.get(segment.chain_hash)
                 if num_idle_tokens is None:
                     is_cached = False
                 else:
@@ -107,33 +135,40 @@ class KvLedger:
     def num_new_tokens(self, chain: Chain, num_own_tokens: float) -> float:
         """Room that a call would take from others: what calls in flight do not hold for it."""
         held = self._held
-        for chain_hash, num_tokens in chain:
-            if chain_hash not in held:
-                num_own_tokens += num_tokens
+        for segment in chain:
+            if segment.chain_hash not in held:
+                num_own_tokens += segment.num_tokens
         return num_own_tokens
 
-    def admit(self, request_id: str, chain: Chain, num_own_tokens: float) -> None:
+    def admit(self, request_id: str, chain: Chain, num_own_tokens: float) -> float:
         """Count a call until `release`.
 
         Args:
             request_id: Not admitted already.
             chain: Head of its prompt.
             num_own_tokens: The rest of the prompt, and the output that is expected.
+
+        Returns:
+            `num_new_tokens`, as it was before.
         """
+        held, num_new_tokens = self._held, num_own_tokens
         for segment in chain:
-            known = self._held.get(segment.chain_hash)
+            known = held.get(segment.chain_hash)
             if known is None:
+                num_new_tokens += segment.num_tokens
                 num_tokens = self._idle.pop(segment.chain_hash, None)
                 if num_tokens is None:
                     num_tokens = segment.num_tokens
                 else:
                     self._num_idle_tokens -= num_tokens
-                known = self._held[segment.chain_hash] = _Held(num_tokens)
+                known = held[segment.chain_hash] = _Held(num_tokens)
                 self.num_used_tokens += num_tokens
             known.num_users += 1
         self.num_used_tokens += num_own_tokens
         self._calls[request_id] = _Call(chain, num_own_tokens)
-        self._evict()
+        if self._idle:
+            self._evict()
+        return num_new_tokens
 
     def release(self, request_id: str, *, keep: bool = True) -> None:
         """Stop counting a call; unknown ones are ignored.
@@ -186,6 +221,6 @@ class KvLedger:
 
     def _evict(self) -> None:
         idle, room = self._idle, self.num_tokens - self.num_used_tokens
-        most = MAX_IDLE_SEGMENTS if room < math.inf else MAX_IDLE_SEGMENTS_UNBOUNDED
+        most = MAX_IDLE_SEGMENTS if room < _INF else MAX_IDLE_SEGMENTS_UNBOUNDED
         while idle and (self._num_idle_tokens > room or len(idle) > most):
             self._num_idle_tokens -= idle.popitem(last=False)[1]

@@ -9,31 +9,31 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from vllm_workflow.core.histogram import Histogram
 from vllm_workflow.core.lengths import Mean
 from vllm_workflow.core.run_path import RunPath
 from vllm_workflow.core.types import StageRequest
 
-MAX_RUNS = 20_000
+MAX_RUNS: Final = 20_000
 """Runs followed at a time: their names come from clients."""
-MAX_CALLS = 1 << 17
+MAX_CALLS: Final = 1 << 17
 """Ended calls of those runs that are kept."""
-MAX_STAGES = 4_096
+MAX_STAGES: Final = 4_096
 """Of all workflows; the one longest without news is forgotten."""
-MAX_ROUND = 3
+MAX_ROUND: Final = 3
 """A stage entered again is another state, up to so many rounds: loops tire."""
-MIN_ENDED = 8
+MIN_ENDED: Final = 8
 """Calls whose rest is known before it is believed."""
-OVER_AFTER_S = 60.0
+OVER_AFTER_S: Final = 60.0
 """A run without a call in flight for this long is taken to be over."""
 
 State = tuple[str, str, str, int]
 """Tenant, workflow, stage, and how many calls of the stage come before on the path."""
 _RunKey = tuple[str, str, str]
 """Tenant, workflow, run."""
-_RECOMPUTED_EVERY = 16
+_RECOMPUTED_EVERY: Final = 16
 """Values after which a quantile is computed anew: it changes slowly, costs time."""
 
 Learn = Callable[[str, str, RunPath], None]
@@ -178,7 +178,8 @@ class RemainingTime:
 
     def items(self) -> Iterator[tuple[State, Histogram]]:
         """What was learned, the state longest without news first."""
-        return ((state, rest.values) for state, rest in self._rests.items())
+        for state, rest in self._rests.items():
+            yield state, rest.values
 
     def to_rows(self) -> list[list[Any]]:
         """Return what `restore` takes, one row per state."""

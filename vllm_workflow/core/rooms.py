@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from typing import Final
 
 from vllm_workflow.core.account import Account
 
-_IDLE = 1 << 10
+_IDLE: Final = 1 << 10
 """Size of an instance that takes any call."""
 
 

@@ -8,10 +8,11 @@ to end is then followed by what waited for all of them.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Final
 
-MAX_CALLS_OF_RUN = 256
+MAX_CALLS_OF_RUN: Final = 256
 """Calls of a run that are kept; of later ones only the time counts."""
-MAX_STAGES_OF_RUN = 64
+MAX_STAGES_OF_RUN: Final = 64
 _NO_ROUNDS: Mapping[str, int] = {}
 
 
@@ -64,7 +65,8 @@ class RunPath:
         """Note that a call has been made."""
         ended = self.ended
         if ended:
-            gap_s = max(0.0, arrival_time - self.end_time)
+            gap_s = arrival_time - self.end_time
+            gap_s = gap_s if gap_s > 0.0 else 0.0
             call = PathCall(stage, len(ended) - 1, self._rounds, gap_s)
         else:
             call = PathCall(stage, -1, _NO_ROUNDS, 0.0)
@@ -95,7 +97,8 @@ class RunPath:
             self.ended.append(call)
         else:  # of a call that ran beside the last one, what it took longer
             self.tail_s += min(call.gap_s + alone_s, max(0.0, end_time - self.end_time))
-        self.end_time = max(self.end_time, end_time)
+        if end_time > self.end_time:
+            self.end_time = end_time
 
     def rests_s(self) -> list[float]:
         """Return the longest path of calls and gaps after each ended call, shape (n,).

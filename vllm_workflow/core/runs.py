@@ -7,28 +7,39 @@ so the same sequence of calls leads to the same memory in a router, a simulation
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from typing import Final, final
 
 from vllm_workflow.core.types import StageRequest
+from vllm_workflow.core.value import Value
 
-MAX_RUNS = 8_192
+MAX_RUNS: Final = 8_192
 """Runs remembered at most: their names come from clients, and many never say that they end."""
 
 _RunKey = tuple[str, str]
 """(tenant, workflow_id): the runs of two tenants are two runs."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Attained:
+_FIELDS = ("total_s", "path_s")
+
+
+@final
+class Attained(Value):
     """Service of a run's calls that ended well, in seconds."""
 
-    total_s: float = 0.0
+    __slots__ = _FIELDS
+    _fields = _FIELDS
+
+    total_s: Final[float]
     """Summed."""
-    path_s: float = 0.0
+    path_s: Final[float]
     """Along the longest path: of calls that ran side by side, the longest counts."""
 
+    def __init__(self, total_s: float = 0.0, path_s: float = 0.0) -> None:
+        self.total_s = total_s
+        self.path_s = path_s
 
-_NOTHING = Attained()
+
+_NOTHING: Final = Attained()
 
 
 class AttainedService:

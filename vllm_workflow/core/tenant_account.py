@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Final
 
 from vllm_workflow.core.tenants import TenantConfig
 from vllm_workflow.core.types import StageRequest
 
-RUN_IDLE_S = 60.0
+RUN_IDLE_S: Final = 60.0
 """A run without a call at an instance for this long is no longer counted as under way."""
-ROUNDING = 1e-9
+ROUNDING: Final = 1e-9
 
 
 @dataclass(slots=True)

@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from vllm_workflow.core.errors import QuotaExceededError
 from vllm_workflow.core.tenant_account import (
@@ -25,18 +25,18 @@ from vllm_workflow.core.tenant_account import (
 from vllm_workflow.core.tenants import TenantConfig, TenantsConfig
 from vllm_workflow.core.types import Outcome, StageRequest
 
-GUEST_RATIO = 2.0
+GUEST_RATIO: Final = 2.0
 """Work that a tenant wants, waiting and in flight, over what the others want, per weight, from
 which on it is taken to flood the fleet."""
-STAY_GUEST_RATIO = 1.5
+STAY_GUEST_RATIO: Final = 1.5
 """The same for one whose calls wait: once held back it is so until the flood has passed."""
-GUEST_MARGIN = 0.5
+GUEST_MARGIN: Final = 0.5
 """What others on an instance must have to spare for a call of such a tenant to join them, as a
 share of what they are predicted to need: later calls come on top, and wrong predictions."""
-MAX_TENANTS = 1000
+MAX_TENANTS: Final = 1000
 """Accounts beyond which a tenant that is not named gets none of its own: a client may make up
 names, and each costs memory and time."""
-SHARED_TENANT = ""
+SHARED_TENANT: Final = ""
 """Whose account such tenants share: that of the calls that name none."""
 
 OnDelay = Callable[[str, str, float], None]

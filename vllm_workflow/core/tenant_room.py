@@ -3,27 +3,28 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Container, Iterable, Iterator, Mapping
-from heapq import heapify, heappop, heappush, merge
+from collections.abc import Container, Iterator, Mapping
+from heapq import heapify, heappop, heappush
+from typing import Final
 
 from vllm_workflow.core.admission import Demand
 from vllm_workflow.core.admissions import Admissions
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
+from vllm_workflow.core.choice import Choice
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatch import DispatchPolicy
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.pace import Pace
-from vllm_workflow.core.tenant_account import run_key
 from vllm_workflow.core.tenant_admission import TenantAdmissions
-from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, Shares, TenantLedger
-from vllm_workflow.core.tenants import TenantConfig
+from vllm_workflow.core.tenant_ledger import GUEST_MARGIN, TenantLedger
+from vllm_workflow.core.tenant_queue import At, TenantQueue, Turn, after
 from vllm_workflow.core.types import Candidate, StageRequest
-from vllm_workflow.core.waiting_room import Choice, WaitingRoom
+from vllm_workflow.core.waiting_room import WaitingRoom
 
-_ADMITTED_GUEST_MARGIN = -0.25
+_ADMITTED_GUEST_MARGIN: Final = -0.25
 """As `GUEST_MARGIN`, of guests that had to wait until their run could begin. Less than nothing:
 instances run by slack, so it is not the most urgent call that one more slows down most."""
-_MIN_HOLD_S = 1e-3
+_MIN_HOLD_S: Final = 1e-3
 """Nobody looks again sooner than this whether a quota has room."""
 
 
@@ -156,8 +157,8 @@ class TenantBacklog(Backlog):
         self.held_until = math.inf
         """Instant from which a quota has room for a call that was found held."""
         self._ledger = ledger
-        self._queues: dict[str, _Queue] = {}
-        self._with_quota: dict[str, _Queue] = {}
+        self._queues: dict[str, TenantQueue] = {}
+        self._with_quota: dict[str, TenantQueue] = {}
 
     def add(
         self,
@@ -172,7 +173,7 @@ class TenantBacklog(Backlog):
         queue = self._queues.get(request.tenant_id)
         if queue is None:
             config = self._ledger.config_of(request.tenant_id)
-            queue = self._queues[request.tenant_id] = _Queue(config)
+            queue = self._queues[request.tenant_id] = TenantQueue(config)
             if queue.has_quota:
                 self._with_quota[request.tenant_id] = queue
         queue._insert(waiting)
@@ -201,11 +202,13 @@ class TenantBacklog(Backlog):
         """As `walk` without asking for a call."""
         self._turns_of(self._with_quota, ())
 
-    def _turns_of(self, queues: Mapping[str, _Queue], passed_over: Container[Kind]) -> list[_Turn]:
+    def _turns_of(
+        self, queues: Mapping[str, TenantQueue], passed_over: Container[Kind]
+    ) -> list[Turn]:
         shares = self._ledger.shares()
         turns = []
         for tenant_id, queue in queues.items():
-            turn = _Turn(tenant_id, queue, self._ledger, shares, passed_over)
+            turn = Turn(tenant_id, queue, self._ledger, shares, passed_over)
             head = queue.only_head
             if head is not None:
                 turn.head = head
@@ -216,44 +219,45 @@ class TenantBacklog(Backlog):
                 turns.append(turn)
         return turns
 
-    def _merged(self, turns: list[_Turn]) -> Iterator[Waiting]:
+    def _merged(self, turns: list[Turn]) -> Iterator[Waiting]:
         """Merge what tenants have.
 
         On the way a tenant's virtual time only grows, and so does the lag: who has come within
         it stays so until its turn.
         """
-        by_time = []
+        by_time: list[At] = []
         for number, turn in enumerate(turns):
-            turn.at = (turn.account.virtual_time, number, turn)
-            by_time.append(turn.at)
+            turn.number = number
+            by_time.append((turn.account.virtual_time, number, 0, turn))
         heapify(by_time)
         limit = by_time[0][0] + self._ledger.lag_s if by_time else 0.0
-        within = [(turn.head, turn) for time, _, turn in by_time if time <= limit]
+        within = [(at[3].head.place, at[3]) for at in by_time if at[0] <= limit]
         beyond = [at for at in by_time if at[0] > limit]
         heapify(within)
         heapify(beyond)
         while beyond or within:
-            while by_time[0][2].at is not by_time[0]:  # it has moved on since, or is through
+            while by_time[0][3].num_moves != by_time[0][2]:  # has moved on since, or is through
                 heappop(by_time)
             limit = by_time[0][0] + self._ledger.lag_s
             while beyond and beyond[0][0] <= limit:
-                turn = heappop(beyond)[2]
-                heappush(within, (turn.head, turn))
-            head, turn = heappop(within)
+                turn = heappop(beyond)[3]
+                heappush(within, (turn.head.place, turn))
+            turn = heappop(within)[1]
+            head = turn.head
             turn.begin()
             yield head
             if head.request.request_id in self:
                 turn.pass_over()
-            _, number, _ = turn.at
-            turn.at = (turn.virtual_time, number, turn)
+            turn.num_moves += 1
             if self._go_on(turn):
-                heappush(by_time, turn.at)
-                heappush(beyond, turn.at)
+                at = (turn.virtual_time, turn.number, turn.num_moves, turn)
+                heappush(by_time, at)
+                heappush(beyond, at)
 
-    def _go_on(self, turn: _Turn) -> bool:
+    def _go_on(self, turn: Turn) -> bool:
         """Find the next call of a tenant that may be sent; the others' are not concerned."""
         if turn.calls is None:
-            turn.calls = _after(turn.head, turn.queue.walk(turn.passed_over))
+            turn.calls = after(turn.head, turn.queue.walk(turn.passed_over))
         while (waiting := next(turn.calls, None)) is not None:
             time, quota = turn.account.ready_time(waiting.request, self.now)
             if time <= self.now:
@@ -269,133 +273,3 @@ class TenantBacklog(Backlog):
                 self._ledger.hold(request, quota, self.now)
             turn.calls = turn.queue.walk_runs(under_way, turn.passed_over, waiting)
         return False
-
-
-class _Queue(Backlog):
-    """The calls of one tenant.
-
-    Args:
-        config: What goes for the tenant.
-    """
-
-    def __init__(self, config: TenantConfig) -> None:
-        super().__init__()
-        self.has_quota = config.has_quota
-        by_run = config.max_concurrent_runs is not None
-        self._runs: dict[str, Backlog] | None = {} if by_run else None
-        self._not_seen: dict[str, dict[str, StageRequest]] = {}
-        """By run, calls that `not_seen_outside` has not returned."""
-
-    def _insert(self, waiting: Waiting) -> None:
-        super()._insert(waiting)
-        if self._runs is not None:
-            request, key = waiting.request, run_key(waiting.request)
-            self._runs.setdefault(key, Backlog())._insert(waiting)
-            self._not_seen.setdefault(key, {})[request.request_id] = request
-
-    def remove(self, request_id: str) -> Waiting | None:
-        waiting = super().remove(request_id)
-        if waiting is not None and self._runs is not None:
-            key = run_key(waiting.request)
-            self._runs[key].remove(request_id)
-            self._not_seen.get(key, {}).pop(request_id, None)
-            if not len(self._runs[key]):
-                del self._runs[key]
-                self._not_seen.pop(key, None)
-        return waiting
-
-    @property
-    def only_head(self) -> Waiting | None:
-        """The first call, if none but its own kind waits and no quota can hold it."""
-        if self.has_quota or len(self._by_kind) != 1:
-            return None
-        (calls,) = self._by_kind.values()
-        return calls[0]
-
-    def walk_runs(
-        self, keys: Iterable[str], passed_over: Container[Kind], after: Waiting
-    ) -> Iterator[Waiting]:
-        """As `walk`, those of some runs that come after a call."""
-        runs = self._runs or {}
-        each = [runs[key].walk(passed_over) for key in keys if key in runs]
-        return _after(after, merge(*each))
-
-    def not_seen_outside(self, keys: Collection[str]) -> Iterator[StageRequest]:
-        """Yield the calls of all runs but some, each once."""
-        outside = [key for key in self._not_seen if key not in keys]
-        for key in outside:
-            yield from self._not_seen.pop(key).values()
-
-
-class _Turn:
-    """One tenant's queue, and how far it has been looked through."""
-
-    __slots__ = (
-        "_is_guest",
-        "_ledger",
-        "_passed_s",
-        "_refused",
-        "_shares",
-        "_tenant_id",
-        "account",
-        "at",
-        "calls",
-        "head",
-        "passed_over",
-        "queue",
-    )
-
-    at: tuple[float, int, _Turn]
-    """Its virtual time when it was last known, and a number that no other has."""
-    head: Waiting
-
-    def __init__(
-        self,
-        tenant_id: str,
-        queue: _Queue,
-        ledger: TenantLedger,
-        shares: Shares,
-        passed_over: Container[Kind],
-    ) -> None:
-        self.account = ledger.account(tenant_id)
-        self.queue = queue
-        self._tenant_id = tenant_id
-        self._ledger = ledger
-        self._shares = shares
-        self._is_guest: bool | None = None
-        self._passed_s = 0.0
-        self._refused: set[Kind] = set()
-        self.passed_over = _Either(passed_over, self._refused)
-        self.calls: Iterator[Waiting] | None = None
-
-    def begin(self) -> None:
-        """To be called before a call of it is yielded; most turns never come."""
-        if self._is_guest is None:
-            self._is_guest = self._ledger.is_guest(self._tenant_id, self._shares)
-
-    @property
-    def virtual_time(self) -> float:
-        return self.account.virtual_time + self._passed_s / self.account.config.weight
-
-    def pass_over(self) -> None:
-        """Go on behind a call that cannot start: other tenants' turn comes as if it had."""
-        self._passed_s += self._ledger.work_s(self.head.request.request_id)
-        if self._is_guest:  # where others cannot spare room for one, they can for none
-            self._refused.add(self.head.kind)
-
-
-def _after(last: Waiting, calls: Iterator[Waiting]) -> Iterator[Waiting]:
-    return (waiting for waiting in calls if waiting > last)
-
-
-class _Either:
-    """What is in one of two containers."""
-
-    __slots__ = ("_one", "_other")
-
-    def __init__(self, one: Container[Kind], other: Container[Kind]) -> None:
-        self._one = one
-        self._other = other
-
-    def __contains__(self, kind: object) -> bool:
-        return kind in self._one or kind in self._other

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, Final
 
 from vllm_workflow.core.run_path import RunPath
 
-MAX_WORKFLOWS = 1024
+MAX_WORKFLOWS: Final = 1024
 """Of all tenants; the one longest without a run is forgotten."""
-MAX_STAGES = 64
+MAX_STAGES: Final = 64
 """Of one workflow."""
-END = ""
+END: Final = ""
 """What follows a call that nothing follows; also where runs begin."""
-_MEMORY = 200.0
+_MEMORY: Final = 200.0
 """Runs after which older ones fade."""
-_GROWTH = _MEMORY / (_MEMORY - 1.0)
-_MAX_INCREMENT = 1e12
+_GROWTH: Final = _MEMORY / (_MEMORY - 1.0)
+_MAX_INCREMENT: Final = 1e12
 
 FlowKey = tuple[str, str]
 """Tenant, workflow."""

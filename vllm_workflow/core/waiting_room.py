@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping
 from itertools import chain
-from typing import NamedTuple
+from typing import Final
 
 from vllm_workflow.core.admission import Demand, Held, run_key
 from vllm_workflow.core.admissions import Admissions
 from vllm_workflow.core.backlog import Backlog, Kind, Waiting
+from vllm_workflow.core.choice import MAX_LOOKED_AT, Choice, able_among, count_in_vain, without
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import is_hopeless
 from vllm_workflow.core.dispatch import DispatchPolicy
@@ -18,19 +19,7 @@ from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.types import Candidate, StageRequest
 
-_MAX_LOOKED_AT = 16
-"""Calls of one kind that turn out not to fit, after which no more of it are looked at when
-something has changed. Those for which every instance is full are passed over at no cost."""
-
-
-class Choice(NamedTuple):
-    """A call that starts now, and where."""
-
-    waiting: Waiting
-    candidates: tuple[Candidate, ...]
-    costs: Sequence[float]
-    chosen: int
-    """Index of the candidate that it starts on."""
+_INF: Final = math.inf
 
 
 class WaitingRoom:
@@ -91,7 +80,7 @@ class WaitingRoom:
     @property
     def has_news(self) -> bool:
         """Whether a call waits and something has changed since all were looked at."""
-        return len(self) > 0 and self._fleet.version != self._looked_at_version
+        return self._fleet.version != self._looked_at_version and len(self) > 0
 
     def enter(
         self,
@@ -155,7 +144,7 @@ class WaitingRoom:
         without a deadline is never held.
         """
         pace = self._admissions.of(request.model, now).pace
-        return run_key(request) in pace or request.attained_s > 0.0 or not request.has_deadline
+        return run_key(request) in pace or request.attained_s > 0.0 or request.deadline == _INF
 
     def leave(self, request_id: str) -> StageRequest | None:
         """Take a call out; None if it does not wait."""
@@ -227,14 +216,16 @@ class WaitingRoom:
 
     def _line_up(self, held: Held, now: float) -> Waiting:
         """Let a call of a run under way wait for an instance."""
-        request, num_prompt_bytes, exclude = held
+        request = held.request
         if self._relegates:
             admission = self._admissions.of(request.model, now)
             admission.pace.opened(run_key(request), request, now)
             if is_hopeless(request, now):
-                return self.relegated.add(request, request.deadline, num_prompt_bytes, exclude)
+                return self.relegated.add(
+                    request, request.deadline, held.num_prompt_bytes, held.exclude
+                )
         key = self._ordering.key(request)
-        return self.backlog.add(request, key, num_prompt_bytes, exclude)
+        return self.backlog.add(request, key, held.num_prompt_bytes, held.exclude)
 
     def by_arrival(self) -> list[Held]:
         """All calls, the one that came first first."""
@@ -275,7 +266,8 @@ class WaitingRoom:
         fleet = self._fleet
         if newest is None:
             self._begin_held(now)
-        if self._relegates:
+        is_alone = newest is not None and len(self.backlog) + len(self.relegated) == 1
+        if self._relegates and not is_alone:
             self._relegate(now)
         full: set[Kind] = set()
         num_in_vain: dict[Kind, int] = {}
@@ -284,7 +276,7 @@ class WaitingRoom:
             turn = self._in_turn(full)
         else:
             turn = iter((newest,))
-            if fleet.has_room():
+            if not is_alone and fleet.has_room():
                 blocked = self._ahead_of(newest)
         claims: dict[str, float] | None = None
         num_started = 0
@@ -292,13 +284,13 @@ class WaitingRoom:
             if not fleet.has_room():
                 break
             kind = waiting.kind
-            if not fleet.has_room(*kind):
+            if not fleet.has_room(waiting.request.model, waiting.exclude):
                 blocked.setdefault(kind, waiting)
                 full.add(kind)
                 continue
             if not fleet.can_start(waiting.request, waiting.exclude):
                 blocked.setdefault(kind, waiting)
-                _count_in_vain(kind, num_in_vain, full)
+                count_in_vain(kind, num_in_vain, full)
                 continue
             if waiting is newest and newest_candidates and not num_started:
                 candidates = newest_candidates
@@ -307,20 +299,23 @@ class WaitingRoom:
             if blocked and claims is None:
                 claims = self._claims(blocked, now)
             costs = self._policy.costs(waiting.request, candidates)
-            able = _able(candidates, claims or {})
+            able = able_among(candidates, claims)
             if not able:
                 blocked.setdefault(kind, waiting)
             elif self._has_guests and self._is_guest(waiting):
                 able = [i for i in able if self._bears(waiting, candidates[i], now)]
             if not able:
-                _count_in_vain(kind, num_in_vain, full)
+                count_in_vain(kind, num_in_vain, full)
                 continue
             num_started += 1
             self._num_since_relegated += 1
             if self.backlog.remove(waiting.request.request_id) is None:
                 self.relegated.remove(waiting.request.request_id)
                 self._num_since_relegated = 0
-            chosen = min(able, key=costs.__getitem__)
+            chosen = able[0]
+            for index in able:
+                if costs[index] < costs[chosen]:
+                    chosen = index
             if self._relegates:
                 self.paces[waiting.request.model].bound(
                     candidates[chosen], self._fleet.num_instances
@@ -330,7 +325,7 @@ class WaitingRoom:
 
     def _relegate(self, now: float) -> None:
         """Move what can no longer be on time behind all that can."""
-        for waiting in self.backlog.first(_MAX_LOOKED_AT):
+        for waiting in self.backlog.first(MAX_LOOKED_AT):
             if is_hopeless(waiting.request, now):
                 request = waiting.request
                 self.backlog.remove(request.request_id)
@@ -341,17 +336,20 @@ class WaitingRoom:
     @property
     def _goes_first(self) -> Waiting | None:
         """The relegated call whose turn has come, so that none starves."""
-        if self._num_since_relegated < 1.0 / self._config.relegated_share - 1.0:
+        if (
+            not len(self.relegated)
+            or self._num_since_relegated < 1.0 / self._config.relegated_share - 1.0
+        ):
             return None
         return next(iter(self.relegated), None)
 
     def _in_turn(self, passed_over: Container[Kind]) -> Iterator[Waiting]:
         """All calls in order; now and then a relegated one goes first."""
-        if not self._relegates:
+        if not len(self.relegated):
             return self.backlog.walk(passed_over)
         first = self._goes_first
         hopeful, hopeless = self.backlog.walk(passed_over), self.relegated.walk(passed_over)
-        return chain([first] if first else [], hopeful, _without(first, hopeless))
+        return chain([first] if first else [], hopeful, without(first, hopeless))
 
     def _ahead_of(self, newest: Waiting) -> dict[Kind, Waiting]:
         """The first call of each kind of those that go before `newest`, in order."""
@@ -379,12 +377,12 @@ class WaitingRoom:
         """
         claims: dict[str, float] = {}
         for waiting in blocked.values():
-            first, least_s = "", math.inf
+            first, least_s = "", _INF
             for candidate in self._candidates(waiting, now):
                 wait_s = self._fleet.own_wait_s(waiting.request, candidate, now)
                 if wait_s < least_s:
                     first, least_s = candidate.instance_id, wait_s
-            if 0.0 < least_s < math.inf:
+            if 0.0 < least_s < _INF:
                 claims.setdefault(first, least_s)
         return claims
 
@@ -395,35 +393,3 @@ class WaitingRoom:
     def _bears(self, waiting: Waiting, candidate: Candidate, now: float) -> bool:
         """Whether a guest may join others on an instance."""
         return True
-
-
-def _count_in_vain(kind: Kind, num_in_vain: dict[Kind, int], passed_over: set[Kind]) -> None:
-    """Note that a call does not fit; where many do not, no more of that kind are looked at."""
-    num_calls = num_in_vain[kind] = num_in_vain.get(kind, 0) + 1
-    if num_calls >= _MAX_LOOKED_AT:
-        passed_over.add(kind)
-
-
-def _without(first: Waiting | None, calls: Iterator[Waiting]) -> Iterator[Waiting]:
-    for waiting in calls:
-        if waiting is not first:
-            yield waiting
-
-
-def _able(candidates: Sequence[Candidate], claims: Mapping[str, float]) -> list[int]:
-    """Indexes of the candidates that a call could start on now.
-
-    A call does not wait for a faster instance while a slower one could start it: that pays for
-    the call, and leaves the fleet idle when many do it.
-
-    Args:
-        candidates: Predictions; those with no `queue_s` can start it.
-        claims: Seconds until a call that goes first starts on an instance: what would still be
-            there by then is not started there.
-    """
-    return [
-        index
-        for index, candidate in enumerate(candidates)
-        if candidate.queue_s <= 0.0
-        and candidate.finish_s <= claims.get(candidate.instance_id, math.inf)
-    ]

@@ -7,7 +7,6 @@ import json
 import logging
 import math
 from collections.abc import Awaitable, Callable
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from aiohttp import web
@@ -16,6 +15,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.auth import KeyCheck
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.health import package_version
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
@@ -184,10 +184,3 @@ class Admin:
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         return metrics_response(self._metrics)
-
-
-def package_version() -> str:
-    try:
-        return version("vllm-workflow")
-    except PackageNotFoundError:
-        return "unknown"

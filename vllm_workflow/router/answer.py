@@ -15,9 +15,9 @@ from collections.abc import Mapping
 
 from multidict import CIMultiDict
 
-from vllm_workflow.router.attempt import Attempt, LostError, Refusal
-from vllm_workflow.router.connection import BrokenOffError, Connection
-from vllm_workflow.router.errors import error_json
+from vllm_workflow.router.attempt import Attempt, Refusal
+from vllm_workflow.router.connection import Connection
+from vllm_workflow.router.errors import BrokenOffError, LostError, error_json
 from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.tries import is_refusal
 from vllm_workflow.router.watch import TICK_S, Silence

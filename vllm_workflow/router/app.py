@@ -16,6 +16,7 @@ from vllm_workflow.router.auth import KeyCheck
 from vllm_workflow.router.background import beside
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
+from vllm_workflow.router.health import Health
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.parts import Parts, build
 from vllm_workflow.router.pool import CONNECT_TIMEOUT_S, KEEPALIVE_S
@@ -42,6 +43,12 @@ class Router:
     reload: Reloader
     app: web.Application
     """What clients ask."""
+    health: Health
+
+    def leave(self) -> float:
+        """Tell load balancers to send calls elsewhere; returns the seconds they are given."""
+        self.health.is_leaving = True
+        return self.reload.config.shutdown_delay_s
 
 
 @asynccontextmanager
@@ -85,7 +92,12 @@ async def serve(
         routes = _routes(parts)
         app = routes.build()
         listener = Listener(
-            app, config.limits, tls, grace_s=config.shutdown_grace_s, calls=routes.calls()
+            app,
+            config.limits,
+            tls,
+            grace_s=config.shutdown_grace_s,
+            calls=routes.calls(),
+            hand_over=parts.proxy.hand_over,
         )
         reload.listeners.append(listener)
         url = await stack.enter_async_context(listener.listening(config.host, config.port))
@@ -98,6 +110,7 @@ async def serve(
             parts.metrics,
             reload,
             app,
+            routes.health,
         )
 
 

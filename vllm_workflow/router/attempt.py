@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from multidict import CIMultiDict
 
-from vllm_workflow.core.errors import UpstreamError
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
-from vllm_workflow.router.connection import BrokenOffError, Connection
+from vllm_workflow.router.connection import Connection
+from vllm_workflow.router.errors import BrokenOffError, LostError
 from vllm_workflow.router.usage import Usage
 
 BUSY = frozenset({429, 503})
@@ -22,18 +22,6 @@ MISSING = 404
 """The instance does not serve the model (any more); another one may."""
 _MAX_REFUSAL_BYTES = 65_536
 _REFUSAL_TIMEOUT_S = 5.0
-
-
-class LostError(UpstreamError):
-    """An attempt ended before the client got anything of an answer.
-
-    `reason` is `refused` (no connection, so nothing was sent), `closed` (a kept connection was
-    closed without an answer, as servers do with idle ones), `disconnected` or `hung`.
-    """
-
-    def __init__(self, reason: str) -> None:
-        super().__init__(reason)
-        self.reason = reason
 
 
 @dataclass(frozen=True, slots=True)

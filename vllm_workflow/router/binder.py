@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from typing import Any
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError
@@ -81,6 +82,14 @@ class Binder:
             if not wait.done():
                 wait.set_result(None)
         self.poll()
+
+    def hand_over(self) -> None:
+        """Let no call wait any longer: the router is about to stop."""
+        waiting: list[asyncio.Future[Any]] = list(self._waiting.values())
+        waiting += [wait for _, wait in self._stranded.values()]
+        for future in waiting:
+            if not future.done():
+                future.set_exception(NoInstanceError("the router is being stopped"))
 
     def settle(self, outcome: Outcome) -> None:
         """Let go of a reservation, and give its room to whoever waits."""

@@ -72,12 +72,19 @@ def request_headers(headers: MultiMapping[str]) -> tuple[CIMultiDict[str], str]:
     """
     forwarded = end_to_end(headers, _NOT_FORWARDED)
     for name, value in forwarded.items():
-        if not value.isascii() and any("\ud800" <= c <= "\udfff" for c in value):
-            raise RequestError(f"header {name}: expected UTF-8, got other bytes", param=name)
+        if not value.isascii():
+            _check_text(name, value)
     request_id = headers.get("X-Request-Id", "")
     if not is_label(request_id):
         request_id = forwarded["X-Request-Id"] = f"{random.getrandbits(128):032x}"
     return forwarded, request_id
+
+
+def _check_text(name: str, value: str) -> None:
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        raise RequestError(f"header {name}: expected UTF-8, got other bytes", param=name) from None
 
 
 def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:

@@ -72,7 +72,11 @@ class RouterConfig(Strict):
     log_calls: bool = False
     """Log one line per call: run, stage, tenant, instance, status, seconds; nothing of its body."""
     shutdown_grace_s: Annotated[float, Field(ge=0, le=3600)] = 30.0
-    """How long calls under way may take to end when the router is told to stop."""
+    """How long calls under way may take to end when the router is told to stop. Those that take
+    longer are answered with 503, streams end with an error event: another router may take them."""
+    shutdown_delay_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
+    """How long before that it takes further calls while /ready says no: load balancers need a
+    while to notice."""
 
     @model_validator(mode="after")
     def _unique(self) -> RouterConfig:

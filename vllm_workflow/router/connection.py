@@ -13,7 +13,7 @@ from typing import cast
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
 from multidict import CIMultiDict
 
-from vllm_workflow.core.errors import UpstreamError
+from vllm_workflow.router.errors import BrokenOffError
 
 MAX_HEAD_BYTES = 64 << 10
 """Of an answer, interim ones included; a server that says more is not listened to."""
@@ -26,10 +26,6 @@ _MAX_REQUEST_AT_ONCE_BYTES = 64 << 10
 
 HowMuchToHold = Callable[[int, Mapping[str, str]], float]
 """Bytes of an answer of such a status and headers that its reader is not woken for."""
-
-
-class BrokenOffError(UpstreamError):
-    """A connection ended, or what came on it is no HTTP, before the answer was whole."""
 
 
 class Connection(asyncio.Protocol):
@@ -73,7 +69,7 @@ class Connection(asyncio.Protocol):
         """Whether the whole of the last answer has come."""
         self.status = 0
         self.headers: CIMultiDict[str] = CIMultiDict()
-        self._parser = HttpResponseParser(self)
+        self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
         self._drained: asyncio.Future[None] | None = None
@@ -224,9 +220,10 @@ class Connection(asyncio.Protocol):
         if self.is_complete:  # it was not asked for
             self.close()
             return
-        num_bytes = self._num_bytes
+        parser, num_bytes = self._parser, self._num_bytes
+        assert parser is not None
         try:
-            self._parser.feed_data(data)
+            parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as e:
             if not self.is_complete:
                 self._fail(BrokenOffError(f"expected HTTP/1.1, got an error: {e}"))
@@ -257,7 +254,7 @@ class Connection(asyncio.Protocol):
             else:
                 self._fail(BrokenOffError("the connection was closed"))
         self._transport = None
-        del self._parser  # which refers to this
+        self._parser = None  # which refers to this
         self._go_on_sending()
 
     def _ends_with_connection(self) -> bool:
@@ -290,6 +287,7 @@ class Connection(asyncio.Protocol):
             self.headers.add(name.decode(), value.decode("utf-8", "surrogateescape"))
 
     def on_headers_complete(self) -> None:
+        assert self._parser is not None
         status = self._parser.get_status_code()
         if status >= 200:
             self.status, self._has_head = status, True
@@ -307,6 +305,7 @@ class Connection(asyncio.Protocol):
             self._reason = b""
             self.headers.clear()
             return
+        assert self._parser is not None
         self.is_complete = True
         self._keeps = self._parser.should_keep_alive()
 

@@ -13,9 +13,9 @@ from typing import Any
 from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.router.admin import package_version
 from vllm_workflow.router.board import Board
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.health import package_version
 from vllm_workflow.router.routes import answering, expect
 from vllm_workflow.router.upstream import Upstream
 from vllm_workflow.router.upstreams import Upstreams

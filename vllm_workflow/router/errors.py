@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from aiohttp import web
 from multidict import CIMultiDict
 
-from vllm_workflow.core.errors import WorkflowError
+from vllm_workflow.core.errors import UpstreamError, WorkflowError
 from vllm_workflow.router.exchange import Answer, response_of
 
 
@@ -39,6 +39,22 @@ class RequestError(WorkflowError, ValueError):
     def response(self) -> web.Response:
         """Return the same for aiohttp."""
         return response_of(self.answer())
+
+
+class BrokenOffError(UpstreamError):
+    """A connection ended, or what came on it is no HTTP, before the answer was whole."""
+
+
+class LostError(UpstreamError):
+    """An attempt ended before the client got anything of an answer.
+
+    `reason` is `refused` (no connection, so nothing was sent), `closed` (a kept connection was
+    closed without an answer, as servers do with idle ones), `disconnected` or `hung`.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
 
 
 def malformed(where: str, wanted: str, got: object) -> RequestError:

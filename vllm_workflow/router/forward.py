@@ -20,10 +20,10 @@ from vllm_workflow.router.answer import (
     is_event_stream,
     unbounded,
 )
-from vllm_workflow.router.attempt import MISSING, Attempt, LostError, Refusal, read_refusal
+from vllm_workflow.router.attempt import MISSING, Attempt, Refusal, read_refusal
 from vllm_workflow.router.call import Call, forwarded_body, response_headers
-from vllm_workflow.router.connection import BrokenOffError, Connection, HowMuchToHold
-from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.connection import Connection, HowMuchToHold
+from vllm_workflow.router.errors import BrokenOffError, LostError, RequestError
 from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.pool import Pool

@@ -136,8 +136,9 @@ class Blocks:
         per_token = num_tokens / call.request.num_prompt_tokens
         gone: list[int] = []
         end = 0.0
-        for chain_hash, num_piece_tokens in call.request.prefix:
-            end += per_token * num_piece_tokens
+        for piece in call.request.prefix:
+            chain_hash = piece.chain_hash
+            end += per_token * piece.num_tokens
             index = max(0, int(end) - 1) // size
             if index >= len(call.blocks):
                 break

@@ -74,12 +74,105 @@ class _PredictionCollector(Collector):
         yield family
 
 
+_PER_INSTANCE = ("instance",)
+_COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "requests": (
+        "Calls answered, by the HTTP status the client got; 499: the client left. "
+        "instance is empty where none was reached.",
+        ("instance", "stage", "status"),
+    ),
+    "condemned": (
+        "Times that an instance was taken out because it fell silent: hung if the process "
+        "did not answer, stuck if its engine gave nothing.",
+        ("instance", "reason"),
+    ),
+    "failovers": (
+        "Attempts that failed before the first byte of an answer, by reason.",
+        ("instance", "reason"),
+    ),
+    "broken_answers": (
+        "Answers that the instance broke off after their first byte.",
+        _PER_INSTANCE,
+    ),
+    "client_disconnects": ("Calls whose client left.", ()),
+    "runs": (
+        "Runs with a deadline that ended: met if the last answer was good and in time. A run "
+        "ends with the call marked final, else when it is idle too long, and then its last "
+        "call counts as its end, whether or not the client was done.",
+        ("workflow", "outcome"),
+    ),
+    "runs_refused": (
+        "Runs refused at their first call because they would have begun too late.",
+        ("workflow",),
+    ),
+    "policy_swaps": ("Policies taken over while running.", ()),
+    "tunings": ("Tunings by verdict: swap, keep or failed.", ("verdict",)),
+}
+"""Name -> what it counts, and its labels."""
+_GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
+    "requests_in_flight": ("Calls forwarded and not yet answered.", _PER_INSTANCE),
+    "instance_healthy": ("1 if calls are sent to the instance.", _PER_INSTANCE),
+    "policy_info": (
+        "1 for the policy that decides now.",
+        ("fingerprint", "dispatch", "ordering"),
+    ),
+}
+_HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
+    "queue_seconds": (
+        "From the arrival of a call to its forwarding, failed attempts included.",
+        (),
+        _SECONDS,
+    ),
+    "slack_seconds": (
+        "Predicted seconds to spare when a call with a deadline was dispatched.",
+        (),
+        _SLACK,
+    ),
+    "predicted_seconds": (
+        "Predicted duration of calls that ended well, from forwarding to the last byte.",
+        _PER_INSTANCE,
+        _SECONDS,
+    ),
+    "actual_seconds": (
+        "Measured duration of calls that ended well, from forwarding to the last byte.",
+        _PER_INSTANCE,
+        _SECONDS,
+    ),
+}
+"""The same, and the buckets."""
+
+
 class Metrics:
     """The series of one router, in a registry of its own."""
 
     def __init__(self) -> None:
         self.registry = registry = CollectorRegistry()
         self._stage, self._workflow = Capped(), Capped()
+        self._counters = {
+            name: Counter(_PREFIX + name, text, labels, registry=registry)
+            for name, (text, labels) in _COUNTERS.items()
+        }
+        self._gauges = {
+            name: Gauge(_PREFIX + name, text, labels, registry=registry)
+            for name, (text, labels) in _GAUGES.items()
+        }
+        self._histograms = {
+            name: Histogram(_PREFIX + name, text, labels, registry=registry, buckets=buckets)
+            for name, (text, labels, buckets) in _HISTOGRAMS.items()
+        }
+        self._of_instances = [
+            *(
+                self._counters[name]
+                for name, (_, labels) in _COUNTERS.items()
+                if "instance" in labels
+            ),
+            *(self._gauges[name] for name, (_, labels) in _GAUGES.items() if "instance" in labels),
+            *(
+                self._histograms[name]
+                for name, (_, labels, _) in _HISTOGRAMS.items()
+                if "instance" in labels
+            ),
+        ]
         # Looking a series up by its labels takes the library long, and every call does.
         self._in_flight_on: dict[str, Gauge] = {}
         self._durations_on: dict[str, tuple[Histogram, Histogram]] = {}
@@ -88,115 +181,21 @@ class Metrics:
         """Set where tenants are told apart, see `follow_tenants`."""
         self._of_tenants: TenantMetrics | None = None
         """Once they were: series cannot be made twice."""
-        self._requests = Counter(
-            f"{_PREFIX}requests",
-            "Calls answered, by the HTTP status the client got; 499: the client left. "
-            "instance is empty where none was reached.",
-            ("instance", "stage", "status"),
-            registry=registry,
-        )
-        self._queue = Histogram(
-            f"{_PREFIX}queue_seconds",
-            "From the arrival of a call to its forwarding, failed attempts included.",
-            registry=registry,
-            buckets=_SECONDS,
-        )
-        self._slack = Histogram(
-            f"{_PREFIX}slack_seconds",
-            "Predicted seconds to spare when a call with a deadline was dispatched.",
-            registry=registry,
-            buckets=_SLACK,
-        )
-        self._predicted, self._actual = (
-            Histogram(
-                f"{_PREFIX}{kind}_seconds",
-                f"{text} duration of calls that ended well, from forwarding to the last byte.",
-                ("instance",),
-                registry=registry,
-                buckets=_SECONDS,
-            )
-            for kind, text in (("predicted", "Predicted"), ("actual", "Measured"))
-        )
-        self._in_flight = Gauge(
-            f"{_PREFIX}requests_in_flight",
-            "Calls forwarded and not yet answered.",
-            ("instance",),
-            registry=registry,
-        )
-        self._healthy = Gauge(
-            f"{_PREFIX}instance_healthy",
-            "1 if calls are sent to the instance.",
-            ("instance",),
-            registry=registry,
-        )
-        self._condemned = Counter(
-            f"{_PREFIX}condemned",
-            "Times that an instance was taken out because it fell silent: hung if the process "
-            "did not answer, stuck if its engine gave nothing.",
-            ("instance", "reason"),
-            registry=registry,
-        )
-        self._failovers = Counter(
-            f"{_PREFIX}failovers",
-            "Attempts that failed before the first byte of an answer, by reason.",
-            ("instance", "reason"),
-            registry=registry,
-        )
-        self._broken = Counter(
-            f"{_PREFIX}broken_answers",
-            "Answers that the instance broke off after their first byte.",
-            ("instance",),
-            registry=registry,
-        )
-        self._disconnects = Counter(
-            f"{_PREFIX}client_disconnects", "Calls whose client left.", registry=registry
-        )
-        self._runs = Counter(
-            f"{_PREFIX}runs",
-            "Runs with a deadline that ended: met if the last answer was good and in time. A run "
-            "ends with the call marked final, else when it is idle too long, and then its last "
-            "call counts as its end, whether or not the client was done.",
-            ("workflow", "outcome"),
-            registry=registry,
-        )
-
-        self._refused = Counter(
-            f"{_PREFIX}runs_refused",
-            "Runs refused at their first call because they would have begun too late.",
-            ("workflow",),
-            registry=registry,
-        )
-        self._policy = Gauge(
-            f"{_PREFIX}policy_info",
-            "1 for the policy that decides now.",
-            ("fingerprint", "dispatch", "ordering"),
-            registry=registry,
-        )
-        self._swaps = Counter(
-            f"{_PREFIX}policy_swaps", "Policies taken over while running.", registry=registry
-        )
-        self._tunings = Counter(
-            f"{_PREFIX}tunings",
-            "Tunings by verdict: swap, keep or failed.",
-            ("verdict",),
-            registry=registry,
-        )
-
-        self._of_instances = (
-            *(self._requests, self._predicted, self._actual, self._in_flight, self._healthy),
-            *(self._condemned, self._failovers, self._broken),
-        )
 
     def exposition(self) -> bytes:
         return generate_latest(self.registry)
 
     def healthy(self, instance_id: str, healthy: bool) -> None:
-        self._healthy.labels(instance_id).set(healthy)
+        self._gauges["instance_healthy"].labels(instance_id).set(healthy)
 
     def forget(self, instance_id: str) -> None:
         """Drop every series of an instance that has left: where pods come and go, names do too."""
         for series in self._of_instances:
             series.remove_by_labels({"instance": instance_id})
+        self._in_flight_on.pop(instance_id, None)
+        self._durations_on.pop(instance_id, None)
+        for labels in [labels for labels in self._answered if labels[0] == instance_id]:
+            del self._answered[labels]
 
     def follow_tenants(self, ledger: TenantLedger | None) -> None:
         """Tell tenants apart as a ledger does, or from now on no more.
@@ -212,18 +211,20 @@ class Metrics:
 
     def policy(self, policy: PolicyConfig) -> None:
         """Show which policy decides from here on."""
-        self._policy.clear()
-        self._policy.labels(policy.fingerprint, policy.dispatch, policy.ordering).set(1)
+        self._gauges["policy_info"].clear()
+        self._gauges["policy_info"].labels(
+            policy.fingerprint, policy.dispatch, policy.ordering
+        ).set(1)
 
     def policy_swapped(self) -> None:
-        self._swaps.inc()
+        self._counters["policy_swaps"].inc()
 
     def tuned(self, verdict: str) -> None:
         """Count a tuning that ended: `swap`, `keep` or `failed`."""
-        self._tunings.labels(verdict).inc()
+        self._counters["tunings"].labels(verdict).inc()
 
     def run_refused(self, workflow: str) -> None:
-        self._refused.labels(self._workflow(workflow)).inc()
+        self._counters["runs_refused"].labels(self._workflow(workflow)).inc()
 
     def count_held(self, num_held: Callable[[], int], num_relegated: Callable[[], int]) -> None:
         """Show how overload is dealt with, asked whenever somebody looks."""
@@ -262,11 +263,13 @@ class Metrics:
         instance_id = decision.chosen.instance_id
         in_flight = self._in_flight_on.get(instance_id)
         if in_flight is None:
-            in_flight = self._in_flight_on[instance_id] = self._in_flight.labels(instance_id)
+            in_flight = self._in_flight_on[instance_id] = self._gauges["requests_in_flight"].labels(
+                instance_id
+            )
         in_flight.inc()
-        self._queue.observe(queue_s)
+        self._histograms["queue_seconds"].observe(queue_s)
         if math.isfinite(decision.slack_s):
-            self._slack.observe(decision.slack_s)
+            self._histograms["slack_seconds"].observe(decision.slack_s)
 
     def settled(self, decision: Decision, outcome: Outcome) -> None:
         instance_id = outcome.instance_id
@@ -276,35 +279,35 @@ class Metrics:
         durations = self._durations_on.get(instance_id)
         if durations is None:
             durations = self._durations_on[instance_id] = (
-                self._predicted.labels(instance_id),
-                self._actual.labels(instance_id),
+                self._histograms["predicted_seconds"].labels(instance_id),
+                self._histograms["actual_seconds"].labels(instance_id),
             )
         predicted, actual = durations
         predicted.observe(decision.chosen.finish_s)
         actual.observe(outcome.e2el_s)
 
     def condemned(self, instance_id: str, reason: str) -> None:
-        self._condemned.labels(instance_id, reason).inc()
+        self._counters["condemned"].labels(instance_id, reason).inc()
 
     def failed_over(self, instance_id: str, reason: str) -> None:
-        self._failovers.labels(instance_id, reason).inc()
+        self._counters["failovers"].labels(instance_id, reason).inc()
 
     def answered(self, instance_id: str, stage: str, status: int) -> None:
         labels = instance_id, self._stage(stage), status
         counter = self._answered.get(labels)
         if counter is None:
-            counter = self._answered[labels] = self._requests.labels(*labels)
+            counter = self._answered[labels] = self._counters["requests"].labels(*labels)
         counter.inc()
 
     def broken(self, instance_id: str) -> None:
-        self._broken.labels(instance_id).inc()
+        self._counters["broken_answers"].labels(instance_id).inc()
 
     def client_left(self) -> None:
-        self._disconnects.inc()
+        self._counters["client_disconnects"].inc()
 
     def run_ended(self, run: Run) -> None:
         if self.tenants is not None:
             self.tenants.run_ended(run)
         if math.isfinite(run.deadline):
             outcome = "met" if run.met else "missed"
-            self._runs.labels(self._workflow(run.workflow), outcome).inc()
+            self._counters["runs"].labels(self._workflow(run.workflow), outcome).inc()

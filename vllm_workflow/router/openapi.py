@@ -38,6 +38,7 @@ _HEADERS: dict[str, tuple[dict[str, Any], str]] = {
         "The run's promise, from its first call on.",
     ),
     "X-Workflow-Budget-Ms": (_MILLISECONDS, "What is left of it now."),
+    "X-Workflow-Attained-Ms": (_MILLISECONDS, "Service that the run's calls have had so far."),
     "X-Workflow-Final": (_FLAG, "Whether this is the run's last call."),
     "X-Tenant-Id": (_LABEL, "Whose call it is; with keys, one that the key acts for."),
 }
@@ -98,13 +99,20 @@ def document() -> dict[str, Any]:
         "type": "object",
         "properties": {
             "healthy": {"type": "boolean"},
-            "policy": {"type": "string"},
+            "version": {"type": "string"},
+            "policy": {"type": "string", "description": "Its fingerprint."},
             "instances": {"type": "object", "additionalProperties": {"type": "boolean"}},
         },
     }
     paths["/health"] = {"get": _read("health", "Whether any instance is healthy.", health, {})}
     paths["/health"]["get"]["responses"]["503"] = _json("None is.", health)
-    paths["/health"]["get"]["security"] = []
+    live = {"type": "object", "required": ["live"]}
+    paths["/live"] = {"get": _read("live", "That the process answers.", live, {})}
+    ready = {"type": "object", "required": ["ready"]}
+    paths["/ready"] = {"get": _read("ready", "Whether calls are to come here.", ready, {})}
+    paths["/ready"]["get"]["responses"]["503"] = _json("They are not.", ready)
+    for path in ("/health", "/live", "/ready"):
+        paths[path]["get"]["security"] = []
     metrics = _read("metrics", "Series for Prometheus.", {}, {"401": _REFUSALS["401"]})
     metrics["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
     paths["/metrics"] = {"get": metrics}

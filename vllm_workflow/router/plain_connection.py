@@ -30,8 +30,12 @@ LINGERING_S = 2.0
 _MAX_AHEAD_BYTES = 64 << 10
 """Of requests that are sent before the one under way is answered."""
 _HOST = istr("Host")
-_UNUSUAL = tuple(
-    map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE"))
+_ONCE = (istr("Content-Type"), istr("User-Agent"))
+"""Whoever comes after the router might believe another one than it does, or refuse two."""
+_UNUSUAL = (
+    *map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE")),
+    # Of these, too, there may be one only.
+    *map(istr, ("Server", "ETag", "Max-Forwards", "Content-Location", "Content-Range")),
 )
 _logger = logging.getLogger(__name__)
 
@@ -181,20 +185,26 @@ class PlainConnection(asyncio.Protocol):
         except (HttpParserError, HttpParserUpgrade):
             return None
         headers = CIMultiDict(self._fields)
-        length = headers.getall(LENGTH, ())
-        is_plain = (
-            len(headers) <= self._limits.max_headers
-            and len(length) == 1
-            and length[0].isdecimal()
-            and len(length[0]) <= 7
-            and int(length[0]) <= MAX_PLAIN_BODY_BYTES
-            and len(headers.getall(_HOST, ())) == 1
-            and all(
-                value.lower() in {"keep-alive", "close"} for value in headers.getall(CONNECTION, ())
-            )
-            and not any(name in headers for name in _UNUSUAL)
-        )
-        return headers if is_plain else None
+        return headers if self._is_plain(headers) else None
+
+    def _is_plain(self, headers: CIMultiDict[str]) -> bool:
+        if len(headers) > self._limits.max_headers or len(headers.getall(_HOST, ())) != 1:
+            return False
+        lengths = headers.getall(LENGTH, ())
+        if len(lengths) != 1 or not lengths[0].isdecimal() or len(lengths[0]) > 7:
+            return False
+        if int(lengths[0]) > MAX_PLAIN_BODY_BYTES:
+            return False
+        for name in _UNUSUAL:
+            if name in headers:
+                return False
+        for name in _ONCE:
+            if len(headers.getall(name, ())) > 1:
+                return False
+        for value in headers.getall(CONNECTION, ()):
+            if value.lower() not in {"keep-alive", "close"}:
+                return False
+        return True
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from hashlib import blake2b
 from typing import Any
 
+import msgspec
+
 _PIECE_BYTES = 2048
 """About 500 tokens: a share of a prompt that is worth knowing of."""
 _MAX_BYTES = 256 * _PIECE_BYTES
@@ -44,8 +46,16 @@ def _text(prompt: Any) -> bytes:
     parts: list[bytes] = []
     num_bytes = 0
     for start in range(0, len(prompt), _ITEMS_AT_ONCE):
-        parts.append(_dumps(prompt[start : start + _ITEMS_AT_ONCE]).encode(errors="replace"))
+        parts.append(_written(prompt[start : start + _ITEMS_AT_ONCE]))
         num_bytes += len(parts[-1])
         if num_bytes >= _MAX_BYTES:
             break
     return b"".join(parts)
+
+
+def _written(items: list[Any]) -> bytes:
+    """Equal items as equal bytes."""
+    try:
+        return msgspec.json.encode(items)
+    except (UnicodeError, OverflowError, RecursionError):  # as JSON has it and UTF-8 has not, say
+        return _dumps(items).encode(errors="replace")

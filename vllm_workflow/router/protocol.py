@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -22,6 +22,8 @@ from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
 from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)
+_LAST_WORDS_S = 1.0
+"""For answers to calls that took too long to end."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -175,6 +177,7 @@ class Listener:
         tls: That connections are taken with; None: in plain text.
         grace_s: How long calls under way may take to end when it closes.
         calls: What answers plain calls, by path.
+        hand_over: Called when that time is over, to have calls end at once.
     """
 
     def __init__(
@@ -185,6 +188,7 @@ class Listener:
         *,
         grace_s: float,
         calls: Mapping[str, Handle] | None = None,
+        hand_over: Callable[[], None] = lambda: None,
     ) -> None:
         self.handles = {
             f"POST {path} HTTP/1.1".encode(): handle for path, handle in (calls or {}).items()
@@ -202,6 +206,7 @@ class Listener:
         """To be raised when clients that were let in may be no more: each connection made before
         ends with its next answer."""
         self._tls = tls
+        self._hand_over = hand_over
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
 
     @property
@@ -257,14 +262,19 @@ class Listener:
         await asyncio.sleep(0)  # what has been sent up to now is begun
         self.is_ending = True
         self.server.pre_shutdown()
-        await asyncio.gather(self._end_plain(), self.server.shutdown(self.grace_s))
+        until_late = asyncio.get_running_loop().call_later(self.grace_s, self._hand_over)
+        most_s = self.grace_s + _LAST_WORDS_S
+        try:
+            await asyncio.gather(self._end_plain(most_s), self.server.shutdown(most_s))
+        finally:
+            until_late.cancel()
 
-    async def _end_plain(self) -> None:
+    async def _end_plain(self, most_s: float) -> None:
         for connection in list(self.plain):
             connection.end()
         tasks = [connection.task for connection in self.plain if connection.task is not None]
         if tasks:
-            _, late = await asyncio.wait(tasks, timeout=self.grace_s)
+            _, late = await asyncio.wait(tasks, timeout=most_s)
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)

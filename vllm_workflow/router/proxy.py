@@ -15,13 +15,13 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
-from vllm_workflow.router.attempt import BUSY, Attempt, LostError, Refusal
+from vllm_workflow.router.attempt import BUSY, Attempt, Refusal
 from vllm_workflow.router.auth import Access, admitted
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
-from vllm_workflow.router.errors import RequestError, error_answer
+from vllm_workflow.router.errors import LostError, RequestError, error_answer
 from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader
@@ -83,6 +83,17 @@ class Proxy:
         self._kv_events = kv_events
         self.runs = Runs(self._run_ended)
         self.running = Once()
+        self._is_stopping = False
+
+    def hand_over(self) -> None:
+        """Give up the calls that have not ended, so that their clients ask another router.
+
+        Those whose answer has not begun get 503 with `Retry-After`, streams an error event.
+        """
+        self._is_stopping = True
+        self._binder.hand_over()
+        for upstream in self._upstreams:
+            upstream.silence.abandon(begun=True)
 
     @property
     def policy(self) -> str:
@@ -207,6 +218,9 @@ class Proxy:
                 head=head_of(call.body.members) if call.takes_xargs else (),
             )
             run.deadline = predicted.deadline  # its own, or what its tenant is promised
+            if call.info.attained_ms and not predicted.attained_s:
+                told_s = call.info.attained_ms / 1000.0
+                predicted = predicted._replace(attained_s=told_s, attained_path_s=told_s)
             if call.info.expected_output_tokens is not None:
                 most = call.body.max_tokens or math.inf
                 predicted = predicted._replace(
@@ -235,7 +249,7 @@ class Proxy:
         tries = Tries(
             partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
         )
-        while tries.may_go_on:
+        while tries.may_go_on and not self._is_stopping:
             try:
                 decision = await self._binder.bind(
                     call.request, num_prompt_bytes=len(call.body.raw), tries=tries
@@ -298,6 +312,13 @@ class Proxy:
     def _give_up(self, call: Call, tries: Tries) -> Answer:
         """Answer for a fleet of which no instance could: with its own last word, if any."""
         model = call.body.model
+        if self._is_stopping:
+            return error_answer(
+                503,
+                "the router is being stopped; another one may answer",
+                code="shutting_down",
+                headers={"X-Request-Id": call.request_id, "Retry-After": str(RETRY_AFTER_S)},
+            )
         if tries.refusal is None and self._binder.is_gone(model):
             return error_answer(
                 404,

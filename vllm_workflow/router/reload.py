@@ -84,6 +84,11 @@ class Reloader:
         self.listeners: list[Listener] = []
         """Get the limits of connections."""
 
+    @property
+    def config(self) -> RouterConfig:
+        """As in force."""
+        return self._config
+
     async def __call__(self) -> list[str]:
         """Read and take over; returns the names of the fields that changed.
 

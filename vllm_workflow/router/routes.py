@@ -11,6 +11,7 @@ from aiohttp import HttpVersion11, web
 from vllm_workflow.router.auth import Access, KeyCheck, unauthorized, visible
 from vllm_workflow.router.errors import RequestError, error_response
 from vllm_workflow.router.exchange import Handle, by_aiohttp
+from vllm_workflow.router.health import Health
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.openapi import document
 from vllm_workflow.router.proxy import Proxy
@@ -48,6 +49,8 @@ class Routes:
         self._access = access
         self._operator = operator
         self._more = more
+        self.health = Health(proxy, upstreams, access, operator)
+        """What probes are told."""
 
     def calls(self) -> Mapping[str, Handle]:
         """Return what is relayed to instances, by path."""
@@ -62,7 +65,12 @@ class Routes:
         for path, handle in self.calls().items():
             app.router.add_post(path, by_aiohttp(handle), expect_handler=expect)
         app.router.add_get("/v1/models", answering(self._models), expect_handler=expect)
-        app.router.add_get("/health", answering(self._health), expect_handler=expect)
+        for path, probe in (
+            ("/health", self.health.health),
+            ("/live", self.health.live),
+            ("/ready", self.health.ready),
+        ):
+            app.router.add_get(path, answering(probe), expect_handler=expect)
         app.router.add_get("/metrics", answering(self._show_metrics), expect_handler=expect)
         app.router.add_get("/openapi.json", answering(self._openapi), expect_handler=expect)
         self._more(app)
@@ -78,18 +86,6 @@ class Routes:
             for card in upstream.model_cards()
         }
         return web.json_response({"object": "list", "data": visible(caller, cards.values())})
-
-    async def _health(self, request: web.Request) -> web.Response:
-        """Tell whether any instance is healthy; how busy they are does not matter.
-
-        Needs no key, and says no names where others need one.
-        """
-        healthy = {u.config.id: self._upstreams.is_healthy(u) for u in self._upstreams}
-        ok = any(healthy.values())
-        body: dict[str, object] = {"healthy": ok}
-        if self._access.is_open:
-            body = {"instances": healthy, "policy": self._proxy.policy}
-        return web.json_response(body, status=200 if ok else 503)
 
     async def _show_metrics(self, request: web.Request) -> web.Response:
         check_operator(request, self._access, self._operator)

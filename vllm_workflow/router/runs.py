@@ -71,8 +71,9 @@ class Runs:
     def begin(self, info: RunInfo, now: float) -> Run:
         """Note that a call begins; `end` must follow. Returns its run.
 
-        A budget sets the deadline anew; an SLO counts from the first call and only where no
-        deadline is known yet. A call without an id is a run of its own and not remembered.
+        A budget sets the deadline anew, and beside an SLO tells when the run began. An SLO alone
+        counts from the first call, and only where no deadline is known yet. A call without an id
+        is a run of its own and not remembered.
         """
         key = (info.tenant_id, info.workflow_id)
         run = None
@@ -86,6 +87,9 @@ class Runs:
             run.workflow = info.workflow
         if info.budget_ms is not None:
             run.deadline = now + info.budget_ms / 1000.0
+            if info.slo_ms is not None:  # so its age is known, whoever had its calls before
+                age_s = max(0.0, info.slo_ms - info.budget_ms) / 1000.0
+                run.arrival_time = min(run.arrival_time, now - age_s)
         elif info.slo_ms is not None and run.deadline == math.inf:
             run.deadline = run.arrival_time + info.slo_ms / 1000.0
         run.num_open += 1

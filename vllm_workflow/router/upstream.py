@@ -5,12 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
+import aiohttp
 from multidict import CIMultiDict
 
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.reports import Others
 from vllm_workflow.router.watch import Silence, WatchClock
+
+_CANARY_TIMEOUT_S = 2.0
+_MAX_ANSWER_BYTES = 16 << 20
+"""Of `/v1/models` and `/metrics`; a server that says more is not listened to."""
 
 
 class Upstream:
@@ -88,3 +93,34 @@ class Upstream:
         told = {card.get("id"): card for card in self.cards}
         bare = {"object": "model", "created": 0, "owned_by": "vllm"}
         return [told.get(name, {"id": name, **bare}) for name in names]
+
+
+async def is_moving(session: aiohttp.ClientSession, upstream: Upstream) -> bool:
+    """Have an engine that was stuck make one token, at nobody's risk."""
+    cards = upstream.model_cards()
+    body = {"model": cards[0]["id"] if cards else None, "prompt": "a", "max_tokens": 1}
+    timeout = aiohttp.ClientTimeout(total=_CANARY_TIMEOUT_S)
+    url = upstream.url + "/v1/completions"
+    try:
+        async with session.post(
+            url, json=body, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
+        ) as response:
+            await response.read()
+            upstream.is_stuck = response.status >= 500
+    except (aiohttp.ClientError, OSError, TimeoutError):
+        pass
+    return not upstream.is_stuck
+
+
+async def read_body(response: aiohttp.ClientResponse) -> bytes:
+    """Read an answer.
+
+    Raises:
+        ValueError: It is too long.
+    """
+    body = bytearray()
+    async for piece in response.content.iter_any():
+        body += piece
+        if len(body) > _MAX_ANSWER_BYTES:
+            raise ValueError(f"expected at most {_MAX_ANSWER_BYTES} bytes, got more")
+    return bytes(body)

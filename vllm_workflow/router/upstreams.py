@@ -16,7 +16,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.reports import Others, read_report
-from vllm_workflow.router.upstream import Upstream
+from vllm_workflow.router.upstream import Upstream, is_moving, read_body
 from vllm_workflow.router.watch import WatchClock, watch
 
 PROBE_EVERY_S = 1.0
@@ -26,13 +26,10 @@ PROBE_TIMEOUT_S = 5.0
 """One that is stopped answers the same probe when it goes on; new ones would only pile up."""
 _PROBE_CONNECT_TIMEOUT_S = 2.5
 """A host that is away does not answer at all, and is asked anew; one lost packet costs 1 s."""
-_CANARY_TIMEOUT_S = 2.0
 REPORT_EVERY = 2
 """Probes between two looks at how busy an instance is."""
 MODELS_EVERY = 15
 """Probes between two looks at `/v1/models`, which adapters may change."""
-_MAX_ANSWER_BYTES = 16 << 20
-"""Of `/v1/models` and `/metrics`; a server that says more is not listened to."""
 _logger = logging.getLogger(__name__)
 
 
@@ -264,7 +261,7 @@ class Upstreams:
         if upstream.num_moves != num_moves:
             return
         if healthy and upstream.is_stuck:
-            healthy = await self._is_moving(upstream)
+            healthy = await is_moving(self._session, upstream)
         if healthy:
             if not upstream.leaving and not self.is_healthy(upstream):
                 upstream.num_probes_to_models = 0
@@ -284,22 +281,6 @@ class Upstreams:
             # Beside the probes, which must go on if this is not answered.
             upstream.asking = self._watchers.create_task(self._ask_load(upstream))
 
-    async def _is_moving(self, upstream: Upstream) -> bool:
-        """Have an engine that was stuck make one token, at nobody's risk."""
-        cards = upstream.model_cards()
-        body = {"model": cards[0]["id"] if cards else None, "prompt": "a", "max_tokens": 1}
-        timeout = aiohttp.ClientTimeout(total=_CANARY_TIMEOUT_S)
-        url = upstream.url + "/v1/completions"
-        try:
-            async with self._session.post(
-                url, json=body, timeout=timeout, headers=upstream.own_headers, ssl=upstream.ssl
-            ) as response:
-                await response.read()
-                upstream.is_stuck = response.status >= 500
-        except (aiohttp.ClientError, OSError, TimeoutError):
-            pass
-        return not upstream.is_stuck
-
     async def _refresh_models(self, upstream: Upstream) -> None:
         """Ask what the instance serves, before it counts as healthy and now and then later."""
         if upstream.num_probes_to_models > 0:
@@ -310,7 +291,9 @@ class Upstreams:
         try:
             async with self._get(upstream, "/v1/models") as response:
                 refuses_key = bool(upstream.own_headers) and response.status in {401, 403}
-                cards = json.loads(await _body(response))["data"] if response.status == 200 else []
+                cards = (
+                    json.loads(await read_body(response))["data"] if response.status == 200 else []
+                )
             cards = [card for card in cards if isinstance(card["id"], str)]
         except (aiohttp.ClientError, OSError, TimeoutError):
             cards = []
@@ -349,7 +332,7 @@ class Upstreams:
         num_before, num_moves = self.num_in_flight(instance_id), upstream.num_moves
         try:
             async with self._get(upstream, "/metrics") as response:
-                report = read_report(await _body(response)) if response.status == 200 else None
+                report = read_report(await read_body(response)) if response.status == 200 else None
         except (aiohttp.ClientError, OSError, TimeoutError, ValueError):
             report = None
         if upstream.leaving or instance_id not in fleet or upstream.num_moves != num_moves:
@@ -422,17 +405,3 @@ class Upstreams:
             _logger.info("instance %s is healthy", upstream.config.id)
         else:
             _logger.warning("instance %s is not healthy: %s", upstream.config.id, reason)
-
-
-async def _body(response: aiohttp.ClientResponse) -> bytes:
-    """Read an answer.
-
-    Raises:
-        ValueError: It is too long.
-    """
-    body = bytearray()
-    async for piece in response.content.iter_any():
-        body += piece
-        if len(body) > _MAX_ANSWER_BYTES:
-            raise ValueError(f"expected at most {_MAX_ANSWER_BYTES} bytes, got more")
-    return bytes(body)

@@ -40,6 +40,9 @@ class RunInfo(NamedTuple):
     """Promise for the whole run, counted from its first call."""
     budget_ms: float | None = None
     """What is left of it now; 0 is already late."""
+    attained_ms: float | None = None
+    """Service that its calls have had, as far as the client can tell; for a router that knows
+    nothing of them, because another one had them."""
     final: bool = False
     priority: int | None = None
     """From another dialect, in vLLM's polarity: lower runs first."""
@@ -135,6 +138,13 @@ _FIELDS = (
         istr("X-Workflow-Budget-Ms"),
         "workflow_budget_ms",
         "wf_budget_ms",
+        _milliseconds,
+    ),
+    _Field(
+        "attained_ms",
+        istr("X-Workflow-Attained-Ms"),
+        "workflow_attained_ms",
+        "wf_attained_ms",
         _milliseconds,
     ),
     _Field("final", istr("X-Workflow-Final"), "workflow_final", "wf_final", _flag),

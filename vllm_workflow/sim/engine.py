@@ -16,6 +16,7 @@ once more and keep their seat and blocks as long.
 from __future__ import annotations
 
 import math
+from typing import Final
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
@@ -26,8 +27,10 @@ from vllm_workflow.sim.prefix_cache import BlockPool
 from vllm_workflow.sim.step_series import StepSeries
 from vllm_workflow.sim.types import EngineEvent, EngineRequest, EventKind
 
-DEFAULT_BLOCK_SIZE = 16
-MAX_PUT_OFF = 64
+_INF: Final = math.inf
+
+DEFAULT_BLOCK_SIZE: Final = 16
+MAX_PUT_OFF: Final = 64
 """Waiting calls that one step lets step back, as `engine.slack_order` does."""
 
 
@@ -85,7 +88,7 @@ class EventEngine:
         self._unseen: list[LiveCall] = []
         """Calls that came too late for the next step, which is planned already."""
         # The steps under way: none of them, `inf`; one with prompt tokens; or several without.
-        self._end = math.inf
+        self._end = _INF
         self._steps = StepSeries()
         self._num_steps = 0
         self.num_prefill_tokens = 0
@@ -117,7 +120,7 @@ class EventEngine:
             self._see_later(call, now)
             return
         self._waiting.append(call)
-        if self._end == math.inf:
+        if self._end == _INF:
             self._end = now
         elif self._num_steps > 1:
             self._cut_short(self._steps.num_steps_until(now))
@@ -245,7 +248,7 @@ class EventEngine:
         if not self._running and not queued:
             if not self._unseen:
                 self._num_steps = 0
-                self._end = math.inf
+                self._end = _INF
                 return
             self._see()
         elif self._is_async and self._num_steps:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import heapq
 import itertools
 import math
+from typing import Final
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import slack_s
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.sim.prefix_cache import BlockTable
 from vllm_workflow.sim.types import EngineRequest
+
+_INF: Final = math.inf
 
 
 class LiveCall:
@@ -76,7 +79,7 @@ class LiveCall:
         self.num_preemptions = 0
         self.num_seats_lost = 0
         """Preemptions in favour of a more urgent call."""
-        self.protected_until = -math.inf
+        self.protected_until = -_INF
         self.was_admitted = False
         self.is_running = False
         self.is_decoding = False
@@ -85,18 +88,18 @@ class LiveCall:
 
     def is_urgent(self, now: float, urgent_slack_s: float) -> bool:
         """Whether it has little slack and a deadline that is still ahead."""
-        return now < self.deadline < math.inf and self.latest_start - now < urgent_slack_s
+        return now < self.deadline < _INF and self.latest_start - now < urgent_slack_s
 
     def urgent_from(self, now: float, urgent_slack_s: float) -> float:
         """Instant after which it will be urgent, for one that is not; `inf` for never."""
-        if self.deadline <= now or self.deadline == math.inf:
-            return math.inf
+        if self.deadline <= now or self.deadline == _INF:
+            return _INF
         return self.latest_start - urgent_slack_s
 
     def late_from(self) -> float:
         """Instant after which it misses its deadline even if it starts; `inf` without one."""
-        if self.deadline == math.inf:
-            return math.inf
+        if self.deadline == _INF:
+            return _INF
         return self.deadline if self.was_admitted else self.latest_start
 
 
@@ -123,7 +126,7 @@ class Ranking:
     def put_off_from(self, call: LiveCall) -> float:
         """Instant after which a call at the head of the queue goes behind those on time."""
         if not self._late_patience_s or call.is_put_off:
-            return math.inf
+            return _INF
         return call.late_from()
 
     def put_off(self, call: LiveCall) -> None:
@@ -135,7 +138,7 @@ class Ranking:
 
     def _latest_start(self, request: StageRequest) -> float:
         deadline = request.deadline
-        if deadline == math.inf:
+        if deadline == _INF:
             deadline = request.arrival_time + self._patience_s
         return slack_s(
             deadline=deadline, now=0.0, finish_s=request.service_s, rest_s=request.rest_s

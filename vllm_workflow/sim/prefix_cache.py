@@ -1,6 +1,7 @@
 """The KV blocks of one engine, and which prompts' heads they hold.
 
 Does what vLLM's block pool does: blocks fill as tokens are scheduled, a full block can be hit
+from typing import Final
 from then on, freed blocks stay until they are the least recently freed, the last block of a
 prompt first. Blocks are kept in extents, neighbours that live and die together, so that the cost
 depends on how many parts a prompt has, not on how many blocks.
@@ -9,10 +10,11 @@ depends on how many parts a prompt has, not on how many blocks.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Final
 
 from vllm_workflow.sim.types import PrefixPart
 
-_ENDLESS = 1 << 62
+_ENDLESS: Final = 1 << 62
 
 
 class PrefixNode:

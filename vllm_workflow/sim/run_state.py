@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Final
 
+from vllm_workflow.core.handover import handover
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.sim.results import CallResult, RunResult
-from vllm_workflow.sim.types import PrefixPart, TraceCall, TraceRun
+from vllm_workflow.sim.types import EngineRequest, PrefixPart, TraceCall, TraceRun
 
-BYTES_PER_TOKEN = 4.0
+BYTES_PER_TOKEN: Final = 4.0
 """Of prompts; the dispatcher starts from the same guess and learns from what is counted."""
 
 
@@ -44,6 +46,21 @@ class RunState:
             for before in call.after:
                 self.then.setdefault(before, []).append(call)
         self.final = announced_as_final(trace, self.then)
+
+    def request(self, call: TraceCall, now: float) -> StageRequest:
+        """Return all that the router gets to know of a call when the client makes it."""
+        trace = self.trace
+        return StageRequest(
+            request_id=f"{trace.run_id}/{call.call_id}",
+            arrival_time=now,
+            workflow_id=trace.run_id,
+            workflow=trace.workflow,
+            stage=call.stage,
+            tenant_id=trace.tenant,
+            deadline=self.deadline,
+            run_arrival_time=self.arrival_time,
+            final=call.call_id == self.final,
+        )
 
 
 def announced_as_final(trace: TraceRun, then: dict[str, list[TraceCall]]) -> str:
@@ -83,6 +100,37 @@ class CallState:
         self.sent_time = self.first_token_time = self.end_time = math.nan
         self.instance = -1
         self.num_attempts = self.num_cached = self.num_preemptions = 0
+
+    def sent(self, service_s: float, now: float) -> EngineRequest:
+        """Return the call as its engine gets it, with what the plug-in would read of it.
+
+        Args:
+            service_s: Predicted duration on that engine.
+            now: Instant of sending.
+        """
+        request, trace = self.predicted, self.trace
+        told = handover(request, service_s=service_s, now=now)
+        return EngineRequest(
+            request=StageRequest(
+                request_id=request.request_id,
+                arrival_time=now,
+                workflow_id=request.workflow_id,
+                workflow=request.workflow,
+                stage=request.stage,
+                tenant_id=request.tenant_id,
+                deadline=math.inf if told.budget_ms is None else now + told.budget_ms / 1e3,
+                run_arrival_time=math.nan if told.age_ms is None else now - told.age_ms / 1e3,
+                attained_s=(told.attained_ms or 0) / 1e3,
+                attained_path_s=(told.attained_path_ms or 0) / 1e3,
+                rest_s=told.rest_ms / 1e3,
+                service_s=told.service_ms / 1e3,
+                num_prompt_tokens=trace.num_prompt_tokens,
+                final=request.final,
+            ),
+            num_prompt_tokens=trace.num_prompt_tokens,
+            num_output_tokens=trace.num_output_tokens,
+            prefix=trace.prefix,
+        )
 
 
 class PromptHeads:

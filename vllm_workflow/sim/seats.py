@@ -6,17 +6,20 @@ The rules, their order and their limits are those of `engine/preemption.py`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from typing import Final
 
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.preemption import PreemptionCosts
 from vllm_workflow.sim.live import LiveCall, WaitingLine
 from vllm_workflow.sim.prefix_cache import BlockPool
 
-MAX_PREEMPTIONS = 3
-MAX_CANDIDATES = 8
-MAX_VICTIMS = 32
-MAX_PRICED = 4
+_INF: Final = math.inf
+
+MAX_PREEMPTIONS: Final = 3
+MAX_CANDIDATES: Final = 8
+MAX_VICTIMS: Final = 32
+MAX_PRICED: Final = 4
 
 
 class SeatPreemption:
@@ -118,12 +121,12 @@ class SeatPreemption:
         head = self._waiting.head()
         if not head.is_urgent(now, urgent_slack_s):
             return head.urgent_from(now, urgent_slack_s)
-        until = math.inf
+        until = _INF
         for call in self._waiting.first(MAX_CANDIDATES):
             if not call.is_urgent(now, urgent_slack_s):
                 until = call.urgent_from(now, urgent_slack_s)
                 break
-            if any(True for _ in self._victims(call, now)):
+            if self._victims(call, now, 1):
                 return now  # what it loses and what waiting costs change from step to step
         for victim in self._running:
             if now < victim.protected_until < until:
@@ -132,7 +135,7 @@ class SeatPreemption:
 
     def _free_seat_for(self, call: LiveCall, now: float) -> bool:
         num_lacking = self._num_lacking_blocks(call)
-        for _, victim in zip(range(MAX_PRICED), self._victims(call, now)):
+        for victim in self._victims(call, now, MAX_PRICED):
             num_own = self._num_own_blocks(victim) if num_lacking > 0 else 0
             cost_s = self._loss_s(victim, min(num_own, num_lacking))
             if self._costs.pays(cost_s, now) and self._costs.may_lose(victim.run_id, cost_s):
@@ -143,15 +146,17 @@ class SeatPreemption:
     def _free_blocks_for(self, call: LiveCall, now: float) -> None:
         num_lacking = self._num_lacking_blocks(call)
         losses: list[tuple[LiveCall, float]] = []
-        for _, victim in zip(range(MAX_CANDIDATES), self._victims(call, now)):
+        loss_s = 0.0
+        for victim in self._victims(call, now, MAX_CANDIDATES):
             if num_lacking <= 0:
                 break
             num_own = self._num_own_blocks(victim)
             cost_s = self._loss_s(victim, min(num_own, num_lacking))
             if num_own > 0 and self._costs.may_lose(victim.run_id, cost_s):
                 losses.append((victim, cost_s))
+                loss_s += cost_s
                 num_lacking -= num_own
-        if num_lacking <= 0 and self._costs.pays(sum(cost_s for _, cost_s in losses), now):
+        if num_lacking <= 0 and self._costs.pays(loss_s, now):
             for victim, cost_s in losses:
                 self._take_from(victim, cost_s)
 
@@ -172,10 +177,11 @@ class SeatPreemption:
         self.num_preempted += 1
         self._costs.charge(victim.run_id, cost_s)
 
-    def _victims(self, call: LiveCall, now: float) -> Iterator[LiveCall]:
-        """Those that can spare their seat, the one with most slack first."""
+    def _victims(self, call: LiveCall, now: float, most: int) -> list[LiveCall]:
+        """At most so many that can spare their seat, the one with most slack first."""
         config = self._config
         least = max(now + config.urgent_slack_s, call.latest_start + config.preempt_margin_s)
+        victims: list[LiveCall] = []
         for victim in self._running[: -MAX_VICTIMS - 1 : -1]:
             if (
                 victim.latest_start >= least
@@ -183,4 +189,7 @@ class SeatPreemption:
                 and victim.num_seats_lost < MAX_PREEMPTIONS
                 and victim.protected_until <= now
             ):
-                yield victim
+                victims.append(victim)
+                if len(victims) == most:
+                    break
+        return victims

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Final
 
-_MAX_STEPS = 1 << 40
+_INF: Final = math.inf
+
+_MAX_STEPS: Final = 1 << 40
 
 
 class StepSeries:
@@ -27,7 +30,7 @@ class StepSeries:
         wanted_s = time - self.start
         if wanted_s <= self.first_s:
             return 1
-        if wanted_s == math.inf:
+        if wanted_s == _INF:
             return _MAX_STEPS
         half = 0.5 * self.growth_s
         b = self.first_s - half

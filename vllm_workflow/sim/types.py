@@ -7,9 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import Enum
-from typing import NamedTuple, Protocol
+from typing import Final, Protocol, final
 
 from vllm_workflow.core.types import StageRequest
+from vllm_workflow.core.value import Value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -97,15 +98,39 @@ def content(run: TraceRun) -> tuple[object, ...]:
     return run.workflow, run.tenant, run.slo_s, calls
 
 
-class EngineRequest(NamedTuple):
+_ENGINE_REQUEST_FIELDS = (
+    "request",
+    "num_prompt_tokens",
+    "num_output_tokens",
+    "prefix",
+)
+
+
+@final
+class EngineRequest(Value):
     """One call as it reaches an engine. One is made per call, so it is cheap to make."""
 
-    request: StageRequest
+    __slots__ = _ENGINE_REQUEST_FIELDS
+    _fields = _ENGINE_REQUEST_FIELDS
+
+    request: Final[StageRequest]
     """What the engine's scheduler may know, as the plug-in reads it from the wire."""
-    num_prompt_tokens: int
-    num_output_tokens: int
+    num_prompt_tokens: Final[int]
+    num_output_tokens: Final[int]
     """Known to the model alone: no policy may read it."""
-    prefix: tuple[PrefixPart, ...] = ()
+    prefix: Final[tuple[PrefixPart, ...]]
+
+    def __init__(
+        self,
+        request: StageRequest,
+        num_prompt_tokens: int,
+        num_output_tokens: int,
+        prefix: tuple[PrefixPart, ...] = (),
+    ) -> None:
+        self.request = request
+        self.num_prompt_tokens = num_prompt_tokens
+        self.num_output_tokens = num_output_tokens
+        self.prefix = prefix
 
 
 class EventKind(Enum):
@@ -115,15 +140,42 @@ class EventKind(Enum):
     FINISHED = "finished"
 
 
-class EngineEvent(NamedTuple):
+_ENGINE_EVENT_FIELDS = (
+    "time",
+    "request_id",
+    "kind",
+    "num_cached_tokens",
+    "num_preemptions",
+)
+
+
+@final
+class EngineEvent(Value):
     """Something that a client of the engine would notice."""
 
-    time: float
-    request_id: str
-    kind: EventKind
-    num_cached_tokens: int = 0
+    __slots__ = _ENGINE_EVENT_FIELDS
+    _fields = _ENGINE_EVENT_FIELDS
+
+    time: Final[float]
+    request_id: Final[str]
+    kind: Final[EventKind]
+    num_cached_tokens: Final[int]
     """Prompt tokens that the prefix cache held when the call was first admitted."""
-    num_preemptions: int = 0
+    num_preemptions: Final[int]
+
+    def __init__(
+        self,
+        time: float,
+        request_id: str,
+        kind: EventKind,
+        num_cached_tokens: int = 0,
+        num_preemptions: int = 0,
+    ) -> None:
+        self.time = time
+        self.request_id = request_id
+        self.kind = kind
+        self.num_cached_tokens = num_cached_tokens
+        self.num_preemptions = num_preemptions
 
 
 class SimEngine(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,6 +13,8 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
+from vllm_workflow.router.call import Call
+from vllm_workflow.router.plain import PlainExchange
 from vllm_workflow.router.plain_connection import PlainConnection
 
 pytestmark = pytest.mark.anyio
@@ -241,6 +244,28 @@ async def test_a_client_that_sends_ahead_is_made_to_wait(
                 assert (await sent.answer()).status == 200
 
     assert 0 < most < 2_000_000
+
+
+@pytest.mark.parametrize("body", [BODY, STREAM])
+async def test_of_a_call_whose_client_leaves_nothing_waits_for_the_garbage_collector(
+    routing: Routing, body: bytes
+) -> None:
+    def kept() -> list[Any]:
+        return [each for each in gc.get_objects() if isinstance(each, (PlainExchange, Call))]
+
+    async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
+        gc.disable()
+        try:
+            for number in range(1, 4):
+                async with wire(client) as sent:
+                    sent.send(post(body))
+                    await engine.wait_for(received=number)
+            await engine.wait_for(aborted=3)
+            async with asyncio.timeout(60):
+                while kept():
+                    await asyncio.sleep(0.01)
+        finally:
+            gc.enable()
 
 
 async def test_a_call_that_breaks_the_router_is_told_so(

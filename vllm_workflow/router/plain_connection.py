@@ -103,8 +103,11 @@ class PlainConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave()
-        if self.task is not None:
-            self.task.cancel()
+        # A cancelled task knows where it was, so all that it had would stay until cycles are
+        # looked for, bodies among it.
+        task, self.task, self._exchange = self.task, None, None
+        if task is not None:
+            task.cancel()
 
     def _leave(self) -> None:
         self._transport = self._parser = None

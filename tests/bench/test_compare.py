@@ -12,7 +12,7 @@ import pytest
 from vllm_workflow.bench.compare import Comparison, Options, best_baseline, compare
 from vllm_workflow.bench.compare_jobs import Job, Setting, Variant, run_job, seed_trace
 from vllm_workflow.bench.compare_report import document, page
-from vllm_workflow.bench.compare_text import tables
+from vllm_workflow.bench.compare_text import paper_rows, tables
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.sim.trace import write_trace
@@ -80,6 +80,12 @@ def test_all_are_held_against_least_outstanding_and_the_best_baseline(paper: Com
 
     assert {pair["against"] for pair in paper.pairs} == {"least-outstanding+fcfs", best}
     assert {p["policy"] for p in paper.pairs if p["against"] == best} == rows.keys() - {best}
+
+
+def test_the_default_policy_stands_below_the_paper_s_table_where_both_are_compared(
+    paper: Comparison,
+) -> None:
+    assert [row["dispatch"] for row in paper_rows(paper, paper.settings[0])][4:] == ["workflow"]
 
 
 def test_the_table_is_sorted_by_p95_and_the_paper_s_follows(paper: Comparison) -> None:

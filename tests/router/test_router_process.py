@@ -109,8 +109,13 @@ async def process(
 async def until_gone(url: str) -> None:
     """Connect again and again; ends by the error of a connection refused."""
     while True:
-        async with aiohttp.ClientSession() as session, session.get(url + "/health"):
-            pass
+        try:
+            async with aiohttp.ClientSession() as session, session.get(url + "/health"):
+                pass
+        except aiohttp.ClientConnectorError:
+            raise
+        except (aiohttp.ClientOSError, aiohttp.ServerDisconnectedError):
+            pass  # made in the moment in which it stopped listening
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])

@@ -18,6 +18,7 @@ PAPER_TABLE: Mapping[tuple[str, str], str] = {
     for ordering in ("fcfs", "urgency")
 }
 """(dispatch, ordering) -> policy: what the paper compares by part."""
+DEFAULT_POLICY = "workflow"
 _COLUMNS = (
     ("attainment", "within SLO"),
     ("goodput", "goodput"),
@@ -89,12 +90,15 @@ def spread(values: Sequence[float | None], column: str) -> str:
 
 
 def paper_rows(comparison: Comparison, setting: Setting) -> list[dict[str, str]]:
-    """Return the paper's table, if its four policies are there: dispatch by ordering."""
+    """Return the paper's table, if its four policies are there: dispatch by ordering; the default
+    policy beside them, if it is compared too.
+    """
     names = {entry.name for entry in comparison.entries}
     if not names.issuperset(PAPER_TABLE.values()):
         return []
     rows = []
-    for (dispatch, ordering), name in PAPER_TABLE.items():
+    beside = {(name, ""): name for name in (DEFAULT_POLICY,) if name in names}
+    for (dispatch, ordering), name in {**PAPER_TABLE, **beside}.items():
         found = comparison.rows_of(setting, name)
         row = {"dispatch": dispatch, "ordering": ordering}
         for column, title in (

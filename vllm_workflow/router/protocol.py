@@ -36,7 +36,7 @@ class Protocol(web.RequestHandler):
     wants to hold, so it costs nothing where clients read.
     """
 
-    __slots__ = ("_head_timer", "_limits", "_listener", "_trust", "_write_timer")
+    __slots__ = ("_has_received", "_head_timer", "_limits", "_listener", "_trust", "_write_timer")
 
     def __init__(self, listener: Listener, num_trusts: int, **kwargs: Any) -> None:
         limits = listener.limits
@@ -56,6 +56,7 @@ class Protocol(web.RequestHandler):
         self._trust = num_trusts
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._has_received = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -91,7 +92,15 @@ class Protocol(web.RequestHandler):
             self._write_timer.cancel()
             self._write_timer = None
 
+    def close(self) -> None:
+        """As aiohttp's; one made in this moment, which does not wait for requests yet, would
+        wait for ever: what comes after this is not read."""
+        super().close()
+        if self._waiter is None and not self._has_received and self.transport is not None:
+            self.transport.close()
+
     def data_received(self, data: bytes) -> None:
+        self._has_received = True
         super().data_received(data)
         waiter = self._waiter
         if waiter is None or waiter.done():  # a request is complete, or under way

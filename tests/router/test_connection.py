@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from multidict import CIMultiDict
@@ -322,6 +323,18 @@ async def test_an_answer_can_be_given_up_while_it_is_waited_for() -> None:
         await server.left.wait()
 
 
+async def test_an_answer_that_came_as_it_was_given_up_is_the_last_one_there() -> None:
+    async with Server(WITH_LENGTH, WITH_LENGTH).serving() as pool:
+        connection = await asked(pool, hold=nothing)
+        connection.abandon()
+        while not connection.is_complete:
+            await asyncio.sleep(0)
+        await connection.begun()
+        assert connection.taken() == BODY
+        pool.give_back(connection)
+        assert pool.kept() is None
+
+
 async def test_no_header_can_bring_another_one_along() -> None:
     pool = Pool("http://localhost:1/base", True)
 
@@ -347,3 +360,25 @@ async def test_a_name_is_looked_up_once_for_all_who_connect_at_the_same_time() -
             connection.close()
         named.close()
         assert pool.kept() is None
+
+
+async def test_a_connection_that_is_being_made_as_its_pool_is_closed_is_made(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    may_go_on = asyncio.Event()
+    look_up = Pool._look_up
+
+    async def slow(self: Pool) -> Any:
+        await may_go_on.wait()
+        return await look_up(self)
+
+    monkeypatch.setattr(Pool, "_look_up", slow)
+    async with Server(WITH_LENGTH).serving() as pool:
+        connecting = asyncio.create_task(pool.connect())
+        while pool._addresses is None:
+            await asyncio.sleep(0)
+        pool.close()
+        may_go_on.set()
+        connection = await connecting
+        pool.give_back(connection)
+        assert connection.is_lost

@@ -350,7 +350,11 @@ def test_junk_is_told_apart_and_never_does_more(junk: list[bytes]) -> None:
 
 
 @pytest.mark.parametrize(
-    "endpoint", ["http://h:1", "tcp://h", "tcp://:5", "tcp://h:5/x", "tcp://h:99999"]
+    "endpoint",
+    [
+        *("http://h:1", "tcp://h", "tcp://:5", "tcp://h:5/x", "tcp://h:99999"),
+        *("tcp://*:5557", "tcp://user@h:5", "tcp://h:5?x", "tcp://h:5#x"),
+    ],
 )
 def test_an_endpoint_that_cannot_be_is_refused(endpoint: str) -> None:
     data = {"instances": [{"url": "http://127.0.0.1:1", "kv_events": endpoint}]}
@@ -453,6 +457,27 @@ async def test_junk_and_a_publisher_that_dies_hurt_nobody(routing: Routing) -> N
                     await another.subscribed()
                     await another.publish(CLEARED)
                     await until(client, 0)
+
+
+async def test_an_endpoint_that_is_none_and_an_instance_that_leaves_hurt_nobody(
+    routing: Routing,
+) -> None:
+    async with FakeEngine().serving() as engine:
+        config = [{"id": "a", "url": engine.url, "kv_events": "tcp://-:1"}]
+        async with routing(instances=config) as client:
+            labels = {"instance": "a", "kind": "unreadable"}
+            while not await client.metric("kv_events_total", **labels):
+                await asyncio.sleep(0.01)
+            await call(client, engine)
+            client.router.upstreams.drain("a")
+            while await client.metric("kv_events_total", **labels) is not None:
+                await asyncio.sleep(0.01)
+
+
+def test_a_block_s_name_is_no_longer_than_vllm_s() -> None:
+    assert read(message(1, removed(1) | {"block_hashes": [b"x" * 32]}))
+    with pytest.raises(UnreadableError):
+        read(message(1, removed(1) | {"block_hashes": [b"x" * 1_000_000]}))
 
 
 async def test_a_client_s_own_session_stays_its_own(routing: Routing) -> None:

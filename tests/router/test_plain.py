@@ -5,17 +5,22 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
+import socket
+import ssl
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from typing import Any
 
 import pytest
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
+from tests.router.test_tls import Certificates, certificates
 from vllm_workflow.router.call import Call
 from vllm_workflow.router.plain import PlainExchange
 from vllm_workflow.router.plain_connection import PlainConnection
+
+__all__ = ["certificates"]  # a fixture
 
 pytestmark = pytest.mark.anyio
 
@@ -68,10 +73,10 @@ class Wire:
 
 
 @asynccontextmanager
-async def wire(client: Client) -> AsyncIterator[Wire]:
-    host, _, port = client.router.url.removeprefix("http://").partition(":")
+async def wire(client: Client, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wire]:
+    host, _, port = client.router.url.partition("://")[2].partition(":")
     async with asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection(host, int(port))
+        reader, writer = await asyncio.open_connection(host, int(port), ssl=tls)
         try:
             yield Wire(reader, writer)
         finally:
@@ -266,6 +271,135 @@ async def test_of_a_call_whose_client_leaves_nothing_waits_for_the_garbage_colle
                     await asyncio.sleep(0.01)
         finally:
             gc.enable()
+
+
+async def test_a_call_that_is_cancelled_by_others_ends_its_connection(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+
+        def cancelled(*args: Any, **kwargs: Any) -> None:
+            raise asyncio.CancelledError
+
+        monkeypatch.setattr(client.router.proxy.runs, "begin", cancelled)
+        async with wire(client) as sent:
+            sent.send(post(BODY))
+            with suppress(ConnectionResetError):
+                assert await sent.reader.read() == b""
+
+
+async def test_who_is_answered_before_the_body_is_told_that_it_is_the_last_answer(
+    routing: Routing, taken: list[PlainConnection]
+) -> None:
+    data = post(BODY, b"X-Custom: \xff")
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with wire(client) as sent:
+            sent.send(data[: -len(BODY)])
+            answer = await sent.answer()
+            assert (answer.status, answer.headers["connection"]) == (400, "close")
+            sent.send(BODY)
+            assert await sent.reader.read() == b""
+
+    assert taken == []
+
+
+async def test_nothing_is_kept_of_a_client_that_leaves_instead_of_sending_its_body(
+    routing: Routing,
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with wire(client) as sent:
+            sent.send(post(BODY, b"X-Custom: \xff")[: -len(BODY)])
+            await sent.answer()
+        gc.collect()  # those of other tests
+        async with asyncio.timeout(30):
+            while any(type(e) is PlainConnection for e in gc.get_objects()):
+                await asyncio.sleep(0.05)
+
+
+async def test_bytes_stay_in_their_order_when_aiohttp_gets_a_connection_with_tls(
+    routing: Routing, taken: list[PlainConnection], certificates: Certificates
+) -> None:
+    large = b'{"model":"m","x":"%b"}' % b"".join(b"%09d " % i for i in range(100_000))
+    async with (
+        FakeEngine(held=True).serving() as engine,
+        routing(engine, tls=certificates.files) as client,
+    ):
+        async with wire(client, tls=certificates.client()) as sent:
+            sent.send(post(BODY) + post(large, b"TE: trailers"))
+            await engine.wait_for(received=1)
+            for _ in range(1_000):
+                await asyncio.sleep(0)
+            engine.release(2)
+            assert [(await sent.answer()).status for _ in range(2)] == [200, 200]
+
+    assert len(taken) == 1
+    assert engine.received[-1].raw == large
+
+
+@asynccontextmanager
+async def slow_wire(
+    client: Client, monkeypatch: pytest.MonkeyPatch
+) -> AsyncIterator[tuple[socket.socket, PlainConnection]]:
+    """A connection on which little is under way at a time, and what reads it in the router."""
+    made: list[PlainConnection] = []
+    connection_made = PlainConnection.connection_made
+
+    def noted(self: PlainConnection, transport: asyncio.BaseTransport) -> None:
+        made.append(self)
+        taken: socket.socket = transport.get_extra_info("socket")
+        taken.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
+        connection_made(self, transport)
+
+    monkeypatch.setattr(PlainConnection, "connection_made", noted)
+    host, _, port = client.router.url.removeprefix("http://").partition(":")
+    with socket.socket() as sent:
+        sent.setblocking(False)
+        sent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
+        async with asyncio.timeout(20):
+            await asyncio.get_running_loop().sock_connect(sent, (host, int(port)))
+            while not made:
+                await asyncio.sleep(0)
+            yield sent, made[0]
+
+
+async def test_a_router_that_stops_lets_slow_clients_have_the_end_of_their_answers(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = asyncio.get_running_loop()
+    async with FakeEngine(num_tokens=60_000).serving() as engine, AsyncExitStack() as stack:
+        client = await stack.enter_async_context(routing(engine, shutdown_grace_s=15))
+        async with slow_wire(client, monkeypatch) as (sent, connection):
+            await loop.sock_sendall(sent, post(BODY))
+            while (
+                connection._transport is None or not connection._transport.get_write_buffer_size()
+            ):
+                await asyncio.sleep(0.001)
+            stopping = asyncio.create_task(stack.aclose())
+            while not connection.is_ending:
+                await asyncio.sleep(0.001)
+            received = bytearray()
+            while piece := await loop.sock_recv(sent, 4096):
+                received += piece
+            await stopping
+
+    head, _, body = bytes(received).partition(b"\r\n\r\n")
+    assert b"Content-Length: %d" % len(body) in head
+
+
+async def test_a_client_that_does_not_take_its_last_answer_does_not_stay(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limits = {"write_timeout_s": 0.2}
+    loop = asyncio.get_running_loop()
+    async with (
+        FakeEngine(num_tokens=60_000).serving() as engine,
+        routing(engine, limits=limits) as client,
+        slow_wire(client, monkeypatch) as (sent, connection),
+    ):
+        await loop.sock_sendall(sent, post(BODY, b"Connection: close"))
+        while connection._transport is not None:
+            assert not connection.is_write_paused
+            await asyncio.sleep(0.01)
 
 
 async def test_a_call_that_breaks_the_router_is_told_so(

@@ -316,6 +316,7 @@ class Connection(asyncio.Protocol):
         """Whether another request can be sent on it: nothing of an earlier answer is left."""
         return (
             self.is_complete
+            and self._error is None
             and not self._chunks
             and self._is_sent
             and not self.is_lost

@@ -107,6 +107,8 @@ class InstanceConfig(Strict):
         parts = urlsplit(endpoint)
         if parts.scheme != "tcp" or not parts.hostname or parts.port is None or parts.path:
             raise ValueError("expected tcp://HOST:PORT")
+        if parts.hostname == "*" or parts.username is not None or parts.query or parts.fragment:
+            raise ValueError("expected tcp://HOST:PORT that can be connected to")
         missing = [name for name in ("zmq", "msgspec") if find_spec(name) is None]
         if missing:
             raise ValueError(f"needs {missing}: pip install 'vllm-workflow[kv-events]'")

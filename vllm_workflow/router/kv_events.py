@@ -168,6 +168,8 @@ class KvEvents:
             if wanted.get(instance_id) != endpoint:
                 task.cancel()
                 del self._followed[instance_id]
+                if instance_id not in wanted:  # where pods come and go, names do too
+                    self._counter.remove_by_labels({"instance": instance_id})
         for instance_id, endpoint in wanted.items():
             if instance_id not in self._followed:
                 stream = Stream(instance_id, self._dispatcher, self._counter)

@@ -20,6 +20,8 @@ from vllm_workflow.router.kv_blocks import BlockHash
 from vllm_workflow.router.kv_events import Event, Stream
 
 _MAX_MESSAGE_BYTES = 16 << 20
+_MAX_HASH_BYTES = 64
+"""vLLM's have 32; they are kept, by the million."""
 _HEARTBEAT_MS = 10_000
 """A publisher whose host is gone is connected to again when it was silent for twice as long."""
 _RECONNECT_MS = 200
@@ -56,18 +58,31 @@ async def follow(context: zmq.asyncio.Context, endpoint: str, stream: Stream) ->
 
     A publisher that is not there, or goes away, is connected to when it is back.
     """
+    is_told = False
+    while True:
+        try:
+            await _follow(context, endpoint, stream)
+        except zmq.ZMQError as e:  # no such address, or no file descriptors left
+            if not is_told:
+                _logger.error("kv_events %s: %s", endpoint, e)
+            is_told = True
+            stream.unreadable()
+            await asyncio.sleep(_MAX_RECONNECT_MS / 1000.0)
+
+
+async def _follow(context: zmq.asyncio.Context, endpoint: str, stream: Stream) -> None:
     socket = context.socket(zmq.SUB)
-    for option, value in (
-        (zmq.LINGER, 0),
-        (zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES),
-        (zmq.RECONNECT_IVL, _RECONNECT_MS),
-        (zmq.RECONNECT_IVL_MAX, _MAX_RECONNECT_MS),
-        (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
-        (zmq.HEARTBEAT_TIMEOUT, 2 * _HEARTBEAT_MS),
-    ):
-        socket.setsockopt(option, value)
     is_understood = True
     try:
+        for option, value in (
+            (zmq.LINGER, 0),
+            (zmq.MAXMSGSIZE, _MAX_MESSAGE_BYTES),
+            (zmq.RECONNECT_IVL, _RECONNECT_MS),
+            (zmq.RECONNECT_IVL_MAX, _MAX_RECONNECT_MS),
+            (zmq.HEARTBEAT_IVL, _HEARTBEAT_MS),
+            (zmq.HEARTBEAT_TIMEOUT, 2 * _HEARTBEAT_MS),
+        ):
+            socket.setsockopt(option, value)
         socket.subscribe(b"")
         socket.connect(endpoint)
         while True:
@@ -125,9 +140,15 @@ def _events(events: list[Any]) -> Iterator[Event]:
 
 def _is_sound(kind: str, event: dict[str, Any]) -> bool:
     hashes = event.get("block_hashes")
-    if not (isinstance(hashes, list) and all(isinstance(h, BlockHash) for h in hashes)):
+    if not (isinstance(hashes, list) and all(map(_is_hash, hashes))):
         return False
     if kind == "BlockRemoved":
         return True
     parent, size = event.get("parent_block_hash"), event.get("block_size")
-    return (parent is None or isinstance(parent, BlockHash)) and type(size) is int and size > 0
+    return (parent is None or _is_hash(parent)) and type(size) is int and size > 0
+
+
+def _is_hash(value: object) -> bool:
+    return isinstance(value, BlockHash) and (
+        isinstance(value, int) or len(value) <= _MAX_HASH_BYTES
+    )

@@ -67,7 +67,7 @@ class PlainExchange:
         """Bytes of the body that have not come."""
         self.content_length: int | None = self.missing
         self.closes = headers.get(CONNECTION, "").lower() == "close"
-        """Whether the connection ends with the answer."""
+        """Whether the connection ends with the answer; it does if some of the body is missing."""
         self.has_begun = False
         self.is_chunked = False
         self._connection = connection
@@ -127,7 +127,7 @@ class PlainExchange:
             lines += (f"Date: {http_date()}",)
         if headers.get(CONNECTION, "").lower() == "close":
             self.closes = True
-        elif self.closes or self._connection.is_ending:
+        elif self.closes or self.missing or self._connection.is_ending:
             self.closes = True
             lines += ("Connection: close",)
         reason = answer.reason or _PHRASES.get(answer.status, "")

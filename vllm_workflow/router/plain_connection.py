@@ -55,6 +55,7 @@ class PlainConnection(asyncio.Protocol):
         "_limits",
         "_listener",
         "_loop",
+        "_lost",
         "_num_trusts",
         "_parser",
         "_transport",
@@ -78,6 +79,7 @@ class PlainConnection(asyncio.Protocol):
         self._ahead = b""
         self._is_paused = self._is_lingering = False
         self._drained: asyncio.Future[None] | None = None
+        self._lost: asyncio.Future[None] | None = None
         self._idle_since = loop.time()
         self._idle_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
@@ -103,6 +105,8 @@ class PlainConnection(asyncio.Protocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave()
+        if self._lost is not None and not self._lost.done():
+            self._lost.set_result(None)
         # A cancelled task knows where it was, so all that it had would stay until cycles are
         # looked for, bodies among it.
         task, self.task, self._exchange = self.task, None, None
@@ -125,8 +129,9 @@ class PlainConnection(asyncio.Protocol):
         protocol = self._listener.aiohttp_protocol(self._num_trusts)
         transport.set_protocol(protocol)
         protocol.connection_made(transport)
-        if data:  # when what waits for requests there has begun to
-            self._loop.call_soon(protocol.data_received, data)
+        if data:  # when what waits for requests there has begun to; until then no more may come
+            transport.pause_reading()
+            self._loop.call_soon(_go_on_reading, transport, protocol, data)
 
     def _look_idle(self) -> None:
         """Close the connection if there was no request for long."""
@@ -142,9 +147,23 @@ class PlainConnection(asyncio.Protocol):
         if self._exchange is None:
             self.close()
 
+    @property
+    def is_sending(self) -> bool:
+        """Whether the client has not taken all that was written."""
+        return self._transport is not None and self._transport.get_write_buffer_size() > 0
+
     def close(self) -> None:
-        if self._transport is not None:
-            self._transport.close()
+        """End the connection when what was written is sent; at once if that takes too long."""
+        if self._transport is None:
+            return
+        self._transport.close()
+        if self.is_sending and self._write_timer is None:
+            self._write_timer = self._loop.call_later(self._limits.write_timeout_s, self.abort)
+
+    def lost(self) -> asyncio.Future[None]:
+        """Return what is done when the connection has ended, which is to be asked for before."""
+        self._lost = self._loop.create_future()
+        return self._lost
 
     def abort(self) -> None:
         if self._transport is not None:
@@ -239,6 +258,9 @@ class PlainConnection(asyncio.Protocol):
     async def _answer(self, exchange: PlainExchange, handle: Handle) -> None:
         try:
             answer = await handle(exchange)
+        except asyncio.CancelledError:  # whoever it was, nobody else would end the connection
+            self.abort()
+            raise
         except Exception:
             _logger.exception("a call failed")
             if exchange.has_begun:
@@ -263,6 +285,8 @@ class PlainConnection(asyncio.Protocol):
         self.task = None
         if exchange.missing:
             self._is_lingering = True
+            if self._idle_timer is not None:
+                self._idle_timer.cancel()
             self._idle_timer = self._loop.call_later(LINGERING_S, self.close)
         elif exchange.closes or self.is_ending:
             self.close()
@@ -304,3 +328,10 @@ class PlainConnection(asyncio.Protocol):
             self._write_timer = None
         if self._drained is not None and not self._drained.done():
             self._drained.set_result(None)
+        if self._transport is not None and self._transport.is_closing():
+            self.close()  # what is left may take as long again
+
+
+def _go_on_reading(transport: asyncio.Transport, protocol: asyncio.Protocol, data: bytes) -> None:
+    transport.resume_reading()
+    protocol.data_received(data)

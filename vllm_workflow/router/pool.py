@@ -109,7 +109,7 @@ class Pool:
         self._kept = kept
 
     def close(self) -> None:
-        """Keep nothing any more. Connections that are in use go on."""
+        """Keep nothing any more. Connections that are in use, or being made, go on."""
         self._is_closed = True
         for connection in self._kept:
             connection.close()
@@ -117,9 +117,6 @@ class Pool:
         if self._sweep is not None:
             self._sweep.cancel()
             self._sweep = None
-        if self._addresses is not None:
-            self._addresses.cancel()
-            self._addresses = None
 
     async def connect(self) -> Connection:
         """Return a new connection.

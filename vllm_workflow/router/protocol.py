@@ -279,6 +279,8 @@ class Listener:
             until_late.cancel()
 
     async def _end_plain(self, most_s: float) -> None:
+        loop = asyncio.get_running_loop()
+        until = loop.time() + most_s
         for connection in list(self.plain):
             connection.end()
         tasks = [connection.task for connection in self.plain if connection.task is not None]
@@ -287,6 +289,9 @@ class Listener:
             for task in late:
                 task.cancel()
             await asyncio.gather(*late, return_exceptions=True)
+        ends = [connection.lost() for connection in self.plain if connection.is_sending]
+        if ends:
+            await asyncio.wait(ends, timeout=max(0.0, until - loop.time()))
         for connection in list(self.plain):
             connection.abort()
 

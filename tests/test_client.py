@@ -341,6 +341,31 @@ async def test_calls_side_by_side_that_are_refused_end_alike() -> None:
                 await side_by_side()
 
 
+async def test_a_refused_run_whose_other_calls_were_never_answered_was_refused() -> None:
+    is_second_here, is_over = asyncio.Event(), asyncio.Event()
+
+    async def first_only(request: Request) -> Answer:
+        if request.number:
+            is_second_here.set()
+            await is_over.wait()
+        await is_second_here.wait()
+        return refusal(request)
+
+    async with serving(first_only) as server:
+        async with attach(openai.AsyncOpenAI(base_url=server.base_url, api_key="k")) as client:
+
+            async def side_by_side() -> None:
+                with workflow("text2sql"):
+                    async with asyncio.TaskGroup() as tasks:
+                        for _ in range(2):
+                            create = client.chat.completions.create
+                            tasks.create_task(create(model="m", messages=[]))
+
+            with pytest.raises(OverloadedError):
+                await side_by_side()
+            is_over.set()
+
+
 async def test_a_run_that_is_let_in_at_another_try_was_not_refused(ask: Any) -> None:
     def second_try(request: Request) -> Answer:
         headers = {"X-Workflow-Refused": "overloaded", "Retry-After": "0", "retry-after-ms": "1"}

@@ -93,11 +93,12 @@ class Run:
     @property
     def refusal(self) -> OverloadedError | None:
         """What the router said when it would not let the run begin; None once a call was served."""
-        if not self.calls or self.calls[-1].refused_for_s is None:
+        answered = [call for call in self.calls if call.status is not None]
+        if any(call.status < 400 for call in answered if call.status is not None):
             return None
-        if any(call.status is not None and call.status < 400 for call in self.calls):
+        # Calls side by side are cancelled with the first that is refused, and have no answer.
+        if not answered or (retry_after_s := answered[-1].refused_for_s) is None:
             return None
-        retry_after_s = self.calls[-1].refused_for_s
         return OverloadedError(
             f"run {self.workflow_id!r} was refused at its first call: it would begin too late "
             f"beside the runs that wait already; come again in {retry_after_s:.0f} s",

@@ -256,7 +256,7 @@ async def test_of_a_call_whose_client_leaves_nothing_waits_for_the_garbage_colle
     routing: Routing, body: bytes
 ) -> None:
     def kept() -> list[Any]:
-        return [each for each in gc.get_objects() if isinstance(each, (PlainExchange, Call))]
+        return [each for each in gc.get_objects() if type(each) in (PlainExchange, Call)]
 
     async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
         gc.disable()

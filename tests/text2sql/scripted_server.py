@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Mapping
+import inspect
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,7 +44,7 @@ class Server:
 
 @asynccontextmanager
 async def serving(
-    answer: Callable[[Request], Answer] = lambda request: "ok",
+    answer: Callable[[Request], Answer | Awaitable[Answer]] = lambda request: "ok",
     *,
     response_headers: Mapping[str, str] | None = None,
 ) -> AsyncIterator[Server]:
@@ -54,7 +55,8 @@ async def serving(
         number = sum(1 for earlier in server.requests if earlier.stage == stage)
         seen = Request(request.headers, await request.json(), number)
         server.requests.append(seen)
-        given = answer(seen)
+        answered = answer(seen)
+        given = await answered if inspect.isawaitable(answered) else answered
         if isinstance(given, int):
             error = {"error": {"message": f"scripted {given}"}}
             given = web.json_response(error, status=given, headers={"retry-after-ms": "5"})

@@ -386,8 +386,9 @@ async def test_a_router_that_stops_lets_slow_clients_have_the_end_of_their_answe
     assert b"Content-Length: %d" % len(body) in head
 
 
+@pytest.mark.parametrize("header", [b"X: plain", b"TE: for-aiohttp"])
 async def test_a_client_that_does_not_take_its_last_answer_does_not_stay(
-    routing: Routing, monkeypatch: pytest.MonkeyPatch
+    routing: Routing, monkeypatch: pytest.MonkeyPatch, header: bytes
 ) -> None:
     limits = {"write_timeout_s": 0.2}
     loop = asyncio.get_running_loop()
@@ -396,8 +397,8 @@ async def test_a_client_that_does_not_take_its_last_answer_does_not_stay(
         routing(engine, limits=limits) as client,
         slow_wire(client, monkeypatch) as (sent, connection),
     ):
-        await loop.sock_sendall(sent, post(BODY, b"Connection: close"))
-        while connection._transport is not None:
+        await loop.sock_sendall(sent, post(BODY, b"Connection: close", header))
+        while client.router.reload.listeners[-1].num_connections:
             assert not connection.is_write_paused
             await asyncio.sleep(0.01)
 

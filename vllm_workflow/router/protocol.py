@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
 from typing import Any
 
 from aiohttp import http_exceptions, web
@@ -36,7 +37,15 @@ class Protocol(web.RequestHandler):
     wants to hold, so it costs nothing where clients read.
     """
 
-    __slots__ = ("_has_received", "_head_timer", "_limits", "_listener", "_trust", "_write_timer")
+    __slots__ = (
+        "_has_received",
+        "_head_timer",
+        "_limits",
+        "_listener",
+        "_rest_timer",
+        "_trust",
+        "_write_timer",
+    )
 
     def __init__(self, listener: Listener, num_trusts: int, **kwargs: Any) -> None:
         limits = listener.limits
@@ -56,6 +65,7 @@ class Protocol(web.RequestHandler):
         self._trust = num_trusts
         self._head_timer: asyncio.TimerHandle | None = None
         self._write_timer: asyncio.TimerHandle | None = None
+        self._rest_timer: asyncio.TimerHandle | None = None
         self._has_received = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
@@ -69,6 +79,8 @@ class Protocol(web.RequestHandler):
         self._listener.num_connections -= 1
         self._stop_timer()
         self._stop_write_timer()
+        if self._rest_timer is not None:
+            self._rest_timer.cancel()
         super().connection_lost(exc)
 
     def pause_writing(self) -> None:
@@ -86,6 +98,17 @@ class Protocol(web.RequestHandler):
         self._write_timer = None
         if self.transport is not None:  # uvloop's is no asyncio.Transport
             self.transport.abort()
+
+    def _look_at_rest(self, transport: asyncio.Transport, *, was_closing: bool = False) -> None:
+        """See that what is left of answers does not keep a connection that is to be closed."""
+        self._rest_timer = None
+        if was_closing:
+            transport.abort()
+        elif transport.get_write_buffer_size() > 0:
+            look = partial(self._look_at_rest, transport, was_closing=transport.is_closing())
+            self._rest_timer = asyncio.get_running_loop().call_later(
+                self._limits.write_timeout_s, look
+            )
 
     def _stop_write_timer(self) -> None:
         if self._write_timer is not None:
@@ -154,7 +177,11 @@ class Protocol(web.RequestHandler):
             )
         if self._trust != self._listener.num_trusts:
             resp.force_close()
-        return await super().finish_response(request, resp, start_time)
+        transport = self.transport
+        finished = await super().finish_response(request, resp, start_time)
+        if transport is not None and self._rest_timer is None:
+            self._look_at_rest(transport)
+        return finished
 
     def handle_error(
         self,

@@ -177,7 +177,7 @@ def test_a_call_that_is_too_late_steps_back_behind_those_that_are_not(
 ) -> None:
     before = vllm_server.metric("vllm_workflow:put_off_total")
     with client.seats_taken(2, vllm_xargs=wf(budget_ms=0)):
-        client.complete("late", max_tokens=1, vllm_xargs=wf(budget_ms=0))
+        client.complete("late", max_tokens=300, vllm_xargs=wf(budget_ms=0))
         for i in range(2):
             body = {"vllm_xargs": wf(budget_ms=60_000)}
             client.complete(f"on-time-{i}", max_tokens=600, **body)

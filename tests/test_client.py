@@ -326,19 +326,19 @@ async def test_a_run_that_the_router_refuses_ends_with_an_error_of_its_own(ask: 
     assert run.calls[0].refused_for_s == 7.0
 
 
+async def _two_side_by_side(server: Server) -> None:
+    async with attach(openai.AsyncOpenAI(base_url=server.base_url, api_key="k")) as client:
+        create = client.chat.completions.create
+        with workflow("text2sql"):
+            async with asyncio.TaskGroup() as tasks:
+                for _ in range(2):
+                    tasks.create_task(create(model="m", messages=[]))
+
+
 async def test_calls_side_by_side_that_are_refused_end_alike() -> None:
     async with serving(refusal) as server:
-        async with attach(openai.AsyncOpenAI(base_url=server.base_url, api_key="k")) as client:
-
-            async def side_by_side() -> None:
-                with workflow("text2sql"):
-                    async with asyncio.TaskGroup() as tasks:
-                        for _ in range(2):
-                            create = client.chat.completions.create
-                            tasks.create_task(create(model="m", messages=[]))
-
-            with pytest.raises(OverloadedError):
-                await side_by_side()
+        with pytest.raises(OverloadedError):
+            await _two_side_by_side(server)
 
 
 async def test_a_refused_run_whose_other_calls_were_never_answered_was_refused() -> None:
@@ -352,18 +352,9 @@ async def test_a_refused_run_whose_other_calls_were_never_answered_was_refused()
         return refusal(request)
 
     async with serving(first_only) as server:
-        async with attach(openai.AsyncOpenAI(base_url=server.base_url, api_key="k")) as client:
-
-            async def side_by_side() -> None:
-                with workflow("text2sql"):
-                    async with asyncio.TaskGroup() as tasks:
-                        for _ in range(2):
-                            create = client.chat.completions.create
-                            tasks.create_task(create(model="m", messages=[]))
-
-            with pytest.raises(OverloadedError):
-                await side_by_side()
-            is_over.set()
+        with pytest.raises(OverloadedError):
+            await _two_side_by_side(server)
+        is_over.set()
 
 
 async def test_a_run_that_is_let_in_at_another_try_was_not_refused(ask: Any) -> None:

@@ -7,6 +7,7 @@ import json
 import logging
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,8 +21,11 @@ from tests.router.test_admin import ADMIN, KEY, Operator, from_file, text_of
 from tests.router.test_discovery import healthy, names, port_of, until
 from tests.router.test_router_process import process
 from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import from_json
 from vllm_workflow.core.replay import replay
+from vllm_workflow.router.app import serve
+from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.credentials import KeyHash, new_key
 
 pytestmark = pytest.mark.anyio
@@ -400,6 +404,33 @@ async def test_a_reload_goes_on_though_whoever_asked_for_it_leaves(tmp_path: Pat
             await asyncio.sleep(0)
             asking.cancel()
             await until(lambda: client.router.proxy.log_prompts)
+
+
+async def test_a_router_that_stops_takes_over_nothing_more(tmp_path: Path) -> None:
+    is_read, goes_on = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+    async with FakeEngine().serving() as a, FakeEngine().serving() as b:
+        config, changed = (
+            RouterConfig.from_mapping(yaml.safe_load(text_of(*engines)), source="test")
+            for engines in ((a,), (a, b))
+        )
+
+        def read() -> RouterConfig:
+            loop.call_soon_threadsafe(is_read.set)
+            goes_on.wait()
+            return changed
+
+        try:
+            async with asyncio.timeout(60), serve(config, read) as router:
+                asking = asyncio.ensure_future(router.reload())
+                await is_read.wait()
+        finally:
+            goes_on.set()
+        with pytest.raises(asyncio.CancelledError):
+            await asking
+        with pytest.raises(ConfigError, match="reload: the router is stopping"):
+            await router.reload()
+        assert router.reload.config is config
 
 
 async def test_the_log_is_as_the_file_says(tmp_path: Path) -> None:

@@ -75,6 +75,7 @@ async def serve(
         await stack.enter_async_context(beside(*parts.watchers()))
         tls = RenewableTls(config.tls.context()) if config.tls else None
         reload = Reloader(config, read, parts, tls)
+        stack.push_async_callback(reload.end)
         admin_url = ""
         if config.admin and parts.operator:
             listener = Listener(

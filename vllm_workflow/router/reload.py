@@ -81,6 +81,7 @@ class Reloader:
         self._tls = tls
         self._lock = asyncio.Lock()
         self._reloading: set[asyncio.Task[list[str]]] = set()
+        self._is_over = False
         self.listeners: list[Listener] = []
         """Get the limits of connections."""
 
@@ -97,13 +98,27 @@ class Reloader:
         brought to its end even if whoever asked for it goes away.
 
         Raises:
-            ConfigError: There is no file, or it cannot be used. Nothing has changed then.
+            ConfigError: There is no file, it cannot be used, or the router stops. Nothing has
+                changed then.
             RestartNeededError: It changes what cannot change. Nothing has changed then.
         """
+        if self._is_over:
+            raise ConfigError("reload: the router is stopping")
         reloading = asyncio.create_task(self._reload())
         self._reloading.add(reloading)
         reloading.add_done_callback(self._reloading.discard)
         return await asyncio.shield(reloading)
+
+    async def end(self) -> None:
+        """Give up a reload under way, and take over nothing from now on.
+
+        To be called before what a reload starts tasks in has ended.
+        """
+        self._is_over = True
+        reloading = tuple(self._reloading)
+        for task in reloading:
+            task.cancel()
+        await asyncio.gather(*reloading, return_exceptions=True)
 
     async def _reload(self) -> list[str]:
         if self._read is None:

@@ -268,8 +268,42 @@ async def test_a_client_that_sends_ahead_is_made_to_wait(
             engine.release(21)
             for _ in range(21):
                 assert (await sent.answer()).status == 200
+        assert client.router.reload.listeners[-1].bodies.num_bytes == 0
 
     assert 0 < most < 2_000_000
+
+
+async def test_what_clients_send_ahead_counts_as_memory_of_bodies(routing: Routing) -> None:
+    limits = {"max_bodies_mb": 1}
+    ahead = post(b'{"model":"m","x":"%b"}' % (b"x" * 200_000))
+    async with FakeEngine(held=True).serving() as engine, routing(engine, limits=limits) as client:
+        bodies = client.router.reload.listeners[-1].bodies
+        async with AsyncExitStack() as stack:
+            wires = []
+            for number in range(1, 21):  # of each, at least 64 kB are kept
+                sent = await stack.enter_async_context(wire(client))
+                sent.send(post(BODY))
+                await engine.wait_for(received=number)
+                wires.append(sent)
+            ends = [asyncio.create_task(sent.reader.read(1)) for sent in wires]
+            most = 0
+            for sent in wires:
+                sent.send(ahead)
+            async with asyncio.timeout(20):
+                while not any(end.done() for end in ends):
+                    await asyncio.sleep(0)
+                    most = max(most, bodies.num_bytes)
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+        engine.release(100)  # nobody reads on until then, so nobody sees who has left
+        async with asyncio.timeout(20):
+            while bodies.num_bytes:
+                await asyncio.sleep(0.001)
+        async with client.post() as response:
+            assert response.status == 200
+
+    assert 1e6 < most < 1.6e6
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM])

@@ -218,8 +218,31 @@ def test_what_latency_sets_goes_before_what_is_predicted() -> None:
     assert changed == replace(predicted, max_num_batched_tokens=512)
 
 
-def test_a_gpu_without_a_shape_is_for_people_only() -> None:
-    assert latency_of(gpu="the old one in the cellar") == LatencyModel()
+def test_a_gpu_beside_a_latency_is_for_people_only() -> None:
+    found = latency_of(gpu="the old one in the cellar", latency={"overhead_ms": 7.0})
+
+    assert found == replace(LatencyModel(), overhead_s=0.007)
+
+
+@pytest.mark.parametrize(
+    "other", ["http://a:1", "http://a:1/", "http://A:1", "http://a:01"], ids=str
+)
+def test_a_server_is_declared_once(other: str) -> None:
+    message = r"instances: expected each server once, got http://.* as 'one' and as 'two'"
+    with pytest.raises(ConfigError, match=message):
+        config(instances=[{"id": "one", "url": "http://a:1"}, {"id": "two", "url": other}])
+
+
+def test_a_port_that_cannot_be_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"instances\.0\.url: expected a PORT from 0 to 65535"):
+        config(instances=[{"url": "http://a:70000"}])
+
+
+def test_the_port_of_a_scheme_need_not_be_written() -> None:
+    plain, secure = {"id": "one", "url": "http://a"}, {"id": "two", "url": "https://a"}
+    assert len(config(instances=[plain, secure]).instances) == 2
+    with pytest.raises(ConfigError, match="each server once"):
+        config(instances=[plain, {"id": "two", "url": "http://a:80"}])
 
 
 def test_a_profile_lies_beside_the_router_s_file(tmp_path: Path) -> None:
@@ -235,7 +258,8 @@ def test_a_profile_lies_beside_the_router_s_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_shape": "llama-3.1-8b"}, r"gpu: expected one of \[.*\], got ''"),
+        ({"model_shape": "llama-3.1-8b"}, "model_shape: expected gpu beside it, got none"),
+        ({"gpu": "B300"}, "gpu: expected model_shape beside it, got none"),
         ({"gpu": "X1", "model_shape": "llama-3.1-8b"}, r"gpu: expected one of \[.*\], got 'X1'"),
         ({"gpu": "L4", "tp": 2}, "tp: expected model_shape beside it, got none"),
         ({"gpu": "L4", "model_shape": "llama-3.1-70b"}, "llama-3.1-70b at 16 bits: expected"),

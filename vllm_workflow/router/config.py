@@ -88,6 +88,14 @@ class RouterConfig(Strict):
         ):
             if twice := {n for n in names if names.count(n) > 1}:
                 raise ValueError(f"{kind}: declared twice: {sorted(twice)}")
+        servers: dict[tuple[str, str, int, str], InstanceConfig] = {}
+        for instance in self.instances:
+            twin = servers.setdefault(instance.server, instance)
+            if twin is not instance:
+                raise ValueError(
+                    f"instances: expected each server once, got {instance.url} as {twin.id!r} and "
+                    f"as {instance.id!r}"
+                )
         if self.tuner and self.tuner.enabled and self.tuned_log is None:
             raise ValueError("tuner: expected decision_log beside it, or store with max_events")
         return self

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
@@ -77,6 +77,13 @@ class RouterConfig(Strict):
     shutdown_delay_s: Annotated[float, Field(ge=0, le=3600)] = 0.0
     """How long before that it takes further calls while /ready says no: load balancers need a
     while to notice."""
+
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _name_or_fields(cls, policy: object) -> object:
+        if not isinstance(policy, str | dict):
+            raise ValueError("expected a name or a mapping of fields")
+        return policy
 
     @model_validator(mode="after")
     def _unique(self) -> RouterConfig:

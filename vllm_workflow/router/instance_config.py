@@ -123,7 +123,8 @@ class InstanceConfig(Strict):
     @classmethod
     def _default_id(cls, data: Any) -> Any:
         if isinstance(data, dict) and "id" not in data and isinstance(data.get("url"), str):
-            return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2]}
+            # A url without a host is an error of its own, and one is enough.
+            return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2] or "none"}
         return data
 
     @property

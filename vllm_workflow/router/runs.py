@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vllm_workflow.router.wire import RunInfo
 
@@ -16,23 +15,34 @@ RunKey = tuple[str, str]
 """(tenant, workflow_id): a tenant cannot touch the run of another one."""
 
 
-@dataclass(slots=True)
 class Run:
     """One run as the router has seen it."""
 
-    workflow: str
-    arrival_time: float
-    """Instant of the first call."""
-    tenant_id: str = ""
-    deadline: float = math.inf
-    num_open: int = 0
-    """Calls under way."""
-    last_time: float = 0.0
-    """Instant at which a call last began or ended."""
-    last_ok: bool = True
-    """Whether the call that ended last ended well."""
-    span: object = None
-    """Of whoever traces runs."""
+    __slots__ = (
+        "arrival_time",
+        "deadline",
+        "last_ok",
+        "last_time",
+        "num_open",
+        "span",
+        "tenant_id",
+        "workflow",
+    )
+
+    def __init__(self, workflow: str, arrival_time: float, tenant_id: str) -> None:
+        self.workflow = workflow
+        self.arrival_time = arrival_time
+        """Instant of the first call."""
+        self.tenant_id = tenant_id
+        self.deadline = math.inf
+        self.num_open = 0
+        """Calls under way."""
+        self.last_time = 0.0
+        """Instant at which a call last began or ended."""
+        self.last_ok = True
+        """Whether the call that ended last ended well."""
+        self.span: object = None
+        """Of whoever traces runs."""
 
     @property
     def met(self) -> bool:
@@ -80,7 +90,7 @@ class Runs:
         if info.workflow_id:
             run = self._runs.get(key) or self._idle.pop(key, None)
         if run is None:
-            run = Run(workflow=info.workflow, arrival_time=now, tenant_id=info.tenant_id)
+            run = Run(info.workflow, now, info.tenant_id)
         if info.workflow_id:
             self._runs[key] = run
         if info.workflow:

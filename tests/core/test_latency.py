@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.latency import LatencyModel, prefill_attention
+from vllm_workflow.core.latency import LatencyModel, prefill_attention, shared_out
 
 MODEL = LatencyModel(
     overhead_s=0.001,
@@ -188,3 +188,30 @@ def test_a_cached_prefix_is_attended_to_but_not_computed() -> None:
 def test_a_model_that_makes_no_sense_cannot_be_built(values: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         LatencyModel(**values)
+
+
+seconds = st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=8)
+
+
+@given(each_s=seconds)
+def test_what_instances_of_unlike_speed_take_lies_between_the_fastest_and_the_mean(
+    each_s: list[float],
+) -> None:
+    found = shared_out(each_s)
+
+    assert min(each_s) <= found * (1 + 1e-9)
+    assert found <= sum(each_s) / len(each_s) * (1 + 1e-9)
+
+
+@given(each_s=seconds, load=st.floats(0.1, 100.0))
+def test_instances_kept_equally_busy_take_as_long_as_what_they_share_out(
+    each_s: list[float], load: float
+) -> None:
+    rates = [load / s for s in each_s]  # calls per second of each, all as busy as the others
+    busy = sum(rate * s for rate, s in zip(rates, each_s, strict=True))
+
+    assert shared_out(each_s) == pytest.approx(busy / sum(rates))
+
+
+def test_an_instance_that_takes_no_time_gets_every_call() -> None:
+    assert shared_out([0.0, 5.0]) == 0.0

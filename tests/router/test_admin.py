@@ -160,6 +160,12 @@ async def test_an_instance_that_is_added_is_sent_calls(routing: Routing) -> None
         ({"url": "x"}, "body: url: expected http://HOST:PORT or https://HOST:PORT, got 'x'"),
         ({"url": "http://u:p@a:1"}, "body: url: expected no name and password"),
         ({"url": "http://a:1", "api_key": "s3cret"}, "body: api_key: unknown field"),
+        (
+            {"url": "http://a:1", "api_key_file": "keys/a"},
+            "body: api_key_file: expected an absolute path on the router's machine, got 'keys/a'",
+        ),
+        ({"url": "https://a:1", "tls": {"ca_file": "./ca.pem"}}, "body: tls.ca_file: expected an"),
+        ({"url": "https://a:1", "profile": "a.json"}, "body: profile: expected an absolute path"),
     ],
     ids=str,
 )

@@ -22,8 +22,8 @@ from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
 from vllm_workflow.core.errors import ConfigError, UpstreamError
 from vllm_workflow.router.config import RouterConfig
-from vllm_workflow.router.discovery import Discovery, DnsLookup
-from vllm_workflow.router.discovery_config import DnsSource
+from vllm_workflow.router.discovery import Discovery, DnsLookup, FileWatch
+from vllm_workflow.router.discovery_config import DnsSource, FileSource
 from vllm_workflow.router.instance_config import InstanceConfig
 
 pytestmark = pytest.mark.anyio
@@ -309,6 +309,41 @@ async def test_a_key_that_was_replaced_is_sent_without_a_reload_where_instances_
             await until(lambda: healthy(client) == names(client))
 
 
+@pytest.mark.parametrize("names", ["one", "dir/two"])
+async def test_a_key_that_was_replaced_is_sent_without_a_reload_where_a_watched_file_names_it(
+    routing: Routing, tmp_path: Path, names: str
+) -> None:
+    path, key = tmp_path / "instances.yaml", tmp_path / names
+    key.parent.mkdir(exist_ok=True)
+    key.write_text("the-old-key")
+    async with FakeEngine(api_key="the-new-key").serving() as engine:
+        write(path, {"url": engine.url, "id": "b", "api_key_file": names})
+        found = {"files": [{"path": str(path), "every_s": 0.02}]}
+        async with routing(discovery=found) as client:
+            assert not healthy(client)
+            key.write_text("the-new-key")
+            await until(lambda: healthy(client) == {"b"})
+
+
+async def test_a_file_that_names_others_is_not_read_again_until_one_of_them_changes(
+    tmp_path: Path,
+) -> None:
+    path, authority = tmp_path / "instances.yaml", tmp_path / "ca.pem"
+    trustme.CA().cert_pem.write_to_path(str(authority))
+    write(path, {"url": "https://a:1", "tls": {"ca_file": "ca.pem"}})
+    watch = FileWatch(FileSource(path=str(path)))
+
+    (first,) = await watch.find() or ()
+    assert await watch.find() is None
+    trustme.CA().cert_pem.write_to_path(str(tmp_path / "new.pem"))
+    os.replace(tmp_path / "new.pem", authority)
+    (second,) = await watch.find() or ()
+    assert await watch.find() is None
+
+    assert first != second
+    assert first.ssl is not second.ssl
+
+
 def test_paths_in_what_instances_share_are_relative_to_the_file_that_names_them(
     tmp_path: Path,
 ) -> None:
@@ -381,6 +416,29 @@ async def test_two_ports_of_one_name_are_two_sources(routing: Routing) -> None:
                 asked = one.num_health_asks + two.num_health_asks
                 await until(lambda asked=asked: one.num_health_asks + two.num_health_asks > asked)
             assert {(u.config.id, u.generation) for u in upstreams} == seen
+
+
+async def test_two_ports_of_the_same_pods_are_two_sources(routing: Routing, tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("token")
+    async with (
+        ApiServer().serving() as api,
+        FakeEngine().serving() as one,
+        FakeEngine().serving() as two,
+    ):
+        api.items = [
+            {
+                "ports": [{"name": "a", "port": port_of(one)}, {"name": "b", "port": port_of(two)}],
+                "endpoints": [{"addresses": ["127.0.0.1"], "targetRef": {"name": "pod"}}],
+            }
+        ]
+        common = {"api_url": api.url, "token_file": str(tmp_path / "token"), "service": "vllm"}
+        sources = [{**common, "port": port} for port in ("a", "b")]
+        async with routing(discovery={"kubernetes": sources}) as client:
+            assert healthy(client) == {f"pod:{port_of(one)}", f"pod:{port_of(two)}"}
+        # A pod's name is enough where nobody else can mean it.
+        others = {**sources[1], "service": "another", "port": "b"}
+        async with routing(discovery={"kubernetes": [sources[0], others]}) as client:
+            assert names(client) == {"pod"}
 
 
 async def test_what_an_operator_has_drained_is_not_brought_back(routing: Routing) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import tracemalloc
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 import msgspec
@@ -22,10 +23,11 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import Cleared, Event, Evicted
 from vllm_workflow.core.prefix import Chain, Segment
+from vllm_workflow.router import kv_wire
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.kv_blocks import MAX_CALLS, Blocks
 from vllm_workflow.router.kv_events import Stream
-from vllm_workflow.router.kv_wire import UnreadableError, read
+from vllm_workflow.router.kv_wire import MAX_MESSAGE_BYTES, UnreadableError, _take, read
 
 pytestmark = pytest.mark.anyio
 SIZE = 16
@@ -306,9 +308,8 @@ def test_events_without_names_of_fields_mean_the_same() -> None:
     ((kind, read_event),) = read(message(7, as_list))[1]
 
     assert kind == "BlockStored"
-    assert {name: read_event[name] for name in event if name != "type"} == {
-        name: value for name, value in event.items() if name != "type"
-    }
+    used = ("block_hashes", "parent_block_hash", "block_size", "medium", "group_idx", "session_id")
+    assert {name: read_event[name] for name in used} == {name: event[name] for name in used}
 
 
 def test_events_of_later_versions_are_passed_over() -> None:
@@ -475,9 +476,89 @@ async def test_an_endpoint_that_is_none_and_an_instance_that_leaves_hurt_nobody(
 
 
 def test_a_block_s_name_is_no_longer_than_vllm_s() -> None:
-    assert read(message(1, removed(1) | {"block_hashes": [b"x" * 32]}))
+    assert list(read(message(1, removed(1) | {"block_hashes": [b"x" * 32]}))[1])
     with pytest.raises(UnreadableError):
-        read(message(1, removed(1) | {"block_hashes": [b"x" * 1_000_000]}))
+        list(read(message(1, removed(1) | {"block_hashes": [b"x" * 1_000_000]}))[1])
+
+
+def test_a_session_of_a_client_s_own_making_makes_no_message_unreadable() -> None:
+    for session_id in ("x" * 100_000, 7, [[]] * 100_000):
+        ((_, event),) = read(message(1, stored("r", 10) | {"session_id": session_id}))[1]
+        assert event["session_id"] is None
+        assert event["block_hashes"] == [10]
+
+
+LISTS = msgspec.Raw(b"\xdd" + (1 << 20).to_bytes(4, "big") + b"\x90" * (1 << 20))
+"""A million empty lists, of which Python would make 64 MB."""
+
+
+@pytest.mark.parametrize(
+    "batch",
+    [
+        LISTS,
+        [1.0, LISTS],
+        [LISTS, []],
+        [1.0, [LISTS] * 3],
+        [1.0, [], LISTS],
+        [1.0, [removed(1) | {"block_hashes": LISTS}]],
+        [1.0, [removed(1) | {"medium": LISTS}]],
+        [1.0, [removed(1) | {"later": LISTS}]],
+        [1.0, [{"what": LISTS, "type": "BlockMoved"}]],
+        [1.0, [["BlockMoved", LISTS]]],
+        [1.0, [["BlockStored", [1], None, LISTS, 16]]],
+        [1.0, [stored("r", 1) | {"session_id": LISTS}]],
+        [1.0, [stored("r", 1) | {"extra_keys": LISTS}]],
+        [1.0, [removed(*range(1 << 20))]],
+        [1.0, [b"x" * (3 << 20)]],
+        [1.0, [CLEARED] * 100_000],
+        msgspec.Raw(b"\x91" * (1 << 20)),
+    ],
+    ids=range(17),
+)
+def test_of_what_a_message_has_too_much_of_nothing_is_made(batch: Any) -> None:
+    stream, _ = a_stream([])
+    frames = [b"", b"\0" * 8, msgspec.msgpack.encode(batch)]
+    tracemalloc.start()
+    try:
+        before, _ = tracemalloc.get_traced_memory()
+        with suppress(UnreadableError):
+            stream.take(*read(frames))
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+
+    assert most - before < 2 * len(frames[2])
+
+
+async def test_while_a_long_message_is_taken_others_get_their_turn(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(kv_wire, "_AT_ONCE_S", 0.0)
+    stream, brain = a_stream([])
+    taking = asyncio.create_task(_take(stream, message(1, *[removed(99)] * 50, removed(13))))
+    num_turns = 0
+    while not taking.done():
+        await asyncio.sleep(0)
+        num_turns += 1
+
+    assert num_turns > 50
+    assert num_cached(brain) == 32
+
+
+async def test_messages_that_are_too_large_are_dropped_and_counted(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, publishing() as publisher:
+        async with routing(instances=instances(engine, publisher), within_s=60) as client:
+            await publisher.subscribed()
+            session_id = await call(client, engine)
+            large = removed(1) | {"later": b"x" * MAX_MESSAGE_BYTES}
+            await publisher.publish(large, CLEARED)
+            await publisher.raw(*[b""] * 20_000)
+            await publisher.publish(stored(session_id, *range(NUM_BLOCKS)))
+            await publisher.publish(removed(3))
+            await publisher.publish(CLEARED)
+            await until(client, 0)
+            for kind, num in (("too_large", 1.0), ("unreadable", 1.0), ("AllBlocksCleared", 1.0)):
+                assert await client.metric("kv_events_total", instance="a", kind=kind) == num
 
 
 async def test_a_client_s_own_session_stays_its_own(routing: Routing) -> None:

@@ -185,6 +185,27 @@ async def test_a_connection_stays_for_the_next_call_unless_it_is_to_end(
 
 
 @pytest.mark.parametrize(
+    "headers",
+    [
+        (b"Connection: keep-alive", b"Connection: close"),
+        (b"Connection: close", b"connection: Keep-Alive"),
+        (b"Connection: keep-alive, close",),
+        (b"Connection: keep-alive", b"Connection: x, Close"),
+    ],
+    ids=lambda headers: b"; ".join(headers).decode(),
+)
+async def test_whoever_says_close_among_other_words_has_the_connection_closed(
+    routing: Routing, headers: tuple[bytes, ...]
+) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        async with wire(client) as sent:
+            sent.send(post(BODY, *headers))
+            answer = await sent.answer()
+            assert (answer.status, answer.headers["connection"]) == (200, "close")
+            assert await sent.reader.read() == b""
+
+
+@pytest.mark.parametrize(
     "data",
     [
         HEALTH,
@@ -384,6 +405,29 @@ async def test_a_router_that_stops_lets_slow_clients_have_the_end_of_their_answe
 
     head, _, body = bytes(received).partition(b"\r\n\r\n")
     assert b"Content-Length: %d" % len(body) in head
+
+
+async def test_a_connection_that_is_made_when_the_router_stops_is_ended(routing: Routing) -> None:
+    loop = asyncio.get_running_loop()
+    engine = FakeEngine(held=True)
+    async with engine.serving(), routing(engine, shutdown_grace_s=30) as client:
+        listener = client.router.reload.listeners[-1]
+        async with wire(client) as sent:
+            sent.send(post(BODY))
+            await engine.wait_for(received=1)
+            stopping = asyncio.create_task(listener._end_connections())
+            while not listener.is_ending:
+                await asyncio.sleep(0)
+            # As one that was accepted already, of which the loop tells only now.
+            ours, theirs = socket.socketpair()
+            with ours, theirs:
+                ours.setblocking(False)
+                await loop.connect_accepted_socket(listener._protocol, theirs)
+                assert await loop.sock_recv(ours, 1) == b""
+                assert not stopping.done()
+            engine.release()
+            assert (await sent.answer()).status == 200
+            await stopping
 
 
 @pytest.mark.parametrize("header", [b"X: plain", b"TE: for-aiohttp"])

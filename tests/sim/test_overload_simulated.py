@@ -7,10 +7,14 @@ from dataclasses import replace
 from tests.sim.builders import sim_instance, trace_call, trace_run
 from vllm_workflow.core.config import PRESETS
 from vllm_workflow.core.metrics import slo_attainment
+from vllm_workflow.sim.arrivals import with_arrivals
 from vllm_workflow.sim.bounds import critical_path_s
+from vllm_workflow.sim.declare import declared
+from vllm_workflow.sim.fleet import fleet_of
 from vllm_workflow.sim.results import SimResult
 from vllm_workflow.sim.simulator import simulate
 from vllm_workflow.sim.types import TraceRun
+from vllm_workflow.sim.workloads import load
 
 DEFAULT = PRESETS["workflow"]
 FLEET = [sim_instance()]
@@ -72,3 +76,16 @@ def test_with_time_enough_nothing_waits_to_begin() -> None:
     beginning = simulate(few, FLEET, replace(DEFAULT, relegate=False))
 
     assert waiting.runs == beginning.runs
+
+
+def test_slow_instances_that_get_few_calls_hold_no_run_back() -> None:
+    fleet = fleet_of("A100:1,L4:3,A10G:2", model_shape="llama-3.1-8b", gpu_memory_utilization=0.95)
+    trace = with_arrivals(load("builtin:chess", 80), 0.48)
+    found = [replace(run, slo_s=5.0 * critical_path_s(run, fleet)) for run in trace.runs]
+    workflows = declared(found)
+
+    waiting = simulate(found, fleet, DEFAULT, workflows=workflows)
+    beginning = simulate(found, fleet, replace(DEFAULT, relegate=False), workflows=workflows)
+
+    assert attainment(beginning) > 0.95
+    assert attainment(waiting) > attainment(beginning) - 0.02

@@ -30,6 +30,7 @@ from vllm_workflow.core.events import (
 )
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.instances import Instances
+from vllm_workflow.core.latency import shared_out
 from vllm_workflow.core.pace import Pace
 from vllm_workflow.core.predictor import Predictor, Sent
 from vllm_workflow.core.tenant_ledger import TenantLedger
@@ -228,10 +229,7 @@ class Dispatcher(Instances):
             candidates = fleet.candidates(request, now=now, exclude=exclude)
             alone_s = None
             if candidates:
-                sum_s = 0.0
-                for candidate in candidates:
-                    sum_s += candidate.alone_s
-                alone_s = sum_s / len(candidates)
+                alone_s = shared_out([candidate.alone_s for candidate in candidates])
         if alone_s is None:
             raise NoInstanceError(self._why_none(request, exclude))
         return fleet.renamed(request, alone_s), candidates
@@ -292,10 +290,10 @@ class Dispatcher(Instances):
                 self.tenants.left(waiting.request)
 
     def _work_s(self, request: StageRequest, candidates: Sequence[Candidate]) -> float:
-        """Service of a call alone, mean over instances, whatever they are busy with now."""
+        """Service of a call alone, `shared_out`, whatever instances are busy with now."""
         drift = self.fleet.drift
         if candidates:
-            return sum(c.alone_s / drift(c.instance_id) for c in candidates) / len(candidates)
+            return shared_out([c.alone_s / drift(c.instance_id) for c in candidates])
         drifts = [drift(i.instance_id) for i in self.fleet if i.serves(request.model)]
         return request.service_s * len(drifts) / sum(drifts) if drifts else request.service_s
 
@@ -359,17 +357,15 @@ class Dispatcher(Instances):
         self.fleet.forget(instance_id)
 
     def _idle_s(self, request: StageRequest, candidates: Sequence[Candidate]) -> float:
-        """Service of a call on an idle fleet, by configured speeds, mean over instances.
+        """Service of a call on an idle fleet, by configured speeds, `shared_out`.
 
         What was learned of the speed of an instance is mostly how busy it is. It stays in where
         nothing was predicted for each instance.
         """
         if not self.config.relegate or not candidates:
             return request.service_s
-        sum_s = 0.0
-        for candidate in candidates:
-            sum_s += candidate.alone_s / self.fleet.drift(candidate.instance_id)
-        return sum_s / len(candidates)
+        drift = self.fleet.drift
+        return shared_out([c.alone_s / drift(c.instance_id) for c in candidates])
 
     @property
     def num_settled(self) -> int:

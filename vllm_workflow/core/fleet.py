@@ -20,7 +20,7 @@ from vllm_workflow.core.account import (
     max_stretch,
 )
 from vllm_workflow.core.holders import Holders
-from vllm_workflow.core.latency import LatencyModel
+from vllm_workflow.core.latency import LatencyModel, shared_out
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
@@ -201,7 +201,7 @@ class Fleet:
         return len(self._accounts) > LARGE_FLEET
 
     def mean_alone_s(self, request: StageRequest, exclude: Collection[str] = ()) -> float | None:
-        """Service of a call alone on an instance, mean over instances spread over the fleet.
+        """Service of a call alone on an instance, `shared_out` over some spread over the fleet.
 
         None if no healthy instance outside `exclude` serves its model and can hold it.
         """
@@ -209,7 +209,7 @@ class Fleet:
         each = [a.alone_s(need) for a in _spread(everyone) if a.is_eligible(need, exclude)]
         if not each:
             each = [a.alone_s(need) for a in everyone if a.is_eligible(need, exclude)]
-        return sum(each) / len(each) if each else None
+        return shared_out(each) if each else None
 
     def _everyone(self) -> list[Account]:
         if self._listed is None:
@@ -311,7 +311,7 @@ class Fleet:
         return len(self._accounts)
 
     def mean_service_s(self, model: str, num_prompt_tokens: int, num_output_tokens: float) -> float:
-        """Service of one such call on an idle instance, mean over those that serve `model`.
+        """Service of one such call on an idle instance, `shared_out` over those that serve `model`.
 
         Unhealthy ones count only if all are, so that a prediction does not jump to 0.
         """
@@ -321,7 +321,7 @@ class Fleet:
             _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
             for a in serving
         ]
-        return sum(each) / len(each) if each else 0.0
+        return shared_out(each) if each else 0.0
 
     def reserve(
         self,

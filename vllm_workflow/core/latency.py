@@ -8,6 +8,7 @@ model from datasheets, `fit.py` from measurements.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields
 
 from vllm_workflow.core.errors import ConfigError
@@ -183,3 +184,20 @@ def prefill_attention(num_tokens: float, num_context_tokens: float = 0.0) -> flo
         num_context_tokens: Tokens of the same prompt that were computed or cached before.
     """
     return num_tokens * (num_context_tokens + 0.5 * (num_tokens + 1))
+
+
+def shared_out(each_s: Sequence[float]) -> float:
+    """What a call takes on average if all instances are kept equally busy: a harmonic mean.
+
+    A fast instance then has as many more of the calls as it is faster. Counted once each, a few
+    slow instances that hardly get any would make every run look long.
+
+    Args:
+        each_s: Seconds on each instance; not empty.
+    """
+    rates = 0.0
+    for seconds in each_s:
+        if seconds <= 0.0:
+            return 0.0
+        rates += 1.0 / seconds
+    return len(each_s) / rates

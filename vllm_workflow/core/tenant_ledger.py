@@ -48,7 +48,7 @@ class _Sent:
     tenant_id: str
     run_id: str
     work_s: float
-    """Predicted service, mean over the fleet."""
+    """Predicted service, see `shared_out`."""
     tokens: float
     time: float
 
@@ -233,8 +233,8 @@ class TenantLedger:
 
         Args:
             request: The call.
-            work_s: Its predicted service alone, mean over the instances that it could run on: it
-                costs a tenant the same wherever and beside whatever it runs.
+            work_s: Its predicted service alone, `shared_out` over the instances that it could
+                run on: it costs a tenant the same wherever and beside whatever it runs.
             now: Instant.
         """
         self._now = max(self._now, now)

@@ -14,6 +14,7 @@ from aiohttp import web
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.auth import KeyCheck
+from vllm_workflow.router.config_paths import INSTANCE_FILES, paths
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.health import package_version
 from vllm_workflow.router.instance_config import InstanceConfig
@@ -135,6 +136,13 @@ class Admin:
             ) from None
         except (ValueError, RecursionError):
             raise RequestError("body: expected JSON, got something else") from None
+        for field, path in paths(data, INSTANCE_FILES):
+            if not path.is_absolute():
+                raise RequestError(
+                    f"body: {field}: expected an absolute path on the router's machine, "
+                    f"got {str(path)!a:.128}",
+                    param=field,
+                )
         try:
             # Reads files, and so it is for a thread.
             config = await asyncio.to_thread(validated, InstanceConfig, data, source="body")

@@ -22,11 +22,25 @@ def locate(data: object, files: Mapping[str, Sequence[str]], folder: Path) -> No
             `data` itself. Where a section is a list, its items are meant.
         folder: Of the file that `data` was read from.
     """
+    for _, part, name in _named(data, files):
+        part[name] = str(folder / part[name])
+
+
+def paths(data: object, files: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, Path]]:
+    """Yield the path to each field that names a file, and that file; arguments as `locate`'s."""
+    for where, part, name in _named(data, files):
+        yield where, Path(part[name])
+
+
+def _named(
+    data: object, files: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield the path to each field that names a file, the mapping it stands in, and its name."""
     for section, names in files.items():
         for part in _parts(data, section.split(".") if section else []):
             for name in names:
                 if isinstance(part.get(name), str) and part[name]:
-                    part[name] = str(folder / part[name])
+                    yield f"{section}.{name}".lstrip("."), part, name
 
 
 def _parts(data: object, names: Sequence[str]) -> Iterator[dict[str, Any]]:

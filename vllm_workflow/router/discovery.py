@@ -17,13 +17,12 @@ from typing import Any, Protocol
 import aiohttp
 
 from vllm_workflow.core.errors import ConfigError, UpstreamError
-from vllm_workflow.router.config_paths import INSTANCE_FILES, locate
+from vllm_workflow.router.config_paths import INSTANCE_FILES, locate, paths
 from vllm_workflow.router.discovery_config import (
     DiscoveryConfig,
     DnsSource,
     FileSource,
     KubernetesSource,
-    SourceConfig,
 )
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.tls import upstream_tls
@@ -196,36 +195,45 @@ class Discovery:
 
 
 class FileWatch:
-    """Reads a file whenever it has changed."""
+    """Reads a file whenever it, or a file that it names, has changed."""
 
     def __init__(self, config: FileSource) -> None:
         self.config = config
         self.name = config.label
         self.every_s = config.every_s
         self._path = Path(config.path)
-        self._seen: tuple[int, int, int] | None = None
+        self._seen: dict[Path, tuple[int, int, int] | None] = {}
+        """What told each file, as it was when all were read, from other contents."""
 
     async def find(self) -> list[InstanceConfig] | None:
         return await asyncio.to_thread(self._read)
 
     def _read(self) -> list[InstanceConfig] | None:
-        try:
-            stat = self._path.stat()
-        except OSError as e:
-            raise ConfigError(f"{self._path}: cannot read: {e.strerror}") from None
-        signature = stat.st_ino, stat.st_size, stat.st_mtime_ns
-        if signature == self._seen:
+        if self._seen and all(_signature(path) == seen for path, seen in self._seen.items()):
             return None
+        self._seen = {}
+        # Before anything is read, so that whatever changes meanwhile is read again.
+        signatures = {self._path: _signature(self._path)}
         data = read_yaml(self._path)
         if not isinstance(data, list):
             raise ConfigError(f"{self._path}: expected a list of instances, got {data!r:.80}")
         locate(data, INSTANCE_FILES, self._path.parent)
+        signatures |= {path: _signature(path) for _, path in paths(data, INSTANCE_FILES)}
         found = [
             validated(InstanceConfig, entry, source=f"{self._path}: {number}")
             for number, entry in enumerate(data)
         ]
-        self._seen = signature
+        self._seen = signatures
         return found
+
+
+def _signature(path: Path) -> tuple[int, int, int] | None:
+    """Return what changes when a file is written or replaced; None if there is none."""
+    try:
+        stat = path.stat()
+    except (OSError, ValueError):  # the latter: no file can have such a name
+        return None
+    return stat.st_ino, stat.st_size, stat.st_mtime_ns
 
 
 class DnsLookup:
@@ -248,10 +256,19 @@ class DnsLookup:
 
 
 class EndpointSlices:
-    """Asks a Kubernetes API server for the ready endpoints of a service."""
+    """Asks a Kubernetes API server for the ready endpoints of a service.
 
-    def __init__(self, config: KubernetesSource, session: aiohttp.ClientSession) -> None:
+    Args:
+        config: Of which service.
+        session: Asks.
+        with_port: Name instances after pod and port, since another source finds the same pods.
+    """
+
+    def __init__(
+        self, config: KubernetesSource, session: aiohttp.ClientSession, *, with_port: bool = False
+    ) -> None:
         self.config = config
+        self._with_port = with_port
         self.name = config.label
         self.every_s = config.every_s
         self._session = session
@@ -289,7 +306,7 @@ class EndpointSlices:
         return token, tls.context
 
     def _ready(self, piece: Mapping[str, Any]) -> Iterable[tuple[str, int, str]]:
-        """Address, port and pod of each endpoint in one slice that is ready."""
+        """Address, port and name of each endpoint in one slice that is ready."""
         wanted = self.config.port
         ports = [
             port["port"]
@@ -301,22 +318,23 @@ class EndpointSlices:
             is_ready = (endpoint.get("conditions") or {}).get("ready") is not False
             if ports and is_ready and endpoint["addresses"]:
                 pod = (endpoint.get("targetRef") or {}).get("name") or ""
-                yield endpoint["addresses"][0], ports[0], pod
+                name = f"{pod}:{ports[0]}" if pod and self._with_port else pod
+                yield endpoint["addresses"][0], ports[0], name
 
 
 def sources(config: DiscoveryConfig | None, session: aiohttp.ClientSession) -> list[Source]:
     """Return the sources of a configuration."""
-    return [_source(each, session) for each in config.sources] if config is not None else []
-
-
-def _source(config: SourceConfig, session: aiohttp.ClientSession) -> Source:
-    match config:
-        case FileSource():
-            return FileWatch(config)
-        case DnsSource():
-            return DnsLookup(config)
-        case KubernetesSource():
-            return EndpointSlices(config, session)
+    if config is None:
+        return []
+    pods = [each.pods for each in config.kubernetes]
+    return [
+        *map(FileWatch, config.files),
+        *map(DnsLookup, config.dns),
+        *(
+            EndpointSlices(each, session, with_port=pods.count(each.pods) > 1)
+            for each in config.kubernetes
+        ),
+    ]
 
 
 def _instances(

@@ -68,6 +68,11 @@ class KubernetesSource(_Templated):
     ca_file: str = f"{_KUBERNETES}/ca.crt"
 
     @property
+    def pods(self) -> tuple[str, str, str]:
+        """Equal to that of another source which may find the same pods."""
+        return self.api_url, self.namespace, self.service
+
+    @property
     def label(self) -> str:
         """Tells it from other sources, in logs too."""
         port = f":{self.port}" if self.port != "" else ""

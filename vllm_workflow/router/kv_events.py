@@ -49,26 +49,39 @@ class Stream:
         a block, the prompt may still be cached."""
 
     def take(self, sequence: int, events: Iterable[Event]) -> None:
-        """Take a message."""
+        """Take a message at once, see `follows` and `more`."""
+        self.follows(sequence)
+        self.more(events)
+
+    def follows(self, sequence: int) -> None:
+        """Begin with the message of a number; `more` gets its events."""
         expected = self._next_sequence
         self._next_sequence = sequence + 1
         if expected is not None and sequence < expected:
             self._cleared()  # by another process, whose cache was empty when it began
         elif expected is not None and sequence > expected:
             self._lost()
-        gone: list[int] = []
-        for kind, event in events:
-            self._count(kind)
-            if kind == "AllBlocksCleared":
-                gone.clear()
-                self._cleared()
-            else:
-                gone += self._block_event(kind, event)
-        self.evicted(gone)
 
-    def unreadable(self) -> None:
-        """Note a message that makes no sense: what it told of is not known."""
-        self._count("unreadable")
+    def more(self, events: Iterable[Event]) -> int:
+        """Take some events of a message; returns how many they were."""
+        num_events = 0
+        gone: list[int] = []
+        try:
+            for kind, event in events:
+                num_events += 1
+                self._count(kind)
+                if kind == "AllBlocksCleared":
+                    gone.clear()
+                    self._cleared()
+                else:
+                    gone += self._block_event(kind, event)
+        finally:
+            self.evicted(gone)
+        return num_events
+
+    def unreadable(self, why: str = "unreadable") -> None:
+        """Note a message that makes no sense, or is too large: what it told of is not known."""
+        self._count(why)
         self._next_sequence = None
         self.blocks.lost()
 
@@ -124,7 +137,8 @@ class KvEvents:
         self._upstreams = upstreams
         self._counter = Counter(
             "vllm_workflow:router_kv_events",
-            "KV-cache events of instances by kind; lost: times that messages were missed.",
+            "KV-cache events of instances by kind; lost: times that messages were missed; "
+            "too_large, unreadable: messages that were dropped.",
             ("instance", "kind"),
             registry=registry,
         )

@@ -66,7 +66,7 @@ class PlainExchange:
         self.missing = int(headers[LENGTH])
         """Bytes of the body that have not come."""
         self.content_length: int | None = self.missing
-        self.closes = headers.get(CONNECTION, "").lower() == "close"
+        self.closes = any(each.lower() == "close" for each in headers.getall(CONNECTION, ()))
         """Whether the connection ends with the answer; it does if some of the body is missing."""
         self.has_begun = False
         self.is_chunked = False

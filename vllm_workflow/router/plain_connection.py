@@ -98,6 +98,9 @@ class PlainConnection:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by its type
         self._listener.plain.add(self)
         self._listener.num_connections += 1
+        if self._listener.is_ending:  # those that were there before have been told
+            self.close()
+            return
         if self._listener.num_connections > self._limits.max_connections:
             self._hand_over(b"")
             return

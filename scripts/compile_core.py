@@ -1,4 +1,4 @@
-"""Compile the dispatcher and the engines of level 1 to machine code, beside the sources.
+"""Compile dispatcher, engines of level 1 and a call's way through the router to machine code.
 
     python scripts/compile_core.py
     PYTHONPATH=out/compiled python benchmarks/sim_speed.py
@@ -32,6 +32,12 @@ SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),
     *("run_state", "seats", "simulator", "step_series", "types"),
 )
+# What each call passes; what inherits from a class of another library is left as it is.
+ROUTER = (
+    *("answer", "attempt", "auth", "binder", "board", "body", "call", "connection", "dialects"),
+    *("exchange", "forward", "head", "limits", "metrics", "once", "plain", "plain_connection"),
+    *("pool", "prefixes", "proxy", "runs", "series", "tries", "usage", "watch", "wire"),
+)
 STAMP = "compiled_from"
 _BUILD = """
 import sys
@@ -55,6 +61,7 @@ def main() -> None:
     out: Path = parser.parse_args().out.resolve()
     modules = [f"{PACKAGE}/core/{name}.py" for name in CORE]
     modules += [f"{PACKAGE}/sim/{name}.py" for name in SIM]
+    modules += [f"{PACKAGE}/router/{name}.py" for name in ROUTER]
     stamp = _stamp(modules)
     is_current = (out / STAMP).is_file() and (out / STAMP).read_text(encoding="utf-8") == stamp
     if not is_current:

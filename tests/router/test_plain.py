@@ -17,6 +17,7 @@ from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
 from tests.router.test_tls import Certificates, certificates
 from vllm_workflow.router.call import Call
+from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.plain import PlainExchange
 from vllm_workflow.router.plain_connection import PlainConnection
 from vllm_workflow.router.protocol import Listener, Protocol
@@ -32,11 +33,12 @@ SINGLETONS = (
     *(b"Host", b"Max-Forwards", b"Server", b"Transfer-Encoding", b"User-Agent"),
 )
 """Headers of which a request has one at most, by RFC 9110 and aiohttp."""
+LINE = f"POST {CHAT} HTTP/1.1".encode()
 HEALTH = b"GET /health HTTP/1.1\r\nHost: router\r\n\r\n"
 
 
 def post(body: bytes = BODY, *headers: bytes) -> bytes:
-    lines = [f"POST {CHAT} HTTP/1.1".encode(), b"Host: router", *headers]
+    lines = [LINE, b"Host: router", *headers]
     return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
 
 
@@ -82,6 +84,12 @@ async def wire(client: Client, tls: ssl.SSLContext | None = None) -> AsyncIterat
             yield Wire(reader, writer)
         finally:
             writer.close()
+
+
+def listener_of(client: Client) -> Listener:
+    """What takes the connections of a router's clients."""
+    (listener,) = [each for each in client.router.reload.listeners if each.handles]
+    return listener
 
 
 @pytest.fixture
@@ -251,7 +259,7 @@ async def test_what_is_not_plain_is_for_aiohttp_to_judge(
 async def test_a_client_that_sends_ahead_is_made_to_wait(routing: Routing) -> None:
     most = 0
     async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
-        (plain,) = [each.plain for each in client.router.reload.listeners if each.handles]
+        plain = listener_of(client).plain
         async with wire(client) as sent:
             sent.send(post(BODY) + post(b'{"model":"m","x":"%b"}' % (b"x" * 900_000)) * 20)
             await engine.wait_for(received=1)
@@ -265,8 +273,42 @@ async def test_a_client_that_sends_ahead_is_made_to_wait(routing: Routing) -> No
             engine.release(21)
             for _ in range(21):
                 assert (await sent.answer()).status == 200
+        assert client.router.reload.listeners[-1].bodies.num_bytes == 0
 
     assert 0 < most < 2_000_000
+
+
+async def test_what_clients_send_ahead_counts_as_memory_of_bodies(routing: Routing) -> None:
+    limits = {"max_bodies_mb": 1}
+    ahead = post(b'{"model":"m","x":"%b"}' % (b"x" * 200_000))
+    async with FakeEngine(held=True).serving() as engine, routing(engine, limits=limits) as client:
+        bodies = client.router.reload.listeners[-1].bodies
+        async with AsyncExitStack() as stack:
+            wires = []
+            for number in range(1, 21):  # of each, at least 64 kB are kept
+                sent = await stack.enter_async_context(wire(client))
+                sent.send(post(BODY))
+                await engine.wait_for(received=number)
+                wires.append(sent)
+            ends = [asyncio.create_task(sent.reader.read(1)) for sent in wires]
+            most = 0
+            for sent in wires:
+                sent.send(ahead)
+            async with asyncio.timeout(20):
+                while not any(end.done() for end in ends):
+                    await asyncio.sleep(0)
+                    most = max(most, bodies.num_bytes)
+            for end in ends:
+                end.cancel()
+            await asyncio.gather(*ends, return_exceptions=True)
+        engine.release(100)  # nobody reads on until then, so nobody sees who has left
+        async with asyncio.timeout(20):
+            while bodies.num_bytes:
+                await asyncio.sleep(0.001)
+        async with client.post() as response:
+            assert response.status == 200
+
+    assert 500_000 < most <= 1_000_000
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM])
@@ -296,10 +338,10 @@ async def test_a_call_that_is_cancelled_by_others_ends_its_connection(
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
 
-        def cancelled(*args: Any, **kwargs: Any) -> None:
+        async def cancelled(exchange: Exchange) -> Answer:
             raise asyncio.CancelledError
 
-        monkeypatch.setattr(client.router.dispatcher, "_record", cancelled)
+        monkeypatch.setattr(listener_of(client), "handles", {LINE: cancelled})
         async with wire(client) as sent:
             sent.send(post(BODY))
             with suppress(ConnectionResetError):
@@ -449,11 +491,11 @@ async def test_a_call_that_breaks_the_router_is_told_so(
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
 
-        def broken(*args: Any, **kwargs: Any) -> None:
+        async def broken(exchange: Exchange) -> Answer:
             raise ZeroDivisionError
 
         with monkeypatch.context() as patched:
-            patched.setattr(client.router.dispatcher, "_record", broken)
+            patched.setattr(listener_of(client), "handles", {LINE: broken})
             async with wire(client) as sent:
                 sent.send(post(BODY))
                 answer = await sent.answer()

@@ -81,6 +81,7 @@ async def serve(
             listener = Listener(
                 _admin(parts, parts.operator, reload),
                 config.limits,
+                parts.bodies,
                 tls,
                 grace_s=config.shutdown_grace_s,
             )
@@ -95,6 +96,7 @@ async def serve(
         listener = Listener(
             app,
             config.limits,
+            parts.bodies,
             tls,
             grace_s=config.shutdown_grace_s,
             calls=routes.calls(),

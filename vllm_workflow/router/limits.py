@@ -23,11 +23,14 @@ class LimitsConfig(Strict):
     max_headers: Annotated[int, Field(ge=8, le=10_000)] = 128
     """More are answered with 431."""
     max_bodies_mb: Annotated[float, Field(gt=0)] = 512.0
-    """Bodies of all calls under way together; a call beyond it is answered with 429."""
+    """Bodies of all calls under way together, and what was sent ahead of its turn; a call beyond
+    it is answered with 429, who sends ahead beyond it is cut off."""
     max_connections: Annotated[int, Field(ge=1)] = 10_000
-    """Of clients, at a time; further ones are answered with 503 and closed."""
+    """Of clients, at a time; further ones are answered with 503 and closed, with TLS closed at
+    once. Handshakes under way count."""
     header_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 20.0
-    """From the first byte of a request until its headers are there; then 408."""
+    """From the first byte of a request until its headers are there; then 408. For a TLS handshake,
+    too; it is closed then."""
     body_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
     """Until a body is there; then 408."""
     write_timeout_s: Annotated[float, Field(gt=0, le=3600)] = 60.0
@@ -74,14 +77,19 @@ class Bodies:
             RequestError: 429: more than there is for all.
         """
         reader.num_bytes += num_bytes
-        self._num_bytes += num_bytes
-        if self._num_bytes > 1e6 * self._limits.max_bodies_mb:
+        if not self.count(num_bytes):
             raise RequestError(
                 "body: the router holds as many bytes of calls under way as it may",
                 status=429,
                 code="overloaded",
                 headers={"Retry-After": str(RETRY_AFTER_S), "Connection": "close"},
             )
+
+    def count(self, num_bytes: int) -> bool:
+        """Count memory, or with a number below zero what is free again; returns whether all that
+        is held is no more than may be."""
+        self._num_bytes += num_bytes
+        return self._num_bytes <= 1e6 * self._limits.max_bodies_mb
 
     def let_go(self, reader: BodyReader) -> None:
         """Count all of a reader's memory as free."""

@@ -126,6 +126,7 @@ class PlainConnection:
         self._transport = self._parser = None
         self._listener.plain.discard(self)
         self._listener.num_connections -= 1
+        self._take_ahead()
         for timer in (self._idle_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -258,9 +259,17 @@ class PlainConnection:
     def _keep(self, data: bytes) -> None:
         """Keep what was sent ahead of its turn, or make its sender wait."""
         self._ahead += data
-        if len(self._ahead) > _MAX_AHEAD_BYTES and not self._is_paused and self._transport:
+        if not self._listener.bodies.count(len(data)):
+            self._take_ahead()
+            self.abort()
+        elif len(self._ahead) > _MAX_AHEAD_BYTES and not self._is_paused and self._transport:
             self._is_paused = True
             self._transport.pause_reading()
+
+    def _take_ahead(self) -> bytes:
+        data, self._ahead = self._ahead, b""
+        self._listener.bodies.count(-len(data))
+        return data
 
     # Answers.
 
@@ -306,7 +315,7 @@ class PlainConnection:
                 self._go_on()
 
     def _go_on(self) -> None:
-        data, self._ahead = self._ahead, b""
+        data = self._take_ahead()
         if self._is_paused and self._transport is not None:
             self._is_paused = False
             self._transport.resume_reading()

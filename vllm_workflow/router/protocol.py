@@ -18,7 +18,8 @@ from aiohttp import http_exceptions, web
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.errors import error_json, error_response
 from vllm_workflow.router.exchange import Handle
-from vllm_workflow.router.limits import LimitsConfig
+from vllm_workflow.router.handshakes import Arrival, Handshakes, abort
+from vllm_workflow.router.limits import Bodies, LimitsConfig
 from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
 from vllm_workflow.router.tls import RenewableTls
 
@@ -210,6 +211,7 @@ class Listener:
     Args:
         app: Answers what is no plain call.
         limits: Of connections.
+        bodies: Keeps account of what is held of requests.
         tls: That connections are taken with; None: in plain text.
         grace_s: How long calls under way may take to end when it closes.
         calls: What answers plain calls, by path.
@@ -220,6 +222,7 @@ class Listener:
         self,
         app: web.Application,
         limits: LimitsConfig,
+        bodies: Bodies,
         tls: RenewableTls | None,
         *,
         grace_s: float,
@@ -241,7 +244,8 @@ class Listener:
         self.num_trusts = 0
         """To be raised when clients that were let in may be no more: each connection made before
         ends with its next answer."""
-        self._tls = tls
+        self.bodies = bodies
+        self._handshakes = None if tls is None else Handshakes(tls)
         self._hand_over = hand_over
         self._runner = web.AppRunner(app, handler_cancellation=True, access_log=None)
 
@@ -263,9 +267,7 @@ class Listener:
         loop = asyncio.get_running_loop()
         try:
             try:
-                server = await loop.create_server(
-                    self._protocol, host, port, ssl=self._tls, backlog=1024
-                )
+                server = await loop.create_server(self._arrival, host, port, backlog=1024)
             except OSError as e:
                 raise ConfigError(
                     f"{where}: cannot listen on {host}:{port}: {e.strerror}"
@@ -273,12 +275,24 @@ class Listener:
             address, number = server.sockets[0].getsockname()[:2]
             name = f"[{address}]" if ":" in address else address
             try:
-                yield f"{'https' if self._tls else 'http'}://{name}:{number}"
+                yield f"{'http' if self._handshakes is None else 'https'}://{name}:{number}"
             finally:
                 server.close()
                 await self._end_connections()
         finally:
             await self._runner.cleanup()
+
+    def _arrival(self) -> asyncio.Protocol:
+        return self._protocol() if self._handshakes is None else Arrival(self._begin_handshake)
+
+    def _begin_handshake(self, arrived: asyncio.BaseTransport) -> None:
+        assert self._handshakes is not None
+        num_connections = self.num_connections + len(self._handshakes)
+        if self.is_ending or num_connections >= self.limits.max_connections:
+            abort(arrived)
+            return
+        timeout_s = self.limits.header_timeout_s
+        self._handshakes.begin(arrived, self._protocol, timeout_s=timeout_s)
 
     def _protocol(self) -> asyncio.Protocol:
         if self.handles:
@@ -302,9 +316,15 @@ class Listener:
         until_late = asyncio.get_running_loop().call_later(self.grace_s, self._hand_over)
         most_s = self.grace_s + _LAST_WORDS_S
         try:
-            await asyncio.gather(self._end_plain(most_s), self.server.shutdown(most_s))
+            await asyncio.gather(
+                self._end_plain(most_s), self.server.shutdown(most_s), self._end_handshakes()
+            )
         finally:
             until_late.cancel()
+
+    async def _end_handshakes(self) -> None:
+        if self._handshakes is not None:
+            await self._handshakes.end()
 
     async def _end_plain(self, most_s: float) -> None:
         loop = asyncio.get_running_loop()

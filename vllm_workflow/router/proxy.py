@@ -22,7 +22,7 @@ from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import LostError, RequestError, error_answer
-from vllm_workflow.router.exchange import Answer, Exchange
+from vllm_workflow.router.exchange import Answer, Exchange, Reply
 from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
@@ -181,8 +181,8 @@ class Proxy:
         key, again = known
         body = call.path.encode() + b"\n" + call.body.raw
         if not call.body.stream:
-            start = partial(self._in_run, None, call)
-            return await self.running.answer(key, body, start, again=again)
+            start = partial(self._in_run, call=call)
+            return await self.running.answer(key, body, request, start, again=again)
         if not self.running.begin_stream(key, body, again=again):
             return await self._in_run(request, call)
         try:
@@ -190,11 +190,11 @@ class Proxy:
         finally:
             self.running.end_stream(key)
 
-    async def _in_run(self, request: Exchange | None, call: Call) -> Answer:
+    async def _in_run(self, reply: Reply, call: Call) -> Answer:
         """Relay the call as part of its run.
 
         Args:
-            request: To answer as bytes come; None: the answer is returned whole.
+            reply: To answer as bytes come, where the answer is not returned whole.
             call: What was read of it.
         """
         info, body = call.info, call.body
@@ -219,10 +219,10 @@ class Proxy:
                 )
             call.request = predicted
             if self._tracing is None:
-                response, ok = await self._relay(request, call)
+                response, ok = await self._relay(reply, call)
                 return response
             with self._tracing.call(call, run) as span:
-                response, ok = await self._relay(request, call)
+                response, ok = await self._relay(reply, call)
                 span.answered(response, ok=ok)
             return response
         finally:
@@ -233,7 +233,7 @@ class Proxy:
         if self._tracing is not None:
             self._tracing.run_ended(run)
 
-    async def _relay(self, request: Exchange | None, call: Call) -> tuple[Answer, bool]:
+    async def _relay(self, reply: Reply, call: Call) -> tuple[Answer, bool]:
         """Ask instances until one answers; then stay with it. Returns whether it ended well."""
         tries = Tries(
             partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
@@ -255,7 +255,7 @@ class Proxy:
             attempt = self._begun(call, decision)
             try:
                 answer = await self._forwarder.forward(
-                    request, call, attempt, fresh=tries.fresh_connection
+                    reply, call, attempt, fresh=tries.fresh_connection
                 )
                 if not isinstance(answer, Refusal):
                     return answer, attempt.ok

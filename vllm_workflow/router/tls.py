@@ -11,7 +11,6 @@ import ssl
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Self
 
 from vllm_workflow.core.errors import ConfigError
 
@@ -94,27 +93,13 @@ def server_context(cert_file: str, key_file: str, client_ca_file: str) -> ssl.SS
     return context
 
 
-class RenewableTls(ssl.SSLContext):
-    """Takes each connection with the context that is in force when its handshake begins.
-
-    What a server listens with stays one object, so that it never stops listening; sessions of
-    one context cannot be resumed with the next.
-    """
+@dataclass(slots=True)
+class RenewableTls:
+    """What connections of clients are taken with, each by what is in force when its handshake
+    begins. Sessions of one context cannot be resumed with the next."""
 
     current: ssl.SSLContext
     """May be replaced."""
-
-    def __new__(cls, current: ssl.SSLContext) -> Self:
-        self = super().__new__(cls, ssl.PROTOCOL_TLS_SERVER)
-        self.current = current
-        return self
-
-    def __init__(self, current: ssl.SSLContext) -> None:
-        """Take connections with `current` first."""
-
-    def wrap_bio(self, *args: Any, **kwargs: Any) -> ssl.SSLObject:
-        """What event loops call for each connection."""
-        return self.current.wrap_bio(*args, **kwargs)
 
 
 def _load_chain(context: ssl.SSLContext, cert_file: str, key_file: str) -> None:

@@ -91,10 +91,10 @@ class Running:
         return self._reader
 
     async def begin(self, answer: Answer) -> None:
-        self._reader = next(reversed(self._waiting), None)
-        for exchange, waiting in self._waiting.items():
-            if exchange is not self._reader and not waiting.done():
-                waiting.set_exception(_read_by_another(self.key))
+        there = [each for each, waiting in self._waiting.items() if not waiting.done()]
+        self._reader = there.pop() if there else None
+        for exchange in there:
+            self._waiting[exchange].set_exception(_read_by_another(self.key))
         await self._to().begin(answer)
 
     async def write(self, data: bytes) -> None:

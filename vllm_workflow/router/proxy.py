@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from vllm_workflow.router.tenants import quota_error
 from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
+from vllm_workflow.router.wire import labels_of
 
 if TYPE_CHECKING:
     from vllm_workflow.router.kv_events import KvEvents
@@ -127,6 +129,7 @@ class Proxy:
             instance_id = answer.headers.get("X-Workflow-Instance", "")
         except RequestError as e:
             answer = e.answer()
+            status = answer.status
         except ConnectionResetError:  # it left while the answer was written to it
             return Answer(_CLIENT_LEFT, CIMultiDict(), b"")
         except Exception:
@@ -139,7 +142,7 @@ class Proxy:
                 self._metrics.client_left()
             self._metrics.answered(instance_id, stage, status)
             if calls.isEnabledFor(logging.INFO):
-                _log_call(call, instance_id, status, begin)
+                _log_call(call, exchange.headers, instance_id, status, begin)
         return answer
 
     async def _read(
@@ -333,14 +336,18 @@ class Proxy:
         return Answer(refusal.status, headers, refusal.body)
 
 
-def _log_call(call: Call | None, instance_id: str, status: int, begin: float) -> None:
+def _log_call(
+    call: Call | None, headers: Mapping[str, str], instance_id: str, status: int, begin: float
+) -> None:
     """Log one call by what names it; `call` is None if it could not be read."""
     fields: dict[str, object] = {
         "status": status,
         "seconds": round(time.monotonic() - begin, 4),
         "instance": instance_id,
     }
-    if call is not None:
+    if call is None:
+        fields |= labels_of(headers)
+    else:
         info = call.info
         fields |= {
             "request": call.request_id,

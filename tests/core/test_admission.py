@@ -192,12 +192,14 @@ def test_a_run_alone_is_not_slowed_down() -> None:
     assert busy(10, slowdown=4.0).slowdown(1) == 1.0
 
 
-def ended_runs(took_s: float, *, promised_s: float = 1e4, num_runs: int = 200) -> Pace:
-    """Runs one after the other, each taken to need 10 s, whose only call took 10 s."""
+def ended_runs(
+    took_s: float, *, promised_s: float = 1e4, num_runs: int = 200, held_s: float = 0.0
+) -> Pace:
+    """Runs one after the other, each taken to need 10 s."""
     pace = Pace()
     for number in range(num_runs):
         begin = number * 1e5
-        call = run(f"past-{number}", rest_s=0.0)._replace(deadline=begin + promised_s)
+        call = run(f"past-{number}", rest_s=0.0, came=begin - held_s, slo_s=promised_s)
         pace.opened(run_key(call), call, begin, 10.0)
         end(pace, call, now=begin + took_s, idle_s=took_s)
     return pace
@@ -222,8 +224,9 @@ def test_of_a_late_run_what_makes_it_late_counts() -> None:
     assert late.run_slowdown(1, 10.0) == pytest.approx(on_time.run_slowdown(1, 10.0))
 
 
-def test_a_run_that_began_after_its_deadline_tells_nothing() -> None:
-    assert ended_runs(500.0, promised_s=-1.0).run_slowdown(1, 10.0) == 1.0
+def test_a_run_that_waited_to_begin_tells_nothing() -> None:
+    assert ended_runs(50.0, promised_s=100.0, held_s=6.0).run_slowdown(1, 10.0) == 1.0
+    assert ended_runs(50.0, promised_s=100.0, held_s=4.0).run_slowdown(1, 10.0) > 4.0
 
 
 def test_a_run_counts_between_its_calls_but_not_for_ever() -> None:

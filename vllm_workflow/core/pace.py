@@ -22,6 +22,8 @@ _PRIOR_ENDS: Final = 10.0
 """Ended runs that the belief that runs take what is expected counts for."""
 _END_RATE: Final = 0.02
 _LEAST_STRETCH: Final = 0.85
+_MAX_HELD_SHARE: Final = 0.05
+"""Share of its promise that a run may have waited and still counts as begun when it came."""
 _SHARING_RATE: Final = 0.02
 _GAP_RATE: Final = 0.02
 
@@ -217,7 +219,7 @@ class Pace:
         run.is_final |= request.final
         if not run.num_open:
             if ok and (run.is_final or not run.goes_on):
-                self._compare(run, request.deadline)
+                self._compare(run, request)
             if run.is_final or not request.workflow_id:
                 self._count(run, False)
                 del self._runs[key]
@@ -279,16 +281,22 @@ class Pace:
         self._lost_s = keep * self._lost_s + took_s - idle_s
         self._beside_s = keep * self._beside_s + idle_s * max(0.0, num_runs - 1.0)
 
-    def _compare(self, run: _Run, deadline: float) -> None:
+    def _compare(self, run: _Run, request: StageRequest) -> None:
         """Learn from a run that seems to be over how much longer runs take than expected.
 
-        Past its deadline nobody hurries it any more. So of a run that was late as much counts as
-        would have made it late, or as was expected if that is more.
+        Only from those that began when they came: of those that had to wait, the longer their
+        promise the more begin, and long promises are made to long runs. Past its deadline nobody
+        hurries a run any more, so of one that was late as much counts as would have made it late,
+        or as was expected if that is more.
         """
-        took_s, needed_s = run.end_time - run.begin_time, run.needed_s
-        left_s = deadline - run.begin_time
+        took_s, left_s, needed_s = (
+            run.end_time - run.begin_time,
+            request.deadline - run.begin_time,
+            run.needed_s,
+        )
         run.needed_s = 0.0
-        if took_s <= 0.0 or left_s <= 0.0 or needed_s <= 0.0:
+        held_s = run.begin_time - request.run_arrival_time
+        if took_s <= 0.0 or needed_s <= 0.0 or held_s > _MAX_HELD_SHARE * (left_s + held_s):
             return
         num_runs = (self._run_seconds - run.begin_run_seconds) / took_s
         expected_s = needed_s * self.slowdown(num_runs, needed_s)

@@ -28,6 +28,7 @@ def test_every_name_has_one_line() -> None:
 
     for names in (policy_names.PRESET, policy_names.DISPATCH, policy_names.ORDERING):
         assert set(names) <= set(lines)
+    assert {"+late", "+relegate"} <= set(lines)
     for name in policy_names.ALL[1:]:
         assert lines.count(name) == 1
 

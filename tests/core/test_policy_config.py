@@ -24,17 +24,17 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
     ("data", "message"),
     [
         ({"alfa": 0.5}, r"p: unknown field 'alfa'; known fields are \['admission', 'alpha', "),
-        ({"alpha": "0.5"}, "p: alpha: expected float, got '0.5'"),
-        ({"alpha": True}, "p: alpha: expected float, got True"),
+        ({"alpha": "0.5"}, "p: alpha: expected a number, got '0.5'"),
+        ({"alpha": True}, "p: alpha: expected a number, got True"),
         ({"alpha": 1.5}, "p: alpha: expected a number from 0 to 1, got 1.5"),
         ({"alpha": float("nan")}, "p: alpha: expected a number from 0 to 1, got nan"),
         ({"risk_quantile": 1.0}, "p: risk_quantile: expected a number from 0 to below 1, got 1.0"),
         ({"risk_quantile": -0.1}, "p: risk_quantile: expected a number from 0 to below 1"),
         ({"patience_s": 0}, "p: patience_s: expected a positive, finite number of seconds"),
         ({"patience_s": float("inf")}, "p: patience_s: expected a positive, finite number"),
-        ({"patience_s": 10**400}, "p: patience_s: expected float, got 1000"),
+        ({"patience_s": 10**400}, "p: patience_s: expected a number, got 1000"),
         ({"urgent_slack_s": -1.0}, "p: urgent_slack_s: expected a finite number of seconds from 0"),
-        ({"preempt": 1}, "p: preempt: expected bool, got 1"),
+        ({"preempt": 1}, "p: preempt: expected true or false, got 1"),
         ({"prefill_chunk_cap": -1}, "p: prefill_chunk_cap: expected an integer from 0, got -1"),
         ({"dispatch": "random"}, r"p: dispatch: expected one of \('hexgen', .*got 'random'"),
         ({"starvation_ratio": -1}, "p: starvation_ratio: expected a number from 0 to 1e6, got -1"),
@@ -45,8 +45,17 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
         ),
         ({"max_hold_share": 1.5}, "p: max_hold_share: expected a number from 0 to 1, got 1.5"),
         ({"seed": -1}, "p: seed: expected an integer from 0, got -1"),
-        ({"seed": 1.0}, "p: seed: expected int, got 1.0"),
+        ({"seed": 1.0}, "p: seed: expected an integer, got 1.0"),
         ({"ordering": "random"}, r"p: ordering: expected one of \('atlas', .*got 'random'"),
+        ({"relegate": True}, "p: relegate: expected late_binding: true beside it, got late_b"),
+        ({"admission": "reject"}, "p: admission: reject expected relegate: true and late_bindin"),
+        (
+            {"admission": "reject", "late_binding": True},
+            "p: admission: reject expected .*got relegate: false; .* with `preset: workflow`",
+        ),
+        ({"preset": "fast"}, "p: unknown policy 'fast'"),
+        ({"preset": 3}, "p: preset: expected a name, got 3"),
+        ({"preset": "workflow", "late_binding": False}, "p: relegate: expected late_binding: true"),
         ("fastest", r"p: unknown policy 'fastest'; known are \['hexgen', "),
         ([], r"p: expected a mapping of fields, got \[\]"),
     ],
@@ -54,6 +63,14 @@ def test_what_is_written_is_read_back(tmp_path: Path) -> None:
 def test_a_mistake_is_told_with_its_place(data: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         PolicyConfig.from_mapping(data, source="p")
+
+
+def test_a_mapping_starts_from_predicted_finish_or_from_the_preset_that_it_names() -> None:
+    bare = PolicyConfig.from_mapping({"patience_s": 5}, source="p")
+    whole = PolicyConfig.from_mapping({"admission": "reject", "preset": "workflow"}, source="p")
+
+    assert bare == replace(PRESETS["predicted-finish"], patience_s=5.0)
+    assert whole == replace(PRESETS["workflow"], admission="reject")
 
 
 @pytest.mark.parametrize("text", ["{", "\xff", '{"alpha": 2}'])

@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 
 from vllm_workflow.core.config import PRESETS, PolicyConfig
@@ -26,6 +28,15 @@ def test_no_two_points_decide_alike() -> None:
     found = points(DEFAULT, {"alpha": [0.1, 0.2], "ordering": ["slack", "fcfs"]})
 
     assert [changes(DEFAULT, point) for point in found] == [{}, {"ordering": "fcfs"}]
+
+
+def test_a_policy_that_refuses_runs_is_tried_beside_such_as_refuse_runs_alone() -> None:
+    refusing = replace(DEFAULT, admission="reject")
+
+    found = points(refusing, default_grid(refusing))
+
+    assert len(found) > 1
+    assert {(point.admission, point.relegate) for point in found} == {("reject", True)}
 
 
 def test_what_a_point_changes_is_named() -> None:

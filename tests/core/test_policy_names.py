@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import re
+from dataclasses import replace
 
 import pytest
 
@@ -49,6 +50,15 @@ def test_what_may_follow_a_name_is_known(name: str, problem: str) -> None:
         policy_names.parse(name)
 
 
+def test_a_policy_is_called_by_its_preset_or_by_its_parts() -> None:
+    for name, preset in PRESETS.items():
+        assert policy_names.name_of(preset) == name
+    patient = replace(PRESETS["workflow"], patience_s=5.0)
+    assert policy_names.name_of(patient) == "predicted-finish+slack+late+relegate"
+    late = policy_names.parse("least-outstanding+fcfs+late")
+    assert policy_names.name_of(late) == "least-outstanding+fcfs+late"
+
+
 def test_a_preset_s_description_is_its_long_name() -> None:
     for name in PRESETS:
         long_name = policy_names.PRESET[name].what.partition(";")[0]
@@ -85,7 +95,12 @@ def test_no_policy_is_listed_twice_and_every_baseline_is_listed() -> None:
         ("hexgen+", r"unknown ordering ''; known are"),
         ("+fcfs", r"unknown dispatch ''; known are"),
         ("hexgen+fcfs+fcfs", r"expected nothing, \+late or"),
-        ("workflow+fcfs", r"unknown dispatch 'workflow'; known are"),
+        ("workflow+fcfs", r"expected nothing after the preset 'workflow', or DISPATCH\+ORDERING"),
+        ("workflow+late", r"expected nothing after the preset 'workflow', or DISPATCH\+ORDERING"),
+        (
+            "hexgen+late",
+            r"expected an ordering before \+late, e.g. 'predicted-finish\+slack\+late'",
+        ),
         ("hexgen + fcfs", r"unknown dispatch 'hexgen '; known are"),
     ],
 )

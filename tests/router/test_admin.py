@@ -103,6 +103,7 @@ async def test_the_status_tells_what_goes_on(routing: Routing) -> None:
             pass
 
     assert code == 200
+    assert status["policy"]["name"] == "workflow"
     assert status["policy"]["fingerprint"] == client.router.dispatcher.config.fingerprint
     assert (status["num_in_flight"], status["num_waiting"]) == (1, 0)
     assert status["instances"] == [

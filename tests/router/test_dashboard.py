@@ -54,6 +54,7 @@ async def test_its_data_says_what_goes_on(routing: Routing) -> None:
         async with client.get(f"/dashboard/state?since={state['number']}") as response:
             news = await response.json()
 
+    assert state["policy"]["name"] == "workflow"
     assert state["policy"]["fingerprint"] == client.router.dispatcher.config.fingerprint
     assert [each["id"] for each in state["instances"]] == ["a"]
     assert state["tenants"] == [{"tenant": "acme", "running": 0, "met": 1, "missed": 0}]

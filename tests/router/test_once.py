@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import openai
 import pytest
 from aiohttp import web
+from multidict import CIMultiDict
 
 from tests.fakes import FakeEngine
-from tests.router.conftest import Client, Routing
+from tests.router.conftest import CHAT, Client, Routing
 from vllm_workflow.client import attach
+from vllm_workflow.router.answer import MAX_HELD_BYTES
+from vllm_workflow.router.exchange import Answer, Reply
 from vllm_workflow.router.once import Key, Once
+from vllm_workflow.router.plain import PlainExchange
 
 pytestmark = pytest.mark.anyio
 
 KEY = {"Idempotency-Key": "k"}
+ANSWER = Answer(200, CIMultiDict(), b"answer")
+
+
+def client() -> PlainExchange:
+    """A client of whose connection nothing is asked."""
+    nothing: Any = None
+    return PlainExchange(nothing, CHAT, CIMultiDict({"Content-Length": "0"}))
 
 
 async def until_waiting(client: Client, num_waiting: int) -> None:
@@ -77,7 +91,7 @@ async def test_who_comes_when_all_have_just_left_gets_an_answer() -> None:
     once, key = Once(), Key("", "", "", "Idempotency-Key", "k")
     given_up, unwound = asyncio.Event(), asyncio.Event()
 
-    async def slow() -> web.Response:
+    async def slow(reply: Reply) -> Answer:
         try:
             await asyncio.Event().wait()
         except asyncio.CancelledError:
@@ -86,20 +100,20 @@ async def test_who_comes_when_all_have_just_left_gets_an_answer() -> None:
             raise
         raise AssertionError
 
-    async def prompt() -> web.Response:
+    async def prompt(reply: Reply) -> Answer:
         unwound.set()
         await asyncio.sleep(0)
-        return web.Response(text="answer")
+        return ANSWER
 
-    first = asyncio.ensure_future(once.answer(key, b"", slow, again=True))
+    first = asyncio.ensure_future(once.answer(key, b"", client(), slow, again=True))
     await asyncio.sleep(0)
     await asyncio.sleep(0)
     first.cancel()
     await given_up.wait()
 
     async with asyncio.timeout(5):
-        answer = await once.answer(key, b"", prompt, again=True)
-    assert answer.text == "answer"
+        answer = await once.answer(key, b"", client(), prompt, again=True)
+    assert answer is ANSWER
     assert len(once) == 0
 
 
@@ -107,20 +121,20 @@ async def test_a_call_that_has_been_given_up_does_not_end_the_one_after_it() -> 
     once, key = Once(), Key("", "", "", "Idempotency-Key", "k")
     over = asyncio.Event()
 
-    async def answer() -> web.Response:
+    async def answer(reply: Reply) -> Answer:
         await over.wait()
-        return web.Response(text="answer")
+        return ANSWER
 
-    first = asyncio.ensure_future(once.answer(key, b"", answer, again=True))
+    first = asyncio.ensure_future(once.answer(key, b"", client(), answer, again=True))
     await asyncio.sleep(0)
     first.cancel()
-    second = asyncio.ensure_future(once.answer(key, b"", answer, again=True))
+    second = asyncio.ensure_future(once.answer(key, b"", client(), answer, again=True))
     await asyncio.wait([first])
     await asyncio.sleep(0)
     assert len(once) == 1  # whoever comes now joins the second
     over.set()
 
-    assert (await second).text == "answer"
+    assert await second is ANSWER
 
 
 async def test_it_runs_again_once_it_has_ended(routing: Routing) -> None:
@@ -212,3 +226,124 @@ async def test_an_attached_sdk_that_tries_again_says_that_it_is_the_same_call(
         keys = {received.header("Idempotency-Key") for received in engine.received}
         assert len(keys) == 1
         assert None not in keys
+
+
+@dataclass
+class Long:
+    """An engine whose answers are longer than what is held of one, and wait before their end."""
+
+    body: bytes = b'{"a":"' + b"x" * (2 * MAX_HELD_BYTES) + b'"}'
+    num_calls: int = 0
+    may_begin: asyncio.Event = field(default_factory=asyncio.Event)
+    may_end: asyncio.Event = field(default_factory=asyncio.Event)
+    given_up: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @asynccontextmanager
+    async def serving(self) -> AsyncIterator[str]:
+        app = web.Application()
+        app.router.add_get("/health", self._health)
+        app.router.add_post(CHAT, self._answer)
+        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+        await runner.setup()
+        await web.TCPSite(runner, "127.0.0.1", 0).start()
+        try:
+            yield "http://{}:{}".format(*runner.addresses[0][:2])
+        finally:
+            await runner.cleanup()
+
+    async def _health(self, request: web.Request) -> web.Response:
+        return web.Response()
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        await request.read()
+        self.num_calls += 1
+        try:
+            await self.may_begin.wait()
+            headers = {"Content-Type": "application/json", "Content-Length": str(len(self.body))}
+            response = web.StreamResponse(headers=headers)
+            await response.prepare(request)
+            await response.write(self.body[:-1])
+            await self.may_end.wait()
+            await response.write(self.body[-1:])
+        except (asyncio.CancelledError, ConnectionResetError):
+            self.given_up.set()
+            raise
+        return response
+
+
+@pytest.mark.parametrize("how", [{}, {"TE": "for-aiohttp"}], ids=str)
+async def test_of_a_long_answer_no_more_is_held_because_it_may_be_asked_for_again(
+    routing: Routing, how: dict[str, str]
+) -> None:
+    engine = Long()
+    engine.may_begin.set()
+    async with engine.serving() as url, routing(url) as client:
+        async with client.post(headers=KEY | how) as response:
+            # A part of it is here before the rest was sent.
+            received = await response.content.readexactly(MAX_HELD_BYTES)
+            status, answer = await send(client, headers=KEY)
+            engine.may_end.set()
+            received += await response.read()
+
+    assert (status, answer["error"]["code"]) == (409, "already_running")
+    assert received == engine.body
+    assert engine.num_calls == 1
+
+
+async def test_of_those_who_wait_for_a_long_answer_the_last_one_gets_it(routing: Routing) -> None:
+    engine = Long()
+    engine.may_end.set()
+    async with engine.serving() as url, routing(url) as client:
+        calls = []
+        for num_waiting in range(1, 4):
+            calls.append(send(client, headers=KEY))
+            await until_waiting(client, num_waiting)
+        engine.may_begin.set()
+        answers = await asyncio.gather(*calls)
+        assert len(client.router.proxy.running) == 0
+
+    assert [status for status, _ in answers] == [409, 409, 200]
+    assert answers[0][1]["error"]["code"] == "already_running"
+    assert len(answers[2][1]["a"]) == 2 * MAX_HELD_BYTES
+    assert engine.num_calls == 1
+
+
+async def test_a_long_answer_goes_to_nobody_who_has_just_left() -> None:
+    once, key = Once(), Key("", "", "", "Idempotency-Key", "k")
+    readers: list[object] = []
+    may_begin = asyncio.Event()
+
+    class Noting(PlainExchange):
+        async def begin(self, answer: Answer) -> None:
+            readers.append(self)
+
+    async def long(reply: Reply) -> Answer:
+        await may_begin.wait()
+        await reply.begin(ANSWER)
+        return ANSWER._replace(body=None)
+
+    nothing: Any = None
+    first, second = (Noting(nothing, CHAT, CIMultiDict({"Content-Length": "0"})) for _ in "ab")
+    calls = []
+    for exchange in (first, second):
+        call = asyncio.ensure_future(once.answer(key, b"", exchange, long, again=True))
+        await asyncio.sleep(0)
+        calls.append(call)
+    await asyncio.sleep(0)
+    may_begin.set()
+    calls[1].cancel()
+
+    assert (await calls[0]).body is None
+    assert readers == [first]
+
+
+async def test_a_long_answer_is_given_up_when_its_reader_has_left(routing: Routing) -> None:
+    engine = Long()
+    engine.may_begin.set()
+    async with engine.serving() as url, routing(url) as client:
+        async with client.post(headers=KEY) as response:
+            await response.content.readexactly(MAX_HELD_BYTES)
+        async with asyncio.timeout(30):
+            await engine.given_up.wait()
+            while len(client.router.proxy.running):
+                await asyncio.sleep(0.001)

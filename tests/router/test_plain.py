@@ -306,22 +306,27 @@ async def test_what_clients_send_ahead_counts_as_memory_of_bodies(routing: Routi
     assert 500_000 < most <= 1_000_000
 
 
+@pytest.mark.parametrize("header", [b"X: plain", b"Idempotency-Key: k"])
 @pytest.mark.parametrize("body", [BODY, STREAM])
 async def test_of_a_call_whose_client_leaves_nothing_waits_for_the_garbage_collector(
-    routing: Routing, body: bytes
+    routing: Routing, body: bytes, header: bytes
 ) -> None:
     def kept() -> list[Any]:
         return [each for each in gc.get_objects() if type(each) in (PlainExchange, Call)]
 
     async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
+        gc.collect()  # those of other tests
         gc.disable()
         try:
             for number in range(1, 4):
                 async with wire(client) as sent:
-                    sent.send(post(body))
+                    sent.send(post(body, header))
                     await engine.wait_for(received=number)
-            await engine.wait_for(aborted=3)
-            async with asyncio.timeout(60):
+                    if number == 3:
+                        engine.release(3)
+                        await sent.answer()
+                await engine.wait_for(aborted=min(number, 2))
+            async with asyncio.timeout(20):
                 while kept():
                     await asyncio.sleep(0.01)
         finally:

@@ -68,7 +68,7 @@ async def test_a_changed_file_is_taken_over(tmp_path: Path) -> None:
 
     assert of.current == HEXGEN
     assert metric(of, "policy_swaps_total") == 1
-    labels = {"dispatch": "hexgen", "ordering": "urgency"}
+    labels = {"policy": "hexgen", "dispatch": "hexgen", "ordering": "urgency"}
     assert metric(of, "policy_info", fingerprint=HEXGEN.fingerprint, **labels) == 1
     assert metric(of, "policy_info", fingerprint=BLIND.fingerprint, **labels) is None
 

@@ -123,7 +123,9 @@ def test_runs_that_are_refused_are_missed_and_do_not_make_a_gain_endless() -> No
     results = simulate(crowd.runs, crowd.fleet, present).runs
     assert sum(not run.finished for run in results) > 0.05 * len(results)
 
-    verdict = tune(crowd, present, [replace(present, relegate=False), PRESETS["workflow"]])
+    verdict = tune(
+        crowd, present, [replace(present, relegate=False, admission="accept"), PRESETS["workflow"]]
+    )
 
     assert verdict.gain is not None
     assert math.isfinite(verdict.gain)

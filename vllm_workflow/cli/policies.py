@@ -19,7 +19,8 @@ def add_parser(commands: Any) -> None:
         "policies",
         help="list the policies by name",
         description="List the policies by name. `--policy` of the router, `policy` in router.yaml "
-        "and VLLM_WORKFLOW_POLICY at an engine take a preset or DISPATCH+ORDERING.",
+        "and VLLM_WORKFLOW_POLICY at an engine take a preset or DISPATCH+ORDERING, "
+        "e.g. hexgen+urgency, with +late or +late+relegate behind it.",
     )
     parser.add_argument(
         "--json",
@@ -38,10 +39,12 @@ def run(args: argparse.Namespace) -> int:
     named = {name: policy_names.describe(name) for name in policy_names.ALL}
     baselines = {name: named[name] for name in policy_names.BASELINES}
     others = {n: about for n, about in named.items() if n not in {*baselines, DEFAULT_POLICY}}
+    options = {f"+{name}": about for name, about in policy_names.OPTION.items()}
     sections = {
         "presets": policy_names.PRESET,
         "dispatch: which instance runs a call": policy_names.DISPATCH,
         "ordering: which waiting call runs first": policy_names.ORDERING,
+        "behind DISPATCH+ORDERING; +relegate only after +late, neither with round-robin": options,
         "baselines, as DISPATCH+ORDERING": baselines,
         "further combinations; those not listed work too": others,
         "searches in hindsight, of benchmarks only": policy_names.SEARCH,

@@ -15,6 +15,7 @@ from typing import Any
 
 from vllm_workflow.core.config import PRESETS
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.router.app import Router, serve
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.logs import configure
@@ -105,7 +106,7 @@ async def _serve(config: RouterConfig, read: Callable[[], RouterConfig] | None) 
         policy = router.dispatcher.config
         print(
             f"router ready on {router.url}: {len(config.instances)} instances, "
-            f"dispatch {policy.dispatch}, policy {policy.fingerprint}"
+            f"policy {name_of(policy)} {policy.fingerprint}"
             + (f", operators on {router.admin_url}" if router.admin_url else ""),
             flush=True,
         )

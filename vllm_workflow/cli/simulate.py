@@ -12,6 +12,7 @@ from typing import Any
 from vllm_workflow.cli.tune import add_fleet_flags, fleet_from, policy_from
 from vllm_workflow.core.config import DEFAULT_POLICY
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.router.store import is_store
 from vllm_workflow.sim.arrivals import with_arrivals
 from vllm_workflow.sim.bounds import with_slo_scale
@@ -241,7 +242,8 @@ def _what(scenario: Scenario) -> str:
     slos = [run.slo_s for run in scenario.runs if run.slo_s is not None]
     promise = f"SLO {sum(slos) / len(slos):.3g} s on average" if slos else "no SLO"
     rate = _rate(scenario)
-    return f"{names}; {rate:.3g} runs/s, {promise}, policy {scenario.policy.fingerprint}"
+    policy = f"policy {name_of(scenario.policy)} {scenario.policy.fingerprint}"
+    return f"{names}; {rate:.3g} runs/s, {promise}, {policy}"
 
 
 def _rate(scenario: Scenario) -> float:

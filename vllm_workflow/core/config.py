@@ -6,7 +6,7 @@ import hashlib
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -47,7 +47,7 @@ class PolicyConfig:
     """Router: a call waits there, in the order of the policy, until an instance has a seat and
     KV blocks for it. Not with `round-robin`, which takes each instance in turn."""
     relegate: bool = False
-    """With `late_binding`: a run begins only if it can be on time beside those under way, see
+    """Needs `late_binding`: a run begins only if it can be on time beside those under way, see
     `core.admission`; what can no longer be on time waits for all that can."""
     relegation_margin: float = 0.25
     """With `relegate`: kept in reserve, as a share of how much slower runs are predicted to
@@ -59,8 +59,8 @@ class PolicyConfig:
     """With `relegate`: share of its SLO that a run waits to begin before runs that came later go
     first, from 0 to 1."""
     admission: str = "accept"
-    """With `relegate`: `accept` takes every run, however late it will be; `reject` refuses a
-    run at its first call if it would wait for longer than `max_hold_share`."""
+    """`accept` takes every run, however late it will be; `reject`, which needs `relegate`, refuses
+    a run at its first call if it would wait for longer than `max_hold_share`."""
     risk_quantile: float = 0.0
     """What is left of a run is taken to be what this share of earlier runs did not exceed, below 1;
     0 takes their mean."""
@@ -114,12 +114,6 @@ class PolicyConfig:
             value = getattr(self, name)
             _require(0.0 <= value < math.inf, name, "a finite number of seconds from 0", self)
         _require(
-            not self.late_binding or self.dispatch != "round-robin",
-            "late_binding",
-            "false with dispatch: round-robin",
-            self,
-        )
-        _require(
             0.0 <= self.relegation_margin < math.inf,
             "relegation_margin",
             "a finite number from 0",
@@ -135,13 +129,33 @@ class PolicyConfig:
         _require(0.0 <= self.max_hold_share <= 1.0, "max_hold_share", "a number from 0 to 1", self)
         _require(self.seed >= 0, "seed", "an integer from 0", self)
         _require(self.prefill_chunk_cap >= 0, "prefill_chunk_cap", "an integer from 0", self)
+        self._check_together()
+
+    def _check_together(self) -> None:
+        """Refuse what would be without effect beside what it stands with."""
+        if self.late_binding and self.dispatch == "round-robin":
+            raise ConfigError(
+                "late_binding: expected false with dispatch: round-robin, which takes each "
+                "instance in turn and so cannot wait for one with room, got True"
+            )
+        if self.relegate and not self.late_binding:
+            raise ConfigError(
+                f"relegate: expected late_binding: true beside it, got late_binding: false; {_BASE}"
+            )
+        if self.admission == "reject" and not self.relegate:
+            raise ConfigError(
+                "admission: reject expected relegate: true and late_binding: true beside it, "
+                f"got relegate: false; {_BASE}"
+            )
 
     @classmethod
     def from_mapping(cls, data: object, *, source: str) -> PolicyConfig:
         """Build from what JSON or YAML gave.
 
         Args:
-            data: A mapping of field names to values, or a name as `from_name` takes it.
+            data: A mapping of field names to values, or a name as `from_name` takes it. Fields
+                that are not there are as in the class, which is the preset `predicted-finish`,
+                or as in the policy that `preset` names.
             source: File and field that `data` came from, for error texts.
 
         Raises:
@@ -152,15 +166,19 @@ class PolicyConfig:
         if not isinstance(data, Mapping):
             raise ConfigError(f"{source}: expected a mapping of fields, got {data!r}")
         known = {f.name: type(f.default) for f in fields(cls)}
-        values: dict[str, Any] = {}
+        base, values = cls(), dict[str, Any]()
         for name, value in data.items():
-            if name not in known:
+            if name == "preset":
+                base = cls.from_name(_typed(value, str, f"{source}: preset"), source=source)
+            elif name not in known:
                 raise ConfigError(
-                    f"{source}: unknown field {name!r}; known fields are {sorted(known)}"
+                    f"{source}: unknown field {name!r}; known fields are "
+                    f"{sorted([*known, 'preset'])}"
                 )
-            values[name] = _typed(value, known[name], f"{source}: {name}")
+            else:
+                values[name] = _typed(value, known[name], f"{source}: {name}")
         try:
-            return cls(**values)
+            return replace(base, **values)
         except ConfigError as e:
             raise ConfigError(f"{source}: {e}") from None
 
@@ -181,15 +199,27 @@ class PolicyConfig:
         if not plus:
             raise ConfigError(
                 f"{source}: unknown policy {name!r}; known are {sorted(PRESETS)}, and "
-                f"DISPATCH+ORDERING, e.g. 'hexgen+urgency', each with +late or +late+relegate"
+                f"DISPATCH+ORDERING, e.g. 'hexgen+urgency', each but of round-robin with +late or "
+                f"+late+relegate too; `vllm-workflow policies` lists them"
             )
-        for half, value, known in (
+        if dispatch not in DISPATCH_POLICIES and dispatch in PRESETS:
+            raise ConfigError(
+                f"{source}: policy {name!r}: expected nothing after the preset {dispatch!r}, or "
+                f"DISPATCH+ORDERING in its place, e.g. 'predicted-finish+slack+late'"
+            )
+        if ordering in {"late", "relegate"}:
+            raise ConfigError(
+                f"{source}: policy {name!r}: expected an ordering before +late, "
+                f"e.g. 'predicted-finish+slack+late', got none"
+            )
+        for half, value, known_names in (
             ("dispatch", dispatch, DISPATCH_POLICIES),
             ("ordering", ordering, sorted(ORDERING_POLICIES)),
         ):
-            if value not in known:
+            if value not in known_names:
                 raise ConfigError(
-                    f"{source}: policy {name!r}: unknown {half} {value!r}; known are {list(known)}"
+                    f"{source}: policy {name!r}: unknown {half} {value!r}; "
+                    f"known are {list(known_names)}"
                 )
         if options not in ([], ["late"], ["late", "relegate"]):
             raise ConfigError(
@@ -216,7 +246,9 @@ class PolicyConfig:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as e:
+        except OSError as e:
+            raise ConfigError(f"{path}: cannot read policy: {e.strerror}") from None
+        except (ValueError, RecursionError) as e:
             raise ConfigError(f"{path}: cannot read policy: {e}") from None
         return cls.from_mapping(data, source=str(path))
 
@@ -232,17 +264,31 @@ class PolicyConfig:
         return ORDERING_POLICIES[self.ordering](self.patience_s, self.starvation_ratio)
 
 
+_BASE = (
+    "fields that are not given are as in the preset predicted-finish, "
+    "with `preset: workflow` as in the default"
+)
+
+
 def _require(holds: bool, field: str, wanted: str, config: PolicyConfig) -> None:
     if not holds:
         raise ConfigError(f"{field}: expected {wanted}, got {getattr(config, field)!r}")
 
 
-def _typed(value: object, wanted: type, where: str) -> object:
+_KINDS: Mapping[type, str] = {
+    bool: "true or false",
+    float: "a number",
+    int: "an integer",
+    str: "a name",
+}
+
+
+def _typed(value: object, wanted: type, where: str) -> Any:
     """Accept an int where a float is wanted; a bool is neither."""
     if wanted is float and type(value) is int and abs(value) < 1 << 53:
         return float(value)
     if type(value) is not wanted:
-        raise ConfigError(f"{where}: expected {wanted.__name__}, got {value!r}")
+        raise ConfigError(f"{where}: expected {_KINDS[wanted]}, got {value!r}")
     return value
 
 

@@ -55,6 +55,10 @@ def points(policy: PolicyConfig, grid: Grid, *, source: str = "grid") -> tuple[P
         fields = base | dict(zip(grid, values))
         if fields["dispatch"] == "round-robin":
             fields["late_binding"] = False  # it cannot wait for any one instance
+        if not fields["late_binding"]:
+            fields["relegate"] = False
+        if fields["admission"] == "reject" and not fields["relegate"]:
+            continue  # whoever wants runs refused does not want a policy that refuses none
         point = PolicyConfig.from_mapping(fields, source=source)
         found.setdefault(_significant(point), point)
         if len(found) > MAX_POINTS:

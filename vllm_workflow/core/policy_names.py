@@ -127,6 +127,19 @@ def parse(name: str) -> PolicyConfig:
     return PolicyConfig.from_name(name, source="policy")
 
 
+def name_of(policy: PolicyConfig) -> str:
+    """Return what a policy is called wherever one is shown.
+
+    That of the preset that it equals, else the long name of its parts. Parameters are not in it:
+    two policies of one name may have different fingerprints.
+    """
+    for name, preset in PRESETS.items():
+        if policy == preset:
+            return name
+    options = "+late" * policy.late_binding + "+relegate" * policy.relegate
+    return f"{policy.dispatch}+{policy.ordering}{options}"
+
+
 def describe(name: str) -> About:
     """Say in one line what a name means.
 

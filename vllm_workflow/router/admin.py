@@ -13,6 +13,7 @@ from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.router.auth import KeyCheck
 from vllm_workflow.router.config_paths import INSTANCE_FILES, paths
 from vllm_workflow.router.errors import RequestError
@@ -95,6 +96,7 @@ class Admin:
             {
                 "version": package_version(),
                 "policy": {
+                    "name": name_of(dispatcher.config),
                     "dispatch": dispatcher.config.dispatch,
                     "ordering": dispatcher.config.ordering,
                     "fingerprint": dispatcher.config.fingerprint,

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import time
 from collections.abc import Mapping
 
@@ -18,7 +17,7 @@ from multidict import CIMultiDict
 from vllm_workflow.router.attempt import Attempt, Refusal
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import BrokenOffError, LostError, error_json
-from vllm_workflow.router.exchange import Answer, Exchange
+from vllm_workflow.router.exchange import Answer, Reply
 from vllm_workflow.router.tries import is_refusal
 from vllm_workflow.router.watch import TICK_S, Silence
 
@@ -35,11 +34,6 @@ _LAST_WORDS_S = 1.0
 def held_bytes(status: int, headers: Mapping[str, str]) -> float:
     """Bytes of such an answer up to which nobody looks at it before its end."""
     return 0 if is_refusal(status) or is_event_stream(headers) else MAX_HELD_BYTES
-
-
-def unbounded(status: int, headers: Mapping[str, str]) -> float:
-    """The same of an answer that several wait for, which is never passed on in parts."""
-    return 0 if is_refusal(status) else math.inf
 
 
 def check_whole(upstream: Connection, body: bytes) -> None:
@@ -59,10 +53,10 @@ def check_whole(upstream: Connection, body: bytes) -> None:
 class Passing:
     """An answer that is passed on as it comes."""
 
-    def __init__(self, attempt: Attempt, silence: Silence, exchange: Exchange) -> None:
+    def __init__(self, attempt: Attempt, silence: Silence, reply: Reply) -> None:
         self.is_whole = False
         """Whether all of it has come, as far as its framing and its format say."""
-        self._exchange = exchange
+        self._reply = reply
         self._attempt = attempt
         self._silence = silence
         self._has_events = False
@@ -82,7 +76,7 @@ class Passing:
             wants_done: Whether it is a stream that ends with `[DONE]`.
         """
         has_events = is_event_stream(upstream.headers)
-        await self._exchange.begin(answer)
+        await self._reply.begin(answer)
         self._has_events = has_events
         chunk = first
         while chunk and not self._has_error:
@@ -104,7 +98,7 @@ class Passing:
         attempt.usage.add(data)
         attempt.is_reading = False
         begin = time.monotonic()
-        await self._exchange.write(data)
+        await self._reply.write(data)
         took_s = time.monotonic() - begin
         attempt.is_reading = True
         attempt.write_s += took_s
@@ -139,10 +133,10 @@ class Passing:
                 )
                 begin = b"data: " if self._attempt.usage.ends_event else b"\n\ndata: "
                 async with asyncio.timeout(_LAST_WORDS_S):
-                    await self._exchange.write(begin + error + _EVENT_END)
+                    await self._reply.write(begin + error + _EVENT_END)
         except TimeoutError:  # it does not read
-            self._exchange.abort()
-        self._exchange.close()
+            self._reply.abort()
+        self._reply.close()
 
 
 def is_event_stream(headers: Mapping[str, str]) -> bool:

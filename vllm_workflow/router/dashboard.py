@@ -13,6 +13,7 @@ from typing import Any
 from aiohttp import web
 
 from vllm_workflow.core.dispatcher import Dispatcher
+from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.router.board import Board
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.health import package_version
@@ -87,13 +88,9 @@ class Dashboard:
     def state(self, since: int = 0) -> str:
         """Return what the page shows, as a JSON object; see `Board.snapshot`."""
         config = self._dispatcher.config
-        late = "+late" if config.late_binding else ""
         shown = {
             "version": package_version(),
-            "policy": {
-                "name": f"{config.dispatch}+{config.ordering}{late}",
-                "fingerprint": config.fingerprint,
-            },
+            "policy": {"name": name_of(config), "fingerprint": config.fingerprint},
             "num_in_flight": self._dispatcher.num_in_flight,
             "instances": [self._instance(upstream) for upstream in self._upstreams],
             "tuning": self._tuning(),

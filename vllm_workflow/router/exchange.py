@@ -19,7 +19,27 @@ class Answer(NamedTuple):
     reason: str = ""
 
 
-class Exchange(Protocol):
+class Reply(Protocol):
+    """The way to answer a client piece by piece."""
+
+    async def begin(self, answer: Answer) -> None:
+        """Begin an answer without a body, which `write` gives it."""
+
+    async def write(self, data: bytes) -> None:
+        """Write a piece, and wait while the client does not take what was written.
+
+        Raises:
+            ConnectionResetError: The client has left.
+        """
+
+    def close(self) -> None:
+        """End the connection when what was written is sent; the answer is not whole."""
+
+    def abort(self) -> None:
+        """End the connection at once."""
+
+
+class Exchange(Reply, Protocol):
     """One request of a client.
 
     An answer that comes piece by piece is written by `begin` and `write`; a whole one is returned
@@ -38,22 +58,6 @@ class Exchange(Protocol):
 
     async def more(self) -> bytes:
         """Return more of the body, at least a byte; nothing at its end."""
-
-    async def begin(self, answer: Answer) -> None:
-        """Begin an answer without a body, which `write` gives it."""
-
-    async def write(self, data: bytes) -> None:
-        """Write a piece, and wait while the client does not take what was written.
-
-        Raises:
-            ConnectionResetError: The client has left.
-        """
-
-    def close(self) -> None:
-        """End the connection when what was written is sent; the answer is not whole."""
-
-    def abort(self) -> None:
-        """End the connection at once."""
 
 
 Handle = Callable[[Exchange], Awaitable[Answer]]

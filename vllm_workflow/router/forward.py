@@ -18,13 +18,12 @@ from vllm_workflow.router.answer import (
     error_at_start,
     held_bytes,
     is_event_stream,
-    unbounded,
 )
 from vllm_workflow.router.attempt import MISSING, Attempt, Refusal, read_refusal
 from vllm_workflow.router.call import Call, forwarded_body, response_headers
-from vllm_workflow.router.connection import Connection, HowMuchToHold
+from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import BrokenOffError, LostError, RequestError
-from vllm_workflow.router.exchange import Answer, Exchange
+from vllm_workflow.router.exchange import Answer, Reply
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.tries import is_refusal
@@ -56,12 +55,12 @@ class Forwarder:
         self._ordering = ordering
 
     async def forward(
-        self, exchange: Exchange | None, call: Call, attempt: Attempt, *, fresh: bool
+        self, reply: Reply, call: Call, attempt: Attempt, *, fresh: bool
     ) -> Answer | Refusal:
         """Forward the call and pass the answer on, or return why another one is to be asked.
 
         Args:
-            exchange: To answer as bytes come; None: the answer is returned whole.
+            reply: To answer as bytes come, where the answer is a stream, or large.
             call: What to forward.
             attempt: Where to; told how it goes.
             fresh: Take no kept connection.
@@ -78,22 +77,20 @@ class Forwarder:
             connection = None if fresh else pool.kept()
             if connection is None:
                 connection = await self._connected(pool, attempt)
-            hold = held_bytes if exchange is not None else unbounded
-            await self._asked(connection, upstream, pool, call, attempt, hold, fresh=fresh)
+            await self._asked(connection, upstream, pool, call, attempt, fresh=fresh)
             first = connection.taken()
             if refusal := await _refusal(attempt, connection, first):
                 if refusal.status == MISSING:
                     self._upstreams.suspect(attempt.instance_id)
                 return refusal
-            if connection.is_complete and hold(connection.status, connection.headers):
+            if connection.is_complete and held_bytes(connection.status, connection.headers):
                 check_whole(connection, first)
                 attempt.ok = 200 <= connection.status < 300
                 attempt.usage.add(first[-MAX_USAGE_BYTES:])
                 return self._answer(call, attempt, connection, first)
-            assert exchange is not None
             answer = self._answer(call, attempt, connection, None)
             attempt.is_begun = True
-            passing = Passing(attempt, silence, exchange)
+            passing = Passing(attempt, silence, reply)
             wants_done = _ends_with_done(call, connection)
             async with asyncio.timeout(None) as patience:
                 attempt.give_up = partial(_end, patience)
@@ -146,11 +143,10 @@ class Forwarder:
         pool: Pool,
         call: Call,
         attempt: Attempt,
-        hold: HowMuchToHold,
         *,
         fresh: bool,
     ) -> None:
-        """Send the call, and wait until as much of its answer has come as `hold` says.
+        """Send the call, and wait until its answer is whole, or is to be passed on.
 
         Raises:
             LostError: It did not come.
@@ -166,7 +162,8 @@ class Forwarder:
         head = pool.head(call.path, upstream.headers(call.headers), len(body))
         attempt.give_up = connection.abandon
         try:
-            connection.send(head, body, heard=partial(upstream.silence.heard, attempt), hold=hold)
+            heard = partial(upstream.silence.heard, attempt)
+            connection.send(head, body, heard=heard, hold=held_bytes)
             if not connection.is_sent:
                 await connection.send_rest(body)
             await connection.begun()

@@ -10,6 +10,7 @@ from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
 from vllm_workflow.core.config import PolicyConfig
+from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.core.tenant_ledger import TenantLedger
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router.runs import Run
@@ -114,7 +115,7 @@ _GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
     "instance_healthy": ("1 if calls are sent to the instance.", _PER_INSTANCE),
     "policy_info": (
         "1 for the policy that decides now.",
-        ("fingerprint", "dispatch", "ordering"),
+        ("fingerprint", "policy", "dispatch", "ordering"),
     ),
 }
 _HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
@@ -213,7 +214,7 @@ class Metrics:
         """Show which policy decides from here on."""
         self._gauges["policy_info"].clear()
         self._gauges["policy_info"].labels(
-            policy.fingerprint, policy.dispatch, policy.ordering
+            policy.fingerprint, name_of(policy), policy.dispatch, policy.ordering
         ).set(1)
 
     def policy_swapped(self) -> None:

@@ -6,6 +6,7 @@ import itertools
 import logging
 import math
 import time
+from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -22,7 +23,7 @@ from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import LostError, RequestError, error_answer
-from vllm_workflow.router.exchange import Answer, Exchange
+from vllm_workflow.router.exchange import Answer, Exchange, Reply
 from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
@@ -34,6 +35,7 @@ from vllm_workflow.router.tenants import quota_error
 from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import Usage
+from vllm_workflow.router.wire import labels_of
 
 if TYPE_CHECKING:
     from vllm_workflow.router.kv_events import KvEvents
@@ -120,6 +122,7 @@ class Proxy:
             instance_id = answer.headers.get("X-Workflow-Instance", "")
         except RequestError as e:
             answer = e.answer()
+            status = answer.status
         except ConnectionResetError:  # it left while the answer was written to it
             return Answer(_CLIENT_LEFT, CIMultiDict(), b"")
         except Exception:
@@ -132,7 +135,7 @@ class Proxy:
                 self._metrics.client_left()
             self._metrics.answered(instance_id, stage, status)
             if calls.isEnabledFor(logging.INFO):
-                _log_call(call, instance_id, status, begin)
+                _log_call(call, exchange.headers, instance_id, status, begin)
         return answer
 
     async def _read(
@@ -188,8 +191,8 @@ class Proxy:
         key, again = known
         body = call.path.encode() + b"\n" + call.body.raw
         if not call.body.stream:
-            start = partial(self._in_run, None, call)
-            return await self.running.answer(key, body, start, again=again)
+            start = partial(self._in_run, call=call)
+            return await self.running.answer(key, body, request, start, again=again)
         if not self.running.begin_stream(key, body, again=again):
             return await self._in_run(request, call)
         try:
@@ -197,11 +200,11 @@ class Proxy:
         finally:
             self.running.end_stream(key)
 
-    async def _in_run(self, request: Exchange | None, call: Call) -> Answer:
+    async def _in_run(self, reply: Reply, call: Call) -> Answer:
         """Relay the call as part of its run.
 
         Args:
-            request: To answer as bytes come; None: the answer is returned whole.
+            reply: To answer as bytes come, where the answer is not returned whole.
             call: What was read of it.
         """
         run = self.runs.begin(call.info, call.request.arrival_time)
@@ -226,16 +229,16 @@ class Proxy:
                 predicted = predicted._replace(
                     expected_output_tokens=min(call.info.expected_output_tokens, most)
                 )
-            response, ok = await self._traced(request, call._replace(request=predicted), run)
+            response, ok = await self._traced(reply, call._replace(request=predicted), run)
             return response
         finally:
             self.runs.end(call.info, run, time.monotonic(), ok=ok)
 
-    async def _traced(self, request: Exchange | None, call: Call, run: Run) -> tuple[Answer, bool]:
+    async def _traced(self, reply: Reply, call: Call, run: Run) -> tuple[Answer, bool]:
         if self._tracing is None:
-            return await self._relay(request, call)
+            return await self._relay(reply, call)
         with self._tracing.call(call, run) as span:
-            response, ok = await self._relay(request, call)
+            response, ok = await self._relay(reply, call)
             span.answered(response, ok=ok)
         return response, ok
 
@@ -244,7 +247,7 @@ class Proxy:
         if self._tracing is not None:
             self._tracing.run_ended(run)
 
-    async def _relay(self, request: Exchange | None, call: Call) -> tuple[Answer, bool]:
+    async def _relay(self, reply: Reply, call: Call) -> tuple[Answer, bool]:
         """Ask instances until one answers; then stay with it. Returns whether it ended well."""
         tries = Tries(
             partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
@@ -266,7 +269,7 @@ class Proxy:
             attempt = self._begun(call, decision)
             try:
                 answer = await self._forwarder.forward(
-                    request, call, attempt, fresh=tries.fresh_connection
+                    reply, call, attempt, fresh=tries.fresh_connection
                 )
                 if not isinstance(answer, Refusal):
                     return answer, attempt.ok
@@ -344,14 +347,18 @@ class Proxy:
         return Answer(refusal.status, headers, refusal.body)
 
 
-def _log_call(call: Call | None, instance_id: str, status: int, begin: float) -> None:
+def _log_call(
+    call: Call | None, headers: Mapping[str, str], instance_id: str, status: int, begin: float
+) -> None:
     """Log one call by what names it; `call` is None if it could not be read."""
     fields: dict[str, object] = {
         "status": status,
         "seconds": round(time.monotonic() - begin, 4),
         "instance": instance_id,
     }
-    if call is not None:
+    if call is None:
+        fields |= labels_of(headers)
+    else:
         info = call.info
         fields |= {
             "request": call.request_id,

@@ -19,6 +19,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import Added, Event, Marked, Started, Swapped, to_json
+from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.core.workflow import WorkflowProfile
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.metrics import Metrics
@@ -60,13 +61,17 @@ class PolicySwitch:
         """Take over a policy; returns whether it is another one than before."""
         if policy == self.current:
             return False
-        before = self.current.fingerprint
+        before = self.current
         self.dispatcher.swap(policy, now=time.monotonic())
         self._binder.poll()
         self.metrics.policy(policy)
         self.metrics.policy_swapped()
-        _logger.info("policy %s in the place of %s", policy.fingerprint, before)
+        _logger.info("policy %s in the place of %s", _told(policy), _told(before))
         return True
+
+
+def _told(policy: PolicyConfig) -> str:
+    return f"{name_of(policy)} {policy.fingerprint}"
 
 
 class PolicyFile:

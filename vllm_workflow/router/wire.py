@@ -188,6 +188,24 @@ def claimed_tenants(
             yield prefix + name, _label(value, prefix + name)
 
 
+_LOGGED: Mapping[str, istr] = {
+    "request": istr("X-Request-Id"),
+    "run": istr("X-Workflow-Id"),
+    "workflow": istr("X-Workflow-Name"),
+    "stage": istr("X-Workflow-Stage"),
+    "tenant": istr("X-Tenant-Id"),
+}
+
+
+def labels_of(headers: Mapping[str, str]) -> dict[str, str]:
+    """Return, by the names of a log's fields, what the headers of a refused call say of it.
+
+    Nothing of it has been checked but that it is printable: the call may claim to be anyone's.
+    """
+    said = {name: headers.get(header, "") for name, header in _LOGGED.items()}
+    return {name: value if is_label(value) else "" for name, value in said.items()}
+
+
 def _sources(
     headers: Mapping[str, str], body: Mapping[str, Any]
 ) -> tuple[tuple[Mapping[str, Any], str, str], ...]:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.sim.explain import Attempt, Call, Run, reason
 
 
@@ -55,13 +56,13 @@ def _attempt_lines(attempt: Attempt, call: Call, begin: float) -> Iterator[str]:
         yield f"again, without {', '.join(attempt.exclude)}"
     decision = attempt.decision
     if decision is None:
-        yield f"{reason(attempt)}; policy {attempt.policy.fingerprint}"
+        yield f"{reason(attempt)}; policy {name_of(attempt.policy)} {attempt.policy.fingerprint}"
         return
     slack = f"{decision.slack_s:.3g} s" if math.isfinite(decision.slack_s) else "no deadline"
     yield (
         f"→ {decision.chosen.instance_id} at {attempt.decide_time - begin:.3f} s after "
-        f"{attempt.wait_s:.3f} s of waiting, slack {slack}, policy {attempt.policy.fingerprint} "
-        f"({attempt.policy.dispatch}, {attempt.policy.ordering})"
+        f"{attempt.wait_s:.3f} s of waiting, slack {slack}, "
+        f"policy {name_of(attempt.policy)} {attempt.policy.fingerprint}"
     )
     yield f"  {reason(attempt)}"
     yield (
@@ -134,6 +135,7 @@ def _attempt(attempt: Attempt, begin: float) -> dict[str, Any]:
     decision, outcome = attempt.decision, attempt.outcome
     found: dict[str, Any] = {
         "policy": attempt.policy.fingerprint,
+        "policy_name": name_of(attempt.policy),
         "excluded": list(attempt.exclude),
         "wait_s": _finite(attempt.wait_s),
         "decided_at_s": _finite(attempt.decide_time - begin),

@@ -221,6 +221,12 @@ def test_when_the_last_instance_dies_it_fails(up: Up) -> None:
     assert "every instance has ended" in said
 
 
+def test_ports_that_nobody_named_are_none_that_systems_give_out(up: Up) -> None:
+    url = up.until_ready()
+
+    assert int(url.rpartition(":")[2].partition("/")[0]) in range(20_000, 32_768)
+
+
 @pytest.mark.parametrize("taken", ["instances.1.port", "router.port"])
 def test_a_port_in_use_is_named_before_anything_starts(up: Up, taken: str) -> None:
     with closing(socket.create_server(("127.0.0.1", 0))) as other:

@@ -192,6 +192,43 @@ def test_a_run_alone_is_not_slowed_down() -> None:
     assert busy(10, slowdown=4.0).slowdown(1) == 1.0
 
 
+def ended_runs(
+    took_s: float, *, promised_s: float = 1e4, num_runs: int = 200, held_s: float = 0.0
+) -> Pace:
+    """Runs one after the other, each taken to need 10 s."""
+    pace = Pace()
+    for number in range(num_runs):
+        begin = number * 1e5
+        call = run(f"past-{number}", rest_s=0.0, came=begin - held_s, slo_s=promised_s)
+        pace.opened(run_key(call), call, begin, 10.0)
+        end(pace, call, now=begin + took_s, idle_s=took_s)
+    return pace
+
+
+def test_runs_that_take_longer_than_their_calls_tell_are_expected_to() -> None:
+    as_expected, twice = ended_runs(10.0), ended_runs(20.0)
+
+    assert as_expected.run_slowdown(5, 10.0) == pytest.approx(as_expected.slowdown(5, 10.0))
+    assert twice.run_slowdown(5, 10.0) == pytest.approx(2.0 * twice.slowdown(5, 10.0), rel=0.1)
+
+
+def test_a_few_runs_do_not_decide_what_runs_take() -> None:
+    few = ended_runs(20.0, num_runs=2)
+
+    assert few.run_slowdown(1, 10.0) == pytest.approx(14.0 / 12.0, rel=0.02)
+
+
+def test_of_a_late_run_what_makes_it_late_counts() -> None:
+    late, on_time = ended_runs(500.0, promised_s=20.0), ended_runs(20.0)
+
+    assert late.run_slowdown(1, 10.0) == pytest.approx(on_time.run_slowdown(1, 10.0))
+
+
+def test_a_run_that_waited_to_begin_tells_nothing() -> None:
+    assert ended_runs(50.0, promised_s=100.0, held_s=6.0).run_slowdown(1, 10.0) == 1.0
+    assert ended_runs(50.0, promised_s=100.0, held_s=4.0).run_slowdown(1, 10.0) > 4.0
+
+
 def test_a_run_counts_between_its_calls_but_not_for_ever() -> None:
     pace, call = Pace(), run("r")
     pace.opened(run_key(call), call, 0.0)

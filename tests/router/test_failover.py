@@ -13,6 +13,7 @@ import vllm_workflow.router.proxy as proxy_module
 import vllm_workflow.router.upstreams as upstreams_module
 from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
+from vllm_workflow.router import tries
 from vllm_workflow.router.instance_config import InstanceConfig
 
 pytestmark = pytest.mark.anyio
@@ -156,7 +157,11 @@ async def test_calls_that_wait_for_a_hung_instance_go_to_another_one(
 
 
 @pytest.mark.parametrize("status", [429, 500, 503])
-async def test_the_fleet_s_own_last_word_is_passed_on(routing: Routing, status: int) -> None:
+async def test_the_fleet_s_own_last_word_is_passed_on(
+    routing: Routing, status: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("_FIRST_PAUSE_S", "_MAX_PAUSE_S"):  # however long the other one takes to refuse
+        monkeypatch.setattr(tries, name, 60.0)
     async with (
         FakeEngine(status=status, error_headers={"X-Why": "full"}).serving() as engine,
         FakeEngine(status=status).serving() as other,

@@ -308,6 +308,35 @@ async def test_of_those_who_wait_for_a_long_answer_the_last_one_gets_it(routing:
     assert engine.num_calls == 1
 
 
+async def test_a_long_answer_goes_to_nobody_who_has_just_left() -> None:
+    once, key = Once(), Key("", "", "", "Idempotency-Key", "k")
+    readers: list[object] = []
+    may_begin = asyncio.Event()
+
+    class Noting(PlainExchange):
+        async def begin(self, answer: Answer) -> None:
+            readers.append(self)
+
+    async def long(reply: Reply) -> Answer:
+        await may_begin.wait()
+        await reply.begin(ANSWER)
+        return ANSWER._replace(body=None)
+
+    nothing: Any = None
+    first, second = (Noting(nothing, CHAT, CIMultiDict({"Content-Length": "0"})) for _ in "ab")
+    calls = []
+    for exchange in (first, second):
+        call = asyncio.ensure_future(once.answer(key, b"", exchange, long, again=True))
+        await asyncio.sleep(0)
+        calls.append(call)
+    await asyncio.sleep(0)
+    may_begin.set()
+    calls[1].cancel()
+
+    assert (await calls[0]).body is None
+    assert readers == [first]
+
+
 async def test_a_long_answer_is_given_up_when_its_reader_has_left(routing: Routing) -> None:
     engine = Long()
     engine.may_begin.set()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import random
 import socket
 import sys
 import time
@@ -22,6 +23,8 @@ HOST = "127.0.0.1"
 _ROUTER_START_S = 60.0
 _TAKE_IN_S = 30.0
 """The router probes each instance every second."""
+_QUIET_PORTS = range(20_000, 32_768)
+"""Not given out by systems to whoever asks for any."""
 
 Report = Callable[[str], None]
 
@@ -197,7 +200,7 @@ class Cluster:
         One with keys tells nobody about its instances, only that there is a healthy one.
         """
         give_up = time.monotonic() + _TAKE_IN_S
-        while time.monotonic() < give_up:
+        while time.monotonic() < give_up and router.status is None:
             health = as_json((await http_get(router.url + "/health"))[1])
             if isinstance(health, dict) and all(
                 health.get("instances", {"": health.get("healthy", False)}).values()
@@ -232,26 +235,29 @@ def _cpus() -> set[int]:
 
 
 def _port(port: Any, where: str, taken: set[int]) -> int:
-    """Return a port that can be listened on, one of the system's choice for 0.
+    """Return a port that can be listened on, a free one for 0.
 
     Raises:
         ConfigError: Somebody listens there.
     """
     if type(port) is not int or not 0 <= port <= 65535:
         raise ConfigError(f"{where}: expected a port from 0 to 65535, got {port!r}")
-    while True:
+    problem = "no port is free"
+    # Of those that systems give to whoever asks for any, this one may be gone before it is used.
+    tried = random.sample(_QUIET_PORTS, len(_QUIET_PORTS)) if port == 0 else [port]
+    for number in tried:
+        if port == 0 and number in taken:
+            continue
         with contextlib.closing(socket.socket()) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             try:
-                probe.bind((HOST, port))
+                probe.bind((HOST, number))
             except OSError as e:
-                raise ConfigError(
-                    f"{where}: cannot listen on {HOST}:{port}: {e.strerror}"
-                ) from None
-            found: int = probe.getsockname()[1]
-        if found not in taken:
-            taken.add(found)
-            return found
+                problem = f"cannot listen on {HOST}:{number}: {e.strerror}"
+                continue
+        taken.add(number)
+        return number
+    raise ConfigError(f"{where}: {problem}")
 
 
 def _first(group: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -6,8 +6,11 @@ proportion to the runs beside them,
 
     slowdown(n) = 1 + slope · (n - 1)
 
-A run begins if, with it, the slowdown stays within what runs are promised: their SLO over what
-they need on an idle fleet. While that holds for whoever comes, nothing here changes anything.
+Runs that have ended tell how far the time they took differs from what they need times that, and it
+is corrected by that factor.
+
+A run begins if, with it, the slowdown stays within what runs are promised: their SLO over what they
+need on an idle fleet. While that holds for whoever comes, nothing here changes anything.
 """
 
 from __future__ import annotations
@@ -44,6 +47,7 @@ class Held:
 
     __slots__ = (
         "exclude",
+        "needed_s",
         "num_prompt_bytes",
         "request",
     )
@@ -51,16 +55,20 @@ class Held:
     request: Final[StageRequest]
     num_prompt_bytes: Final[int]
     exclude: Final[tuple[str, ...]]
+    needed_s: Final[float]
+    """What its run is predicted to need on an idle fleet; 0 if unknown."""
 
     def __init__(
         self,
         request: StageRequest,
         num_prompt_bytes: int,
         exclude: tuple[str, ...],
+        needed_s: float = 0.0,
     ) -> None:
         self.request = request
         self.num_prompt_bytes = num_prompt_bytes
         self.exclude = exclude
+        self.needed_s = needed_s
 
 
 @dataclass(slots=True)
@@ -255,7 +263,7 @@ class Admission:
     def _run_s(self) -> float:
         """What a run takes beside those under way."""
         needed_s = self._demand.needed_s
-        return needed_s * self.pace.slowdown(self.pace.num_runs, needed_s)
+        return needed_s * self.pace.run_slowdown(self.pace.num_runs, needed_s)
 
     def _is_late(self, request: StageRequest, now: float) -> bool:
         """Whether a run would be late even if it began now, alone."""
@@ -264,7 +272,7 @@ class Admission:
 
     def _slowdown_with_one_more(self, now: float) -> float:
         self.pace.tick(now)
-        return (1.0 + self._margin) * self.pace.slowdown(
+        return (1.0 + self._margin) * self.pace.run_slowdown(
             self._num_with_one_more(), self._demand.needed_s
         )
 

@@ -18,6 +18,12 @@ _MEMORY_S: Final = 3000.0
 """Seconds of service, as on an idle fleet, after which what was seen has faded to a third."""
 _PRIOR_RUNS: Final = 30.0
 """Runs that the prediction of the slope counts for."""
+_PRIOR_ENDS: Final = 10.0
+"""Ended runs that the belief that runs take what is expected counts for."""
+_END_RATE: Final = 0.02
+_LEAST_STRETCH: Final = 0.85
+_MAX_HELD_SHARE: Final = 0.05
+"""Share of its promise that a run may have waited and still counts as begun when it came."""
 _SHARING_RATE: Final = 0.02
 _GAP_RATE: Final = 0.02
 
@@ -26,10 +32,27 @@ _RunKey = tuple[str, str]
 
 @final
 class _Run:
-    __slots__ = ("end_time", "goes_on", "is_counted", "is_final", "num_open", "tenant_id")
+    __slots__ = (
+        "begin_run_seconds",
+        "begin_time",
+        "end_time",
+        "goes_on",
+        "is_counted",
+        "is_final",
+        "needed_s",
+        "num_open",
+        "tenant_id",
+    )
 
-    def __init__(self, tenant_id: str) -> None:
+    def __init__(
+        self, tenant_id: str, needed_s: float, begin_time: float, begin_run_seconds: float
+    ) -> None:
         self.tenant_id = tenant_id
+        self.needed_s = needed_s
+        """On an idle fleet, as predicted when it came; 0 if unknown, or compared already."""
+        self.begin_time = begin_time
+        self.begin_run_seconds = begin_run_seconds
+        """Of all runs, up to then."""
         self.num_open = 0
         """Calls made and not yet ended."""
         self.end_time = 0.0
@@ -75,6 +98,10 @@ class Pace:
         """Time that calls took longer than alone, faded."""
         self._beside_s = 0.0
         """Service of calls times the runs beside them, faded."""
+        self._took_s = 0.0
+        """Time that runs took from when they began, faded."""
+        self._expected_s = 0.0
+        """What was expected of the same, faded."""
         self._sharing: dict[str, tuple[float, float]] = {}
         """Instance -> what a call adds to each one beside it, and what it takes alone."""
         self._num_instances = 1
@@ -124,14 +151,23 @@ class Pace:
                 break
             del self._over[key], self._runs[key]
 
-    def opened(self, key: _RunKey, request: StageRequest, now: float) -> None:
-        """Note that a run makes a call, or that one begins. Safe to call twice."""
+    def opened(
+        self, key: _RunKey, request: StageRequest, now: float, needed_s: float = 0.0
+    ) -> None:
+        """Note that a run makes a call, or that one begins. Safe to call twice.
+
+        Args:
+            key: Of the run.
+            request: The call.
+            now: Instant.
+            needed_s: What a run that begins is predicted to need on an idle fleet; 0 if unknown.
+        """
         if request.request_id in self._calls:
             return
         self.tick(now)
         run = self._runs.get(key)
         if run is None:
-            run = self._runs[key] = _Run(key[0])
+            run = self._runs[key] = _Run(key[0], needed_s, now, self._run_seconds)
         elif not run.num_open:
             self._idle.pop(key, None)
             self._over.pop(key, None)
@@ -182,6 +218,8 @@ class Pace:
             run.goes_on = request.rest_s > 0.0
         run.is_final |= request.final
         if not run.num_open:
+            if ok and (run.is_final or not run.goes_on):
+                self._compare(run, request)
             if run.is_final or not request.workflow_id:
                 self._count(run, False)
                 del self._runs[key]
@@ -194,6 +232,19 @@ class Pace:
                 self._over[key] = None
                 self._count(run, False)
             self._forget()
+
+    def run_slowdown(self, num_runs: float, needed_s: float = 0.0) -> float:
+        """Time that a run takes over what it needs on an idle fleet, with so many under way.
+
+        That of calls, times how far runs that have ended took longer than so expected: calls side
+        by side that have to share instances, gaps between calls, lengths that were declared wrong.
+        While the runs under way become more, those that have ended are the quick ones, so that
+        they are believed only so far when they took less.
+        """
+        prior_s = _PRIOR_ENDS * needed_s
+        weight = self._expected_s + prior_s
+        stretch = (self._took_s + prior_s) / weight if weight > 0.0 else 1.0
+        return max(_LEAST_STRETCH, stretch) * self.slowdown(num_runs, needed_s)
 
     def slowdown(self, num_runs: float, needed_s: float = 0.0) -> float:
         """Time that calls take over what they would alone, with so many runs under way.
@@ -229,6 +280,29 @@ class Pace:
         keep = max(0.0, 1.0 - idle_s / _MEMORY_S)
         self._lost_s = keep * self._lost_s + took_s - idle_s
         self._beside_s = keep * self._beside_s + idle_s * max(0.0, num_runs - 1.0)
+
+    def _compare(self, run: _Run, request: StageRequest) -> None:
+        """Learn from a run that seems to be over how much longer runs take than expected.
+
+        Only from those that began when they came: of those that had to wait, the longer their
+        promise the more begin, and long promises are made to long runs. Past its deadline nobody
+        hurries a run any more, so of one that was late as much counts as would have made it late,
+        or as was expected if that is more.
+        """
+        took_s, left_s, needed_s = (
+            run.end_time - run.begin_time,
+            request.deadline - run.begin_time,
+            run.needed_s,
+        )
+        run.needed_s = 0.0
+        held_s = run.begin_time - request.run_arrival_time
+        if took_s <= 0.0 or needed_s <= 0.0 or held_s > _MAX_HELD_SHARE * (left_s + held_s):
+            return
+        num_runs = (self._run_seconds - run.begin_run_seconds) / took_s
+        expected_s = needed_s * self.slowdown(num_runs, needed_s)
+        keep = 1.0 - _END_RATE
+        self._took_s = keep * self._took_s + min(took_s, max(left_s, expected_s))
+        self._expected_s = keep * self._expected_s + expected_s
 
     def _count(self, run: _Run, is_counted: bool) -> None:
         if run.is_counted == is_counted:

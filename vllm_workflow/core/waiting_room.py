@@ -106,7 +106,7 @@ class WaitingRoom:
         Raises:
             ValueError: It waits already.
         """
-        held = Held(request, num_prompt_bytes, exclude)
+        held = Held(request, num_prompt_bytes, exclude, idle_s + request.rest_s)
         if not self._relegates:
             return self._line_up(held, now)
         admission = self._admissions.of(request.model, now)
@@ -219,7 +219,7 @@ class WaitingRoom:
         request = held.request
         if self._relegates:
             admission = self._admissions.of(request.model, now)
-            admission.pace.opened(run_key(request), request, now)
+            admission.pace.opened(run_key(request), request, now, held.needed_s)
             if is_hopeless(request, now):
                 return self.relegated.add(
                     request, request.deadline, held.num_prompt_bytes, held.exclude

@@ -12,9 +12,14 @@ from collections.abc import Callable, Coroutine, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
+from multidict import istr
+
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.exchange import Answer, Exchange, Reply
 from vllm_workflow.router.wire import is_label
+
+_IDEMPOTENCY_KEY, _AUTHORIZATION = istr("Idempotency-Key"), istr("Authorization")
+_RETRY_COUNT, _REQUEST_ID = istr("x-stainless-retry-count"), istr("X-Request-Id")
 
 
 class Key(NamedTuple):
@@ -34,11 +39,12 @@ class Running:
     the client that has come last, since those before it may be gone without a word.
     """
 
-    def __init__(self, key: Key, body: bytes) -> None:
+    def __init__(self, key: Key, body: bytes, *, is_stream: bool) -> None:
         self.key = key
         self.digest = _digest(body)
         self.task: asyncio.Task[Answer] | None = None
-        """Makes the answer; None for a stream, which has one reader from its beginning."""
+        """Makes the answer, if several may wait for it, until it has."""
+        self._is_stream = is_stream
         self._waiting: dict[Exchange, asyncio.Future[Answer]] = {}
         self._reader: Exchange | None = None
 
@@ -49,7 +55,7 @@ class Running:
     @property
     def has_reader(self) -> bool:
         """Whether somebody has a part of the answer already."""
-        return self.task is None or self._reader is not None
+        return self._is_stream or self._reader is not None
 
     async def answer(self, exchange: Exchange) -> Answer:
         """Wait for the answer.
@@ -75,6 +81,14 @@ class Running:
                 waiting.set_exception(error)
             else:
                 waiting.set_result(task.result())
+        # A task knows where it was cancelled, and all that was there: it would stay until cycles
+        # are looked for.
+        self.task = None
+
+    def give_up(self) -> None:
+        """End the call, for which nobody waits any more."""
+        if self.task is not None:
+            self.task.cancel()
 
     def _to(self) -> Exchange:
         if self._reader is None:
@@ -82,10 +96,10 @@ class Running:
         return self._reader
 
     async def begin(self, answer: Answer) -> None:
-        self._reader = next(reversed(self._waiting), None)
-        for exchange, waiting in self._waiting.items():
-            if exchange is not self._reader and not waiting.done():
-                waiting.set_exception(_read_by_another(self.key))
+        there = [each for each, waiting in self._waiting.items() if not waiting.done()]
+        self._reader = there.pop() if there else None
+        for exchange in there:
+            self._waiting[exchange].set_exception(_read_by_another(self.key))
         await self._to().begin(answer)
 
     async def write(self, data: bytes) -> None:
@@ -108,13 +122,16 @@ def key_of(
         tenant_id: Tenants do not meet each other's calls.
         workflow_id: Runs neither.
     """
-    who = tenant_id, headers.get("Authorization", ""), workflow_id
-    key = headers.get("Idempotency-Key", "")
+    key = headers.get(_IDEMPOTENCY_KEY, "")
     if is_label(key):
+        who = tenant_id, headers.get(_AUTHORIZATION, ""), workflow_id
         return Key(*who, "Idempotency-Key", key), True
-    request_id = headers.get("X-Request-Id", "")
-    count = headers.get("x-stainless-retry-count", "")
-    if is_label(request_id) and count:
+    count = headers.get(_RETRY_COUNT, "")
+    if not count:
+        return None
+    request_id = headers.get(_REQUEST_ID, "")
+    if is_label(request_id):
+        who = tenant_id, headers.get(_AUTHORIZATION, ""), workflow_id
         return Key(*who, "X-Request-Id", request_id), count != "0"
     return None
 
@@ -136,7 +153,7 @@ class Once:
         """
         running = self._running.get(key)
         if running is None:
-            self._running[key] = Running(key, body)
+            self._running[key] = Running(key, body, is_stream=True)
             return True
         if again and _checked(running, key, body):
             raise _read_by_another(key)
@@ -174,22 +191,26 @@ class Once:
             return await start(exchange)
         if running is None:
             running = self._begun(key, body, start)
-        if running.task is None or running.has_reader:
+        if running.has_reader:
             raise _read_by_another(key)
         try:
             return await running.answer(exchange)
         finally:
             if not running.num_waiting:
                 self._drop(key, running)  # who comes now must not wait for what is given up
-                running.task.cancel()
+                running.give_up()
 
     def _begun(
         self, key: Key, body: bytes, start: Callable[[Reply], Coroutine[None, None, Answer]]
     ) -> Running:
-        running = self._running[key] = Running(key, body)
+        running = self._running[key] = Running(key, body, is_stream=False)
         running.task = asyncio.ensure_future(start(running))
-        running.task.add_done_callback(running.ended)
-        running.task.add_done_callback(lambda _: self._drop(key, running))
+
+        def ended(task: asyncio.Task[Answer]) -> None:
+            self._drop(key, running)
+            running.ended(task)
+
+        running.task.add_done_callback(ended)
         return running
 
     def _drop(self, key: Key, running: Running) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
 
 from vllm_workflow.router.wire import RunInfo
 
@@ -32,27 +31,40 @@ def over_at(last_time: float, deadline: float) -> float:
     return min(max(last_time + IDLE_S, deadline), last_time + IDLE_TTL_S)
 
 
-@dataclass(slots=True)
 class Run:
     """One run as the router has seen it."""
 
-    workflow: str
-    arrival_time: float
-    """Instant of the first call."""
-    tenant_id: str = ""
-    deadline: float = math.inf
-    num_open: int = 0
-    """Calls under way."""
-    last_time: float = 0.0
-    """Instant at which a call last began or ended."""
-    last_ok: bool = True
-    """Whether the call that ended last ended well."""
-    is_final: bool = False
-    """Whether a call that said to be its last one has ended well."""
-    is_over: bool = False
-    """Whether it was told that it has ended. It may go on, and is not told again."""
-    span: object = None
-    """Of whoever traces runs."""
+    __slots__ = (
+        "arrival_time",
+        "deadline",
+        "is_final",
+        "is_over",
+        "last_ok",
+        "last_time",
+        "num_open",
+        "span",
+        "tenant_id",
+        "workflow",
+    )
+
+    def __init__(self, workflow: str, arrival_time: float, tenant_id: str) -> None:
+        self.workflow = workflow
+        self.arrival_time = arrival_time
+        """Instant of the first call."""
+        self.tenant_id = tenant_id
+        self.deadline = math.inf
+        self.num_open = 0
+        """Calls under way."""
+        self.last_time = 0.0
+        """Instant at which a call last began or ended."""
+        self.last_ok = True
+        """Whether the call that ended last ended well."""
+        self.is_final = False
+        """Whether a call that said to be its last one has ended well."""
+        self.is_over = False
+        """Whether it was told that it has ended. It may go on, and is not told again."""
+        self.span: object = None
+        """Of whoever traces runs."""
 
     @property
     def met(self) -> bool:
@@ -103,7 +115,7 @@ class Runs:
         if info.workflow_id:
             run = self._runs.get(key) or self._idle.pop(key, None)
         if run is None:
-            run = Run(workflow=info.workflow, arrival_time=now, tenant_id=info.tenant_id)
+            run = Run(info.workflow, now, info.tenant_id)
         if info.workflow_id:
             self._runs[key] = run
         if info.workflow:

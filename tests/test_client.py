@@ -15,6 +15,7 @@ from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+import vllm_workflow
 from tests.text2sql.scripted_server import Answer, Request, Server, completion, serving
 from vllm_workflow.client import attach, copy_context, headers, stage, workflow
 from vllm_workflow.core.errors import OverloadedError
@@ -400,3 +401,17 @@ async def test_an_error_of_the_block_itself_is_not_taken_for_a_refusal(ask: Any)
 
         with pytest.raises(LookupError):
             await elsewhere()
+
+
+def test_what_threads_and_refused_runs_need_is_public() -> None:
+    assert vllm_workflow.copy_context is copy_context
+    assert vllm_workflow.OverloadedError is OverloadedError
+
+
+def test_an_slo_that_is_no_number_is_named() -> None:
+    text: Any = "30"
+    with (
+        pytest.raises(ValueError, match=r"workflow\(slo_s=\.\.\.\): wanted .*, got '30'"),
+        workflow("w", slo_s=text),
+    ):
+        pass

@@ -126,6 +126,9 @@ def workflow(
 ) -> Iterator[Run]:
     """Make every call inside the block part of one run.
 
+    Tasks of asyncio that are started inside belong to it. Threads of a pool do not, unless what
+    they run is wrapped: `pool.submit(copy_context(ask), question)`.
+
     Args:
         name: The kind of workflow, the same for all its runs: the router learns by it.
         slo_s: The promise, in seconds from here until the run ends; None for no deadline.
@@ -139,8 +142,9 @@ def workflow(
         OverloadedError: The router refused the run (`admission: reject`), and the error by which
             the client's library says so left the block.
     """
-    if slo_s is not None and not (math.isfinite(slo_s) and slo_s > 0):
-        raise ValueError(f"workflow(slo_s=...): wanted a positive number of seconds, got {slo_s}")
+    is_number = isinstance(slo_s, int | float) and math.isfinite(slo_s)
+    if slo_s is not None and not (is_number and slo_s > 0):
+        raise ValueError(f"workflow(slo_s=...): wanted a positive number of seconds, got {slo_s!r}")
     run = Run(
         workflow_id=_checked("workflow(id=...)", uuid.uuid4().hex if id is None else id),
         name=_checked("workflow(name=...)", name),
@@ -162,6 +166,8 @@ def workflow(
 @contextmanager
 def stage(name: str, *, final: bool = False) -> Iterator[StageBlock]:
     """Name the stage of every call inside the block; the innermost block counts.
+
+    In threads of a pool, only of what `copy_context` wraps inside the block.
 
     Args:
         name: The same for the same step of every run: the router learns lengths by it.

@@ -164,6 +164,7 @@ def test_a_load_that_kept_up_is_valid() -> None:
     [
         (verdict(run_record(call_record(sent_s=0.5))), "sent too late: 50.0%"),
         (verdict(cpu_share=0.97), "97% of a core"),
+        (verdict(run_record(call_record(error="status 500"))), "no call was answered"),
         (verdict(run_record(call_record(has_trace_lengths=False))), "1 of 1 calls had another"),
         (
             verdict(server=steps(0.3)),

@@ -158,6 +158,17 @@ def test_the_command_answers_for_a_log(tmp_path: Path, capsys: pytest.CaptureFix
     assert found["metrics"]["attainment"]["difference"]["mean"] < 0.0
 
 
+def test_what_is_added_to_a_log_s_fleet_has_to_say_what_it_serves(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = str(logged(tmp_path / "log", num_runs=40))
+    words = ["simulate", path, "--add", "L40S"]
+
+    assert main(words) == 2
+    assert "--add: expected --model-shape beside it" in capsys.readouterr().err
+    assert main([*words, "--model-shape", "llama-3.1-8b", "--replicates", "2"]) == 0
+
+
 @pytest.mark.parametrize(
     ("words", "error"),
     [

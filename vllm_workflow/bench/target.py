@@ -78,6 +78,7 @@ class Target:
             async with self._session.post(
                 f"{self.root}/tokenize", json=body, timeout=_TIMEOUT
             ) as response:
+                status = response.status
                 ids = _object(await response.text()).get("tokens") or []
         except (aiohttp.ClientError, TimeoutError) as e:
             raise UpstreamError(f"{self.root}/tokenize: {type(e).__name__}: {e}") from e
@@ -85,8 +86,9 @@ class Target:
             return Prompts(sorted(set(ids)), salt)
         except (ConfigError, TypeError) as e:
             raise UpstreamError(
-                f"{self.root}/tokenize: expected token ids, got {str(ids)[:80]}; the size of the "
-                "model's vocabulary can be given instead (--vocab-size)"
+                f"{self.root}/tokenize: expected token ids, got {str(ids)[:80]} with status "
+                f"{status}; a router has no such path: give the size of the model's vocabulary "
+                "instead, e.g. --vocab-size 128000"
             ) from e
 
     async def facts(self) -> dict[str, Any]:

@@ -66,6 +66,8 @@ def judge(
             f"{num_wrong} of {len(answered)} calls had another number of prompt or output tokens "
             "than the trace"
         )
+    if runs and not answered:
+        reasons.append("no call was answered")
     for url, lateness in emulated.items():
         if not lateness.is_valid:
             reasons.append(f"{url}: {lateness}")

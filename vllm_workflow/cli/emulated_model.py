@@ -6,6 +6,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from vllm_workflow.core.errors import ConfigError, because
 from vllm_workflow.emulation.model_dir import MAX_MODEL_LEN, write_model_dir
 from vllm_workflow.profiles import catalogue
 
@@ -33,6 +34,10 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Write the folder; return the exit status."""
-    write_model_dir(catalogue.shape(args.shape), args.dir, max_model_len=args.max_model_len)
+    shape = catalogue.shape(args.shape)
+    try:
+        write_model_dir(shape, args.dir, max_model_len=args.max_model_len)
+    except OSError as e:
+        raise ConfigError(f"DIR: cannot write a folder {str(args.dir)!r}: {because(e)}") from None
     print(args.dir)
     return 0

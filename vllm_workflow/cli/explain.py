@@ -12,6 +12,7 @@ from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.sim.explain import explain
 from vllm_workflow.sim.explain_text import as_json, text
 from vllm_workflow.sim.log_window import logged_lines
+from vllm_workflow.sim.trace_decisions import is_decision_log
 
 
 def add_parser(commands: Any) -> None:
@@ -41,7 +42,11 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Read, explain, print; return the exit status."""
-    found = explain(logged_lines(args.log), args.run_id, source=str(args.log))
+    lines = logged_lines(args.log)
+    place, first = lines[0]
+    if not is_decision_log(first):
+        place.fail("a decision log, whose first line is an event 'started'", dict(first))
+    found = explain(lines, args.run_id, source=str(args.log))
     if args.tenant is not None:
         tenants = sorted({each.tenant_id for each in found})
         found = [each for each in found if each.tenant_id == args.tenant]

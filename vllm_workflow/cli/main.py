@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from importlib import import_module
@@ -18,6 +19,7 @@ COMMANDS = {
     "explain": "say why the calls of a run went where they did",
     "policies": "list the policies by name",
     "profile": "measure a vLLM server and write its latency profile",
+    "replay": "do again what a router decided, and compare",
     "router": "dispatch OpenAI-compatible calls over several vLLM servers",
     "store": "show what a router keeps in its database",
     "simulate": "what if the fleet, the load, the promises or the policy were others",
@@ -54,11 +56,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_args(argv)
     try:
         status: int = args.run(args)
+        sys.stdout.flush()
     except WorkflowError as e:
         print(f"vllm-workflow: {e}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     return status
 
 

@@ -103,7 +103,7 @@ def _add_what_if(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="GPU[:COUNT]",
-        help="with such instances too; they serve --model-shape",
+        help="with such instances too; they serve --model-shape (which a log needs)",
     )
     group.add_argument(
         "--remove",
@@ -204,6 +204,11 @@ def _traced(args: argparse.Namespace) -> Scenario:
 
 
 def _then(args: argparse.Namespace, now: Scenario) -> Scenario:
+    if args.add and args.model_shape is None and _is_log(args.traffic):
+        raise ConfigError(
+            "--add: expected --model-shape beside it, and --weight-bits and --tp where they are "
+            "not 4 and 1: a decision log does not say what its instances serve"
+        )
     fleet = now.fleet
     for what in args.remove:
         fleet = removed(fleet, what)

@@ -108,7 +108,8 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
         "--base-url",
         default="http://127.0.0.1:8000/v1",
         metavar="URL",
-        help="the router, a vLLM server or any OpenAI-compatible endpoint (default: %(default)s). "
+        help="the router, a vLLM server or any OpenAI-compatible endpoint (default: %(default)s, "
+        "a vLLM server's own port; the router's is 8080). "
         "Its key, if it wants one, is read from the environment variable OPENAI_API_KEY",
     )
     server.add_argument("--model", help="model name (default: the first of the server's /models)")

@@ -23,6 +23,8 @@ from vllm_workflow.sim.tuner_report import as_json, text
 
 _SETTINGS = TunerSettings()
 
+_DEFAULT_SHAPE = "llama-3.1-70b"
+
 
 def add_parser(commands: Any) -> None:
     """Add the sub-command to what `ArgumentParser.add_subparsers` returned."""
@@ -37,7 +39,10 @@ def add_parser(commands: Any) -> None:
     add_fleet_flags(parser, "the log's instances, corrected to be as fast as they were")
     _add_how(parser)
     parser.add_argument(
-        "--output", type=Path, metavar="FILE", help="write the better policy as policy.json"
+        "--output",
+        type=Path,
+        metavar="FILE",
+        help="write the policy to use, the better one or else the present one, as policy.json",
     )
     parser.add_argument(
         "--history", type=Path, metavar="FILE", help="append the verdict as a line of JSON"
@@ -106,9 +111,8 @@ def add_fleet_flags(parser: argparse.ArgumentParser, default: str) -> None:
     )
     group.add_argument(
         "--model-shape",
-        default="llama-3.1-70b",
         metavar="NAME",
-        help="model that every instance of --fleet serves (default: %(default)s)",
+        help=f"model that every instance of --fleet serves (default: {_DEFAULT_SHAPE})",
     )
     group.add_argument(
         "--weight-bits",
@@ -134,7 +138,7 @@ def fleet_from(args: argparse.Namespace, spec: str | None = None) -> tuple[SimIn
     """
     return fleet_of(
         spec or args.fleet,
-        model_shape=args.model_shape,
+        model_shape=args.model_shape or _DEFAULT_SHAPE,
         tp=args.tp,
         weight_bits=args.weight_bits,
         gpu_memory_utilization=args.gpu_memory_utilization,

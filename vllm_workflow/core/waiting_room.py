@@ -188,7 +188,7 @@ class WaitingRoom:
         if wait_s > most_s:
             raise OverloadedError(
                 f"model {request.model!r}: run {request.workflow_id!r} would begin in "
-                f"{wait_s:.0f} s: expected at most {most_s:.0f} s of its SLO, {promised_s:.0f} s; "
+                f"{wait_s:.3g} s: expected at most {most_s:.3g} s of its SLO, {promised_s:.3g} s; "
                 f"{admission.pace.num_runs} runs are under way, {admission.num_waiting_runs} wait "
                 "to begin",
                 retry_after_s=wait_s,

@@ -11,6 +11,8 @@ from multidict import CIMultiDict
 from vllm_workflow.core.errors import UpstreamError, WorkflowError
 from vllm_workflow.router.exchange import Answer, response_of
 
+_MAX_SHOWN = 80
+
 
 class RequestError(WorkflowError, ValueError):
     """A request that the router answers itself, with a 4xx status."""
@@ -59,7 +61,9 @@ class LostError(UpstreamError):
 
 def malformed(where: str, wanted: str, got: object) -> RequestError:
     """A value of ours that cannot be read: what, where, got, wanted."""
-    return RequestError(f"{where}: expected {wanted}, got {got!a:.80}", param=where.split()[-1])
+    shown = ascii(got)
+    shown = shown if len(shown) <= _MAX_SHOWN else f"{shown[: _MAX_SHOWN - 3]}..."
+    return RequestError(f"{where}: expected {wanted}, got {shown}", param=where.split()[-1])
 
 
 def error_json(

@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 
 from multidict import MultiMapping, istr
 
-from vllm_workflow.router.errors import malformed
+from vllm_workflow.router.errors import RequestError, malformed
 
 MAX_LABEL_LENGTH = 256
 MAX_MS = 1e11
@@ -246,7 +246,9 @@ def _read(keys: tuple[_Key, ...], source: Mapping[str, Any]) -> dict[str, Any]:
         if value is None:
             continue
         if multi is not None and len(values := multi.getall(key)) > 1:
-            raise malformed(where, "one such header", f"{len(values)} of them")
+            raise RequestError(
+                f"{where}: expected one such header, got {len(values)} of them", param=key
+            )
         if value != "":
             found[name] = read(value, where)
     return found

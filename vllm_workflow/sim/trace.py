@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, NoReturn
 
+from vllm_workflow.router.store import StoreReader, is_store
 from vllm_workflow.sim.fields import Place, json_lines, parse, read_text
 from vllm_workflow.sim.trace_decisions import is_decision_log, read_decision_log
 from vllm_workflow.sim.trace_import import is_hexgen, is_mooncake, read_hexgen, read_mooncake
@@ -23,7 +24,8 @@ def read_trace(path: Path | str) -> Trace:
     """Read a file of runs; its first value tells which of the formats it has.
 
     Args:
-        path: This project's JSONL, a Hexgen file, Mooncake JSONL, or a router's decision log.
+        path: This project's JSONL, a Hexgen file, Mooncake JSONL, or a router's decision log, in
+            its `store` too.
 
     Raises:
         ConfigError: It cannot be read or does not fit: with file, line, field, what was there
@@ -31,6 +33,9 @@ def read_trace(path: Path | str) -> Trace:
     """
     path = Path(path)
     source = str(path)
+    if is_store(path):
+        with StoreReader(path) as reader:
+            return read_decision_log("\n".join(reader.events()), source)
     text = read_text(path)
     if text.lstrip().startswith("["):
         value = parse(text, Place(source))

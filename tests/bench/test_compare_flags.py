@@ -78,6 +78,7 @@ def test_flags_that_contradict_each_other_are_refused(flags: str) -> None:
     ("flags", "said"),
     [
         ("--policies fastest", "unknown policy 'fastest'"),
+        ("--policies peers", "'peers': other routers are for --level 3 only"),
         ("--trace none.jsonl", "none.jsonl"),
         ("--fleet fleet.yaml", "fleet.yaml"),
         ("--model-shape none", "none"),

@@ -26,6 +26,7 @@ from vllm_workflow.core.events import (
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.prefix import Chain, Segment
 from vllm_workflow.core.types import Decision, Outcome
+from vllm_workflow.router.store import Store
 from vllm_workflow.sim.arrivals import with_arrivals
 from vllm_workflow.sim.fleet import InstanceSpec, build_fleet
 from vllm_workflow.sim.simulator import simulate
@@ -351,3 +352,13 @@ def test_a_log_without_a_good_call_says_so(tmp_path: Path) -> None:
 def test_an_error_in_a_log_names_line_and_field(tmp_path: Path, lines: str, wanted: str) -> None:
     with pytest.raises(ConfigError, match=wanted):
         read_trace(log(tmp_path, cut=lines))
+
+
+def test_a_router_s_store_is_read_as_its_log(tmp_path: Path) -> None:
+    events: list[Event] = [STARTED, submitted("a", 0.0), settled("a")]
+    store = Store(tmp_path / "state.db")
+    for event in events:
+        store.record(event)
+    store.close()
+
+    assert read_trace(tmp_path / "state.db").runs == read_trace(log(tmp_path, *events)).runs

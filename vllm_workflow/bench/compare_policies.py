@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vllm_workflow.bench.compare_jobs import Sample, Variant
+from vllm_workflow.bench.peers import GROUP, PEERS
 from vllm_workflow.core import policy_names
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
@@ -108,5 +109,9 @@ def _config(name: str) -> PolicyConfig:
     try:
         return policy_names.parse(name)
     except ConfigError as e:
+        if name == GROUP or name in PEERS:
+            raise ConfigError(
+                f"--policies: {name!r}: other routers are for --level 3 only"
+            ) from None
         known = ["all", "baselines", *policy_names.SEARCH]
         raise ConfigError(f"--policies: {e}; also known here are {known}") from None

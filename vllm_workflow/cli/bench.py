@@ -20,7 +20,7 @@ from vllm_workflow.bench.results import METRICS, parse_goodput
 from vllm_workflow.bench.serve import ServeOptions, ServeResult, serve
 from vllm_workflow.bench.serve_report import serve_report
 from vllm_workflow.cli.bench_flags import add_flags
-from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.errors import ConfigError, because
 from vllm_workflow.sim.arrivals import with_arrivals
 from vllm_workflow.sim.bounds import critical_path_s
 from vllm_workflow.sim.fleet import SimInstance, fleet_of
@@ -172,10 +172,13 @@ def _promised(
 
 def _check_outputs(args: argparse.Namespace) -> None:
     """Find out now, not after the load, that a result could not be written."""
-    if not args.result_dir.is_dir():
-        raise ConfigError(f"--result-dir: expected a directory, got {args.result_dir}")
-    if args.html and not args.html.resolve().parent.is_dir():
-        raise ConfigError(f"--html: expected a file in an existing directory, got {args.html}")
+    folders = {"--result-dir": args.result_dir, "--html": args.html and args.html.parent}
+    for flag, folder in folders.items():
+        try:
+            if folder is not None:
+                folder.mkdir(parents=True, exist_ok=True)
+        except OSError as e:
+            raise ConfigError(f"{flag}: cannot make the folder {folder}: {because(e)}") from None
 
 
 def _pairs(pairs: list[str], flag: str) -> dict[str, str]:

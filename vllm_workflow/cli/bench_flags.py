@@ -233,7 +233,11 @@ def _add_output(group: Any) -> None:
     group.add_argument("--save-result", action="store_true", help="save the result as JSON")
     group.add_argument("--save-detailed", action="store_true", help="with every call of every run")
     group.add_argument(
-        "--result-dir", type=Path, default=Path(), metavar="DIR", help="(default: here)"
+        "--result-dir",
+        type=Path,
+        default=Path(),
+        metavar="DIR",
+        help="made if it is not there (default: here)",
     )
     group.add_argument(
         "--result-filename",

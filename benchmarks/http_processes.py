@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Mapping
 from contextlib import AsyncExitStack
 from pathlib import Path
+from urllib.parse import quote
 
+import vllm_workflow
 from vllm_workflow.bench.system_fleet import free_ports
 from vllm_workflow.cluster.process import ManagedProcess
 
@@ -15,11 +18,16 @@ _START_TIMEOUT_S = 60.0
 
 
 async def started(
-    stack: AsyncExitStack, name: str, command: list[str], url: str, folder: Path
+    stack: AsyncExitStack,
+    name: str,
+    command: list[str],
+    url: str,
+    folder: Path,
+    env: Mapping[str, str] | None = None,
 ) -> ManagedProcess:
     """Start a process that lives as long as the stack; return when it answers."""
-    log_path = folder / f"{name.replace(':', '-')}.log"
-    process = ManagedProcess(name=name, command=command, url=url, log_path=log_path)
+    log_path = folder / f"{quote(name, safe='')}.log"
+    process = ManagedProcess(name=name, command=command, url=url, log_path=log_path, env=env or {})
     await process.start()
     stack.push_async_callback(process.stop)
     await process.ready("/health", (200,), _START_TIMEOUT_S)
@@ -36,9 +44,21 @@ async def started_servers(stack: AsyncExitStack, number: int, folder: Path) -> l
 
 
 async def started_router(
-    stack: AsyncExitStack, policy: str, urls: list[str], folder: Path
+    stack: AsyncExitStack,
+    policy: str,
+    urls: list[str],
+    folder: Path,
+    package_in: Path | None = None,
 ) -> ManagedProcess:
-    """Start this project's router before servers."""
+    """Start this project's router before servers.
+
+    Args:
+        stack: Ends it.
+        policy: That it decides by.
+        urls: Of the servers.
+        folder: For its configuration and its log.
+        package_in: Folder with the package that is to run; None: the one that runs here.
+    """
     (port,) = free_ports(1)
     config = {
         "port": port,
@@ -46,7 +66,12 @@ async def started_router(
         "log_level": "warning",
         "instances": [{"url": url, "id": f"i{i}"} for i, url in enumerate(urls)],
     }
-    path = folder / f"{policy}.yaml"
+    path = folder / f"router-{port}.yaml"
     path.write_text(json.dumps(config), encoding="utf-8")  # which is YAML
-    command = [sys.executable, "-m", "vllm_workflow.cli.main", "router", "--config", str(path)]
-    return await started(stack, policy, command, f"http://127.0.0.1:{port}", folder)
+    command = [sys.executable, "-P", "-m", "vllm_workflow.cli.main", "router"]
+    command += ["--config", str(path)]
+    package_in = package_in or Path(vllm_workflow.__file__).parents[1]
+    env = {"PYTHONPATH": str(package_in.resolve())}
+    return await started(
+        stack, f"{policy}-{port}", command, f"http://127.0.0.1:{port}", folder, env
+    )

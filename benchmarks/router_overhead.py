@@ -4,6 +4,8 @@ python benchmarks/router_overhead.py --rounds 5 --json router_overhead.json
 
 All stand before the same servers, which answer at once. Rounds alternate between routers, so that
 what else the machine does falls on all of them. CPU time is that of the router's processes alone.
+`POLICY@FOLDER` is this project's router under that policy, run from the package in that folder:
+`workflow@out/compiled`, or `workflow@` and a work tree of another version.
 """
 
 import argparse
@@ -83,7 +85,11 @@ async def _router(
     stack: AsyncExitStack, name: str, urls: list[str], peers_dir: Path, folder: Path
 ) -> ManagedProcess:
     if name not in peers.PEERS and name != PLAIN:
-        return await started_router(stack, name, urls, folder)
+        policy, _, package_in = name.partition("@")
+        package = Path(package_in) if package_in else None
+        if package is not None and not (package / "vllm_workflow").is_dir():
+            raise ConfigError(f"--routers: expected a package in {package}, got none")
+        return await started_router(stack, policy, urls, folder, package)
     port, metrics_port = free_ports(2)
     if name == PLAIN:
         command = [sys.executable, BACKEND, "proxy", str(port), *urls]

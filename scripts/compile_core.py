@@ -1,4 +1,4 @@
-"""Compile the dispatcher and the engines of level 1 to machine code, beside the sources.
+"""Compile dispatcher, engines of level 1 and a call's way through the router to machine code.
 
     python scripts/compile_core.py
     PYTHONPATH=out/compiled python benchmarks/sim_speed.py
@@ -18,6 +18,10 @@ import subprocess
 import sys
 import sysconfig
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from setuptools import Extension
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_workflow"
@@ -32,30 +36,51 @@ SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),
     *("run_state", "seats", "simulator", "step_series", "types"),
 )
+# What each call passes; what inherits from a class of another library is left as it is.
+ROUTER = (
+    *("answer", "attempt", "auth", "binder", "board", "body", "call", "connection", "dialects"),
+    *("exchange", "forward", "head", "limits", "metrics", "once", "plain", "plain_connection"),
+    *("pool", "prefixes", "proxy", "runs", "series", "tries", "usage", "watch", "wire"),
+)
+MODULES = [
+    *(f"{PACKAGE}/core/{name}.py" for name in CORE),
+    *(f"{PACKAGE}/sim/{name}.py" for name in SIM),
+    *(f"{PACKAGE}/router/{name}.py" for name in ROUTER),
+]
 STAMP = "compiled_from"
+OPT_LEVEL = "3"
 _BUILD = """
 import sys
-from mypyc.build import mypycify
+from compile_core import extensions
 from setuptools import setup
 
-flags = ["--ignore-missing-imports", "--follow-imports=silent"]
-setup(
-    name="compiled",
-    packages=[],
-    ext_modules=mypycify([*flags, *sys.argv[1:]], opt_level="3", debug_level="0"),
-    script_args=["-q", "build_ext", "--inplace"],
-)
+opt_level, *command = sys.argv[1:]
+setup(name="compiled", packages=[], ext_modules=extensions(opt_level), script_args=command)
 """
+
+
+def extensions(opt_level: str = OPT_LEVEL) -> list[Extension]:
+    """Return what `setup` compiles, for the package in the current folder."""
+    from mypyc.build import mypycify
+
+    flags = ["--ignore-missing-imports", "--follow-imports=silent"]
+    made: list[Extension] = mypycify([*flags, *MODULES], opt_level=opt_level, debug_level="0")
+    return made
 
 
 def main() -> None:
     """Copy what has changed; compile, unless what is compiled has not."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "out" / "compiled", metavar="DIR")
-    out: Path = parser.parse_args().out.resolve()
-    modules = [f"{PACKAGE}/core/{name}.py" for name in CORE]
-    modules += [f"{PACKAGE}/sim/{name}.py" for name in SIM]
-    stamp = _stamp(modules)
+    parser.add_argument(
+        "--opt-level",
+        default=OPT_LEVEL,
+        choices=["0", "1", "2", "3"],
+        help="of the C compiler; less compiles faster (%(default)s)",
+    )
+    args = parser.parse_args()
+    out: Path = args.out.resolve()
+    stamp = _stamp(args.opt_level)
     is_current = (out / STAMP).is_file() and (out / STAMP).read_text(encoding="utf-8") == stamp
     if not is_current:
         _require_tools()
@@ -67,8 +92,8 @@ def main() -> None:
     if is_current:
         print(f"{out} is up to date")
         return
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    command = [sys.executable, "-c", _BUILD, *modules]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent)}
+    command = [sys.executable, "-c", _BUILD, args.opt_level, "-q", "build_ext", "--inplace"]
     if subprocess.run(command, cwd=out, env=environment, check=False).returncode:
         sys.exit(f"mypyc could not compile the package, see above; {out} is of no use")
     shutil.rmtree(out / "build")
@@ -76,10 +101,10 @@ def main() -> None:
     print(f"compiled; use it with PYTHONPATH={out}")
 
 
-def _stamp(modules: list[str]) -> str:
+def _stamp(opt_level: str) -> str:
     """Return what tells one compilation from another."""
-    digest = hashlib.sha256(sys.version.encode() + Path(__file__).read_bytes())
-    for module in modules:
+    digest = hashlib.sha256(f"{sys.version} {opt_level}".encode() + Path(__file__).read_bytes())
+    for module in MODULES:
         digest.update((ROOT / module).read_bytes())
     return digest.hexdigest()
 

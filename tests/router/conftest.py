@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+import sys
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -73,6 +74,14 @@ async def _routing(
 
 
 Routing = Callable[..., AbstractAsyncContextManager[Client]]
+
+
+@pytest.fixture(autouse=True)
+def no_exception_stays() -> Iterator[None]:
+    """What is compiled must not go on handling an exception for ever: it would keep all that the
+    exception knows, and be kept by the next one as its context."""
+    yield
+    assert sys.exception() is None
 
 
 @pytest.fixture

@@ -247,7 +247,7 @@ def test_a_section_that_is_a_key_is_not_repeated() -> None:
     with pytest.raises(ConfigError) as caught:
         config(KEY)
 
-    assert "router.yaml: auth: Input should be" in str(caught.value)
+    assert "router.yaml: auth: expected a mapping of fields" in str(caught.value)
     assert KEY not in str(caught.value)
 
 

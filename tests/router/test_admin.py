@@ -156,7 +156,7 @@ async def test_an_instance_that_is_added_is_sent_calls(routing: Routing) -> None
 @pytest.mark.parametrize(
     ("data", "message"),
     [
-        ({}, "body: url: Field required"),
+        ({}, "body: url: expected a value, got none"),
         ([], "body: expected a mapping of fields, got []"),
         ({"url": "x"}, "body: url: expected http://HOST:PORT or https://HOST:PORT, got 'x'"),
         ({"url": "http://u:p@a:1"}, "body: url: expected no name and password"),

@@ -15,6 +15,7 @@ from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdra
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router import board as module
 from vllm_workflow.router.board import MAX_CALLS, MAX_RUNS, MAX_WAITING, REFRESH_S, Board
+from vllm_workflow.router.runs import IDLE_S
 
 
 class Clock:
@@ -108,7 +109,7 @@ def test_a_run_that_says_nothing_of_its_end_has_ended_when_idle():
     made = Board(clock)
     made.record(submitted("1", run="r", deadline=1010.0))
     made.record(settled("1"))
-    clock.now += module.IDLE_S
+    clock.now += IDLE_S
 
     (run,) = shown(made)["runs"]
 

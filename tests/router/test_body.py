@@ -136,6 +136,7 @@ def test_what_matters_is_read() -> None:
 
     assert (body.model, body.stream, body.max_tokens) == ("m", True, 9)
     assert parse(b'{"max_completion_tokens":5,"max_tokens":9}').max_tokens == 5
+    assert parse(b'{"max_tokens":1%b}' % (b"0" * 400)).max_tokens == 1 << 53
     for nonsense in (b'"x"', b"-1", b"0", b"true", b"null", b"1.5"):
         assert parse(b'{"max_tokens":' + nonsense + b"}").max_tokens is None
     assert parse(b'{"stream":"yes"}').stream is False

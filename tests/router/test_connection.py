@@ -366,13 +366,14 @@ async def test_a_connection_that_is_being_made_as_its_pool_is_closed_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     may_go_on = asyncio.Event()
-    look_up = Pool._look_up
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
 
-    async def slow(self: Pool) -> Any:
+    async def slow(*args: Any, **kwargs: Any) -> Any:
         await may_go_on.wait()
-        return await look_up(self)
+        return await look_up(*args, **kwargs)
 
-    monkeypatch.setattr(Pool, "_look_up", slow)
+    monkeypatch.setattr(loop, "getaddrinfo", slow)
     async with Server(WITH_LENGTH).serving() as pool:
         connecting = asyncio.create_task(pool.connect())
         while pool._addresses is None:

@@ -17,8 +17,10 @@ from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
 from tests.router.test_tls import Certificates, certificates
 from vllm_workflow.router.call import Call
+from vllm_workflow.router.exchange import Answer, Exchange
 from vllm_workflow.router.plain import PlainExchange
 from vllm_workflow.router.plain_connection import PlainConnection
+from vllm_workflow.router.protocol import Listener, Protocol
 
 __all__ = ["certificates"]  # a fixture
 
@@ -31,11 +33,12 @@ SINGLETONS = (
     *(b"Host", b"Max-Forwards", b"Server", b"Transfer-Encoding", b"User-Agent"),
 )
 """Headers of which a request has one at most, by RFC 9110 and aiohttp."""
+LINE = f"POST {CHAT} HTTP/1.1".encode()
 HEALTH = b"GET /health HTTP/1.1\r\nHost: router\r\n\r\n"
 
 
 def post(body: bytes = BODY, *headers: bytes) -> bytes:
-    lines = [f"POST {CHAT} HTTP/1.1".encode(), b"Host: router", *headers]
+    lines = [LINE, b"Host: router", *headers]
     return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
 
 
@@ -83,23 +86,29 @@ async def wire(client: Client, tls: ssl.SSLContext | None = None) -> AsyncIterat
             writer.close()
 
 
+def listener_of(client: Client) -> Listener:
+    """What takes the connections of a router's clients."""
+    (listener,) = [each for each in client.router.reload.listeners if each.handles]
+    return listener
+
+
 @pytest.fixture
-def taken(monkeypatch: pytest.MonkeyPatch) -> list[PlainConnection]:
-    """The connections that were given to aiohttp."""
-    connections: list[PlainConnection] = []
-    hand_over = PlainConnection._hand_over
+def taken(monkeypatch: pytest.MonkeyPatch) -> list[Protocol]:
+    """What aiohttp has got connections by."""
+    protocols: list[Protocol] = []
+    aiohttp_protocol = Listener.aiohttp_protocol
 
-    def noted(self: PlainConnection, data: bytes) -> None:
-        connections.append(self)
-        hand_over(self, data)
+    def noted(self: Listener, num_trusts: int) -> Protocol:
+        protocols.append(aiohttp_protocol(self, num_trusts))
+        return protocols[-1]
 
-    monkeypatch.setattr(PlainConnection, "_hand_over", noted)
-    return connections
+    monkeypatch.setattr(Listener, "aiohttp_protocol", noted)
+    return protocols
 
 
 @pytest.mark.parametrize("body", [BODY, STREAM, b"{", b'{"model":"no"}', b'{"model":1}'])
 async def test_whoever_reads_a_call_its_answer_is_the_same(
-    routing: Routing, taken: list[PlainConnection], body: bytes
+    routing: Routing, taken: list[Protocol], body: bytes
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
         answers = []
@@ -120,7 +129,7 @@ async def test_whoever_reads_a_call_its_answer_is_the_same(
 
 
 async def test_wherever_packets_end_a_call_is_the_same(
-    routing: Routing, taken: list[PlainConnection], monkeypatch: pytest.MonkeyPatch
+    routing: Routing, taken: list[Protocol], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     received: list[bytes] = []
     receive = PlainConnection.data_received
@@ -149,7 +158,7 @@ async def test_wherever_packets_end_a_call_is_the_same(
 
 
 async def test_calls_sent_at_once_are_answered_in_turn(
-    routing: Routing, taken: list[PlainConnection]
+    routing: Routing, taken: list[Protocol]
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
         async with wire(client) as sent:
@@ -168,7 +177,7 @@ async def test_calls_sent_at_once_are_answered_in_turn(
 
 
 async def test_a_connection_stays_for_the_next_call_unless_it_is_to_end(
-    routing: Routing, taken: list[PlainConnection]
+    routing: Routing, taken: list[Protocol]
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
         async with wire(client) as sent:
@@ -233,7 +242,7 @@ async def test_whoever_says_close_among_other_words_has_the_connection_closed(
     ids=lambda data: repr(data)[:120],
 )
 async def test_what_is_not_plain_is_for_aiohttp_to_judge(
-    routing: Routing, taken: list[PlainConnection], data: bytes
+    routing: Routing, taken: list[Protocol], data: bytes
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
         async with wire(client) as sent:
@@ -247,24 +256,20 @@ async def test_what_is_not_plain_is_for_aiohttp_to_judge(
             assert response.status == 200
 
 
-async def test_a_client_that_sends_ahead_is_made_to_wait(
-    routing: Routing, monkeypatch: pytest.MonkeyPatch
-) -> None:
+async def test_a_client_that_sends_ahead_is_made_to_wait(routing: Routing) -> None:
     most = 0
-    keep = PlainConnection._keep
-
-    def noted(self: PlainConnection, data: bytes) -> None:
-        nonlocal most
-        keep(self, data)
-        most = max(most, len(self._ahead))
-
-    monkeypatch.setattr(PlainConnection, "_keep", noted)
     async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
+        plain = listener_of(client).plain
         async with wire(client) as sent:
             sent.send(post(BODY) + post(b'{"model":"m","x":"%b"}' % (b"x" * 900_000)) * 20)
             await engine.wait_for(received=1)
+            (connection,) = plain
+            async with asyncio.timeout(20):
+                while not connection._is_paused:
+                    await asyncio.sleep(0)
             for _ in range(100):
                 await asyncio.sleep(0)
+                most = max(most, len(connection._ahead))
             engine.release(21)
             for _ in range(21):
                 assert (await sent.answer()).status == 200
@@ -338,10 +343,10 @@ async def test_a_call_that_is_cancelled_by_others_ends_its_connection(
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
 
-        def cancelled(*args: Any, **kwargs: Any) -> None:
+        async def cancelled(exchange: Exchange) -> Answer:
             raise asyncio.CancelledError
 
-        monkeypatch.setattr(client.router.proxy.runs, "begin", cancelled)
+        monkeypatch.setattr(listener_of(client), "handles", {LINE: cancelled})
         async with wire(client) as sent:
             sent.send(post(BODY))
             with suppress(ConnectionResetError):
@@ -349,7 +354,7 @@ async def test_a_call_that_is_cancelled_by_others_ends_its_connection(
 
 
 async def test_who_is_answered_before_the_body_is_told_that_it_is_the_last_answer(
-    routing: Routing, taken: list[PlainConnection]
+    routing: Routing, taken: list[Protocol]
 ) -> None:
     data = post(BODY, b"X-Custom: \xff")
     async with FakeEngine().serving() as engine, routing(engine) as client:
@@ -377,7 +382,7 @@ async def test_nothing_is_kept_of_a_client_that_leaves_instead_of_sending_its_bo
 
 
 async def test_bytes_stay_in_their_order_when_aiohttp_gets_a_connection_with_tls(
-    routing: Routing, taken: list[PlainConnection], certificates: Certificates
+    routing: Routing, taken: list[Protocol], certificates: Certificates
 ) -> None:
     large = b'{"model":"m","x":"%b"}' % b"".join(b"%09d " % i for i in range(100_000))
     async with (
@@ -491,11 +496,11 @@ async def test_a_call_that_breaks_the_router_is_told_so(
 ) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
 
-        def broken(*args: Any, **kwargs: Any) -> None:
+        async def broken(exchange: Exchange) -> Answer:
             raise ZeroDivisionError
 
         with monkeypatch.context() as patched:
-            patched.setattr(client.router.proxy.runs, "begin", broken)
+            patched.setattr(listener_of(client), "handles", {LINE: broken})
             async with wire(client) as sent:
                 sent.send(post(BODY))
                 answer = await sent.answer()

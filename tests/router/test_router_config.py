@@ -116,11 +116,22 @@ def test_flags_replace_fields_of_the_file(tmp_path: Path) -> None:
     ("fields", "message"),
     [
         ({"instances": []}, "instances: expected at least one"),
-        ({"instances": [{}]}, "instances.0.url: Field required"),
+        ({"instances": [{}]}, "instances.0.url: expected a value, got none"),
         ({"ports": 1}, "ports: unknown field"),
-        ({"port": 70000}, "port: Input should be less than or equal to 65535, got 70000"),
-        ({"port": "8000"}, "port: Input should be a valid integer, got '8000'"),
-        ({"max_body_mb": 0}, "max_body_mb: Input should be greater than 0, got 0"),
+        ({"policy": 3}, "policy: expected a name or a mapping of fields, got 3$"),
+        ({"instances": [{"url": "foo"}]}, "instances.0.url: expected http://HOST:PORT.*'foo'$"),
+        (
+            {"instances": [{"url": "http://a:1", "gpus": 1}]},
+            "instances.0.gpus: unknown",
+        ),
+        ({"colour": 1}, r"colour: unknown field; known fields are \['admin', 'auth', "),
+        (
+            {"discovery": {"files": [{"path": "x", "pat": "x"}]}},
+            r"discovery.files.0.pat: unknown field; known fields are \['every_s', 'path'\]",
+        ),
+        ({"port": 70000}, "port: expected at most 65535, got 70000"),
+        ({"port": "8000"}, "port: expected an integer, got '8000'"),
+        ({"max_body_mb": 0}, "max_body_mb: expected more than 0, got 0"),
         (
             {"instances": [{"url": "10.0.0.7:8000"}]},
             "instances.0.url: expected http://HOST:PORT or https://HOST:PORT, got '10.0.0.7:8000'",
@@ -135,7 +146,7 @@ def test_flags_replace_fields_of_the_file(tmp_path: Path) -> None:
         ),
         (
             {"instances": [{"url": "http://a:1", "latency": {"weights_ms": -1}}]},
-            "instances.0.latency.weights_ms: Input should be greater than or equal to 0, got -1",
+            "instances.0.latency.weights_ms: expected at least 0, got -1",
         ),
         (
             {"instances": [{"url": "http://a:1", "latency": {"weights_ms": 0, "overhead_ms": 0}}]},
@@ -143,7 +154,7 @@ def test_flags_replace_fields_of_the_file(tmp_path: Path) -> None:
         ),
         (
             {"instances": [{"url": "http://a:1", "id": "a b"}]},
-            "instances.0.id: String should match pattern",
+            "instances.0.id: expected a name that fits ",
         ),
         (
             {"instances": [{"url": "http://a:1"}, {"url": "http://a:1"}]},
@@ -155,13 +166,13 @@ def test_flags_replace_fields_of_the_file(tmp_path: Path) -> None:
         ({"policy": "none.json"}, r"none\.json: cannot read policy"),
         (
             {"workflows": [{"name": "w", "stages": [{"name": "s", "rounds": -1}]}]},
-            "workflows.0.stages.0.rounds: Input should be greater than or equal to 0, got -1",
+            "workflows.0.stages.0.rounds: expected at least 0, got -1",
         ),
         (
             {"workflows": [{"name": "w", "stages": [{"name": "s"}, {"name": "s"}]}]},
             "workflows.0: workflow 'w': a stage is declared twice",
         ),
-        ({"log_level": "loud"}, "log_level: Input should be 'debug', 'info'"),
+        ({"log_level": "loud"}, "log_level: expected 'debug', 'info'"),
     ],
     ids=lambda value: str(value)[:40],
 )
@@ -218,8 +229,31 @@ def test_what_latency_sets_goes_before_what_is_predicted() -> None:
     assert changed == replace(predicted, max_num_batched_tokens=512)
 
 
-def test_a_gpu_without_a_shape_is_for_people_only() -> None:
-    assert latency_of(gpu="the old one in the cellar") == LatencyModel()
+def test_a_gpu_beside_a_latency_is_for_people_only() -> None:
+    found = latency_of(gpu="the old one in the cellar", latency={"overhead_ms": 7.0})
+
+    assert found == replace(LatencyModel(), overhead_s=0.007)
+
+
+@pytest.mark.parametrize(
+    "other", ["http://a:1", "http://a:1/", "http://A:1", "http://a:01"], ids=str
+)
+def test_a_server_is_declared_once(other: str) -> None:
+    message = r"instances: expected each server once, got http://.* as 'one' and as 'two'"
+    with pytest.raises(ConfigError, match=message):
+        config(instances=[{"id": "one", "url": "http://a:1"}, {"id": "two", "url": other}])
+
+
+def test_a_port_that_cannot_be_is_told() -> None:
+    with pytest.raises(ConfigError, match=r"instances\.0\.url: expected a PORT from 0 to 65535"):
+        config(instances=[{"url": "http://a:70000"}])
+
+
+def test_the_port_of_a_scheme_need_not_be_written() -> None:
+    plain, secure = {"id": "one", "url": "http://a"}, {"id": "two", "url": "https://a"}
+    assert len(config(instances=[plain, secure]).instances) == 2
+    with pytest.raises(ConfigError, match="each server once"):
+        config(instances=[plain, {"id": "two", "url": "http://a:80"}])
 
 
 def test_a_profile_lies_beside_the_router_s_file(tmp_path: Path) -> None:
@@ -235,7 +269,8 @@ def test_a_profile_lies_beside_the_router_s_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"model_shape": "llama-3.1-8b"}, r"gpu: expected one of \[.*\], got ''"),
+        ({"model_shape": "llama-3.1-8b"}, "model_shape: expected gpu beside it, got none"),
+        ({"gpu": "B300"}, "gpu: expected model_shape beside it, got none"),
         ({"gpu": "X1", "model_shape": "llama-3.1-8b"}, r"gpu: expected one of \[.*\], got 'X1'"),
         ({"gpu": "L4", "tp": 2}, "tp: expected model_shape beside it, got none"),
         ({"gpu": "L4", "model_shape": "llama-3.1-70b"}, "llama-3.1-70b at 16 bits: expected"),
@@ -246,3 +281,23 @@ def test_a_profile_lies_beside_the_router_s_file(tmp_path: Path) -> None:
 def test_hardware_that_cannot_be_is_told_with_its_instance(fields: Any, message: str) -> None:
     with pytest.raises(ConfigError, match=rf"^router\.yaml: instances\.0: {message}"):
         latency_of(**fields)
+
+
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    path.write_text("port: 1\ninstances: [{url: 'http://a:1'}]\nport: 2\n")
+
+    with pytest.raises(ConfigError, match=r"a key that was there already in line 3, column 1"):
+        RouterConfig.from_file(path)
+
+
+def test_a_mapping_may_start_from_another_one(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    path.write_text(
+        "instances:\n- &first {url: 'http://a:1', max_num_seqs: 8}\n"
+        "- {<<: *first, url: 'http://b:1'}\n"
+    )
+
+    config = RouterConfig.from_file(path)
+
+    assert [(each.id, each.max_num_seqs) for each in config.instances] == [("a:1", 8), ("b:1", 8)]

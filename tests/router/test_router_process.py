@@ -173,6 +173,39 @@ async def test_calls_that_take_longer_than_the_grace_are_handed_over(tmp_path: P
     assert len(engine.received) == 2
 
 
+async def test_a_hangup_while_it_starts_has_the_file_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "router.yaml"
+    async with (
+        FakeEngine(slow_health=True).serving() as engine,
+        aiohttp.ClientSession() as session,
+        asyncio.timeout(60),
+    ):
+        text = f"port: 0\ninstances: [{{id: a, url: '{engine.url}'}}]\n"
+        path.write_text(text)
+        words = ("-m", "vllm_workflow.cli.main", "router", "--config", str(path))
+        running = await asyncio.create_subprocess_exec(
+            sys.executable, *words, stdout=asyncio.subprocess.PIPE
+        )
+        assert running.stdout is not None
+        try:
+            while not engine.num_health_asks:  # it waits for the answer before it is ready
+                await asyncio.sleep(0.01)
+            path.write_text(text.replace("id: a", "id: b"))
+            running.send_signal(signal.SIGHUP)
+            engine.slow_health = False
+            line = (await running.stdout.readline()).decode()
+            assert line.startswith("router ready on "), line
+            url = line.split()[3].rstrip(":")
+            names = set[str]()
+            while names != {"b"}:
+                async with session.get(url + "/health") as response:
+                    names = set((await response.json())["instances"])
+        finally:
+            if running.returncode is None:
+                running.kill()
+            await running.communicate()
+
+
 async def waiting_calls(session: aiohttp.ClientSession, url: str) -> float:
     async with session.get(url + "/metrics") as response:
         for line in (await response.text()).splitlines():

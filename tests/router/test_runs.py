@@ -80,6 +80,51 @@ def test_a_final_call_ends_its_run(end: float, met: bool) -> None:
     assert [run.met for run in ended] == [met]
 
 
+def test_of_final_calls_side_by_side_the_last_to_end_ends_the_run() -> None:
+    runs, ended = make()
+    last = info(slo_ms=30_000.0, final=True)
+    first, second = runs.begin(last, 0.0), runs.begin(last, 0.0)
+    runs.end(last, first, 10.0, ok=True)
+    assert ended == []
+
+    runs.end(last, second, 31.0, ok=True)
+    assert [run.met for run in ended] == [False]
+    assert len(runs) == 0
+
+
+def test_a_run_that_says_nothing_of_its_end_counts_a_minute_after_its_last_call() -> None:
+    runs, ended = make()
+    call(runs, info("short", slo_ms=30_000.0), 0.0, 10.0)
+    call(runs, info("long", slo_ms=300_000.0), 0.0, 10.0)
+    call(runs, info("endless", slo_ms=9e9), 0.0, 10.0)
+    runs.expire(69.0)
+    assert ended == []
+    runs.expire(70.0)
+    assert len(ended) == 1
+    runs.expire(299.0)
+    assert len(ended) == 1  # the other one may go on, and be on time
+    runs.expire(300.0)
+    assert len(ended) == 2
+    runs.expire(910.0)
+    assert [run.met for run in ended] == [True] * 3
+
+
+def test_a_run_that_counts_already_keeps_its_deadline_and_does_not_count_again() -> None:
+    runs, ended = make()
+    call(runs, info(slo_ms=30_000.0), 0.0, 10.0)
+    runs.expire(70.0)
+
+    assert call(runs, info(slo_ms=30_000.0, final=True), 80.0, 81.0) == 30.0
+    assert len(ended) == 1
+
+
+def test_a_call_that_is_a_run_of_its_own_counts() -> None:
+    runs, ended = make()
+    call(runs, info("", slo_ms=1_000.0), 0.0, 2.0)
+
+    assert [run.met for run in ended] == [False]
+
+
 def test_a_final_call_that_failed_may_be_tried_again() -> None:
     runs, ended = make()
     call(runs, info(slo_ms=30_000.0, final=True), 0.0, 10.0, ok=False)

@@ -136,7 +136,7 @@ async def test_an_instance_that_nobody_vouches_for_is_not_called(
     [
         ({"tls": {"cert_file": "no", "key_file": "no"}}, "tls: cert_file, key_file: expected a"),
         ({"tls": {"cert_file": "{ca_file}", "key_file": "{ca_file}"}}, "tls: cert_file, key_file:"),
-        ({"tls": {"cert_file": "{cert_file}"}}, "tls.key_file: Field required"),
+        ({"tls": {"cert_file": "{cert_file}"}}, "tls.key_file: expected a value, got none"),
         (
             {"instances": [{"url": "https://a:1", "tls": {"ca_file": "no"}}]},
             "instances.0.tls: ca_file: expected certificates in PEM, got no: No such file",

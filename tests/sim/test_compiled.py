@@ -1,8 +1,11 @@
-"""The compiled copy of core and simulator does what the sources do."""
+"""The compiled copy of core, simulator and router does what the sources do."""
 
+import ast
 import os
 import subprocess
 import sys
+from collections.abc import Iterator
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 pytest.importorskip("mypyc")
 
 ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "scripts" / "compile_core.py"
 SIMULATE = """
 import dataclasses, hashlib
 from vllm_workflow.core import policy_names
@@ -59,16 +63,63 @@ def simulated_by(path: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
-@pytest.mark.slow
-def test_the_compiled_copy_decides_and_simulates_the_same_to_the_last_bit() -> None:
-    out = ROOT / "out" / "compiled"
-    script = [sys.executable, str(ROOT / "scripts" / "compile_core.py"), "--out", str(out)]
+# What talks to the router as clients do; others look inside it, or replace what is in it.
+ROUTER_TESTS = ("failover", "hostile", "once", "plain", "proxy", "slow_readers")
+
+
+@pytest.fixture(scope="module")
+def compiled() -> Path:
+    """The copy, compiled without optimization, which takes less time than it saves here."""
+    out = ROOT / "out" / "compiled_quick"
+    script = [sys.executable, str(SCRIPT), "--out", str(out), "--opt-level", "0"]
     built = subprocess.run(script, capture_output=True, text=True)
     if "compiling needs" in built.stderr:
         pytest.skip(built.stderr)
     assert built.returncode == 0, built.stderr
+    return out
 
-    interpreted, compiled = simulated_by(ROOT), simulated_by(out)
 
-    assert (interpreted[0], compiled[0]) == ("False", "True")
-    assert interpreted[1:] == compiled[1:]
+@pytest.mark.slow
+def test_the_compiled_copy_decides_and_simulates_the_same_to_the_last_bit(compiled: Path) -> None:
+    of_sources, of_copy = simulated_by(ROOT), simulated_by(compiled)
+
+    assert (of_sources[0], of_copy[0]) == ("False", "True")
+    assert of_sources[1:] == of_copy[1:]
+
+
+@pytest.mark.slow
+def test_the_compiled_router_passes_the_tests_of_the_router(compiled: Path) -> None:
+    tests = [str(ROOT / "tests" / "router" / f"test_{name}.py") for name in ROUTER_TESTS]
+    options = ["-o", f"pythonpath={compiled} {ROOT}", "-p", "tests.compiled", "-q", "-x"]
+    command = [sys.executable, "-P", "-m", "pytest", *options, *tests]
+    environment = {**os.environ, "PYTHONPATH": f"{compiled}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def handled(tree: ast.AST) -> Iterator[ast.stmt]:
+    """Yield what runs while an exception is handled."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Try):
+            yield from node.finalbody
+            for handler in node.handlers:
+                yield from handler.body
+
+
+def test_nothing_that_is_compiled_waits_while_it_handles_an_exception() -> None:
+    """mypyc does not put the exception away meanwhile: all that runs would have it as context."""
+    spec = spec_from_file_location("compile_core", SCRIPT)
+    assert spec is not None
+    assert spec.loader is not None
+    script = module_from_spec(spec)
+    spec.loader.exec_module(script)
+    waits = (ast.Await, ast.Yield, ast.YieldFrom, ast.AsyncFor, ast.AsyncWith)
+    found = [
+        f"{name}:{each.lineno}"
+        for name in script.MODULES
+        for statement in handled(ast.parse((ROOT / name).read_bytes()))
+        for each in ast.walk(statement)
+        if isinstance(each, waits)
+    ]
+
+    assert found == []

@@ -188,6 +188,7 @@ async def test_unit_tests_overrule_the_votes(path: Path) -> None:
     assert answer.sql == RIGHT
     assert len(server.of("unit_tests")) == 1
     assert len(server.of("evaluate")) == len(answer.tests) == 2
+    assert all(call.headers["X-Workflow-Final"] == "true" for call in server.of("evaluate"))
     assert sorted(str(group.num_passed) for group in answer.clusters) == ["0", "2"]
     assert not any(test.by_machine for test in answer.tests)
 

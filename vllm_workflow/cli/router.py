@@ -70,11 +70,13 @@ def add_parser(commands: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status."""
+    hangups = _Hangups()
     config = read_config(args)
     configure(config.log_level, config.log_format, log_calls=config.log_calls)
     _allow_many_sockets()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        runner.run(_serve(config, partial(read_config, args) if args.config else None))
+        read = partial(read_config, args) if args.config else None
+        runner.run(_serve(config, read, hangups))
     return 0
 
 
@@ -88,12 +90,38 @@ def read_config(args: argparse.Namespace) -> RouterConfig:
     overrides = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
     if args.instance:
         overrides["instances"] = [{"url": url} for url in args.instance]
+    if not args.config and not args.instance:
+        raise ConfigError(
+            "command line: instances: expected at least one: --instance URL, or --config FILE with "
+            "`instances` or `discovery`; got neither"
+        )
     if args.config:
         return RouterConfig.from_file(args.config, overrides)
     return RouterConfig.from_mapping(overrides, source="command line")
 
 
-async def _serve(config: RouterConfig, read: Callable[[], RouterConfig] | None) -> None:
+class _Hangups:
+    """Keeps SIGHUP from ending a router that starts; what it asked for is done afterwards."""
+
+    def __init__(self) -> None:
+        self.came = False
+        if hasattr(signal, "SIGHUP"):  # not on Windows
+            signal.signal(signal.SIGHUP, self._note)
+
+    def _note(self, *_: object) -> None:
+        self.came = True
+
+    def lead_to(self, loop: asyncio.AbstractEventLoop, reload: Callable[[], object]) -> None:
+        """Have each one reload from now on, and those before, too."""
+        if hasattr(signal, "SIGHUP"):
+            loop.add_signal_handler(signal.SIGHUP, reload)
+        if self.came:
+            reload()
+
+
+async def _serve(
+    config: RouterConfig, read: Callable[[], RouterConfig] | None, hangups: _Hangups
+) -> None:
     stopping = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
@@ -101,8 +129,7 @@ async def _serve(config: RouterConfig, read: Callable[[], RouterConfig] | None) 
     async with serve(config, read) as router, asyncio.TaskGroup() as tasks:
         gc.freeze()  # what is there now stays
         gc.set_threshold(*_GC_THRESHOLDS)
-        if hasattr(signal, "SIGHUP"):  # not on Windows
-            loop.add_signal_handler(signal.SIGHUP, lambda: tasks.create_task(_reload(router)))
+        hangups.lead_to(loop, lambda: tasks.create_task(_reload(router)))
         policy = router.dispatcher.config
         print(
             f"router ready on {router.url}: {len(config.instances)} instances, "

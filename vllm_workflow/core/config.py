@@ -11,7 +11,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.errors import ConfigError, because
 from vllm_workflow.core.ordering import (
     DEFAULT_PATIENCE_S,
     DEFAULT_STARVATION_RATIO,
@@ -246,10 +246,8 @@ class PolicyConfig:
         """
         try:
             data = json.loads(Path(path).read_text(encoding="utf-8"))
-        except OSError as e:
-            raise ConfigError(f"{path}: cannot read policy: {e.strerror}") from None
-        except (ValueError, RecursionError) as e:
-            raise ConfigError(f"{path}: cannot read policy: {e}") from None
+        except (OSError, ValueError, RecursionError) as e:
+            raise ConfigError(f"{path}: cannot read policy: {because(e)}") from None
         return cls.from_mapping(data, source=str(path))
 
     def to_json(self) -> str:

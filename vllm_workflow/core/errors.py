@@ -11,6 +11,11 @@ class ConfigError(WorkflowError, ValueError):
     """A configuration that cannot be used; the message names file, field, got and wanted."""
 
 
+def because(error: Exception) -> str:
+    """Return what an error says, of the system's without number and path."""
+    return (isinstance(error, OSError) and error.strerror) or str(error)
+
+
 class NoInstanceError(WorkflowError, LookupError):
     """No instance can take the request."""
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.errors import ConfigError, because
 from vllm_workflow.core.latency import LatencyModel
 
 SCHEMA_VERSION = 1
@@ -113,7 +113,7 @@ class LatencyProfile:
         try:
             text = path.read_text(encoding="utf-8")
         except (OSError, UnicodeDecodeError) as e:
-            raise ConfigError(f"{path}: cannot read profile: {e}") from None
+            raise ConfigError(f"{path}: cannot read profile: {because(e)}") from None
         return cls.from_json(text, source=str(path))
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.errors import ConfigError, because
 from vllm_workflow.core.fit import Observation, StepLoad
 from vllm_workflow.core.windows import RequestTiming
 
@@ -93,7 +93,7 @@ def _rows(path: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
                 for row in reader:
                     yield reader.line_num, row
     except (OSError, UnicodeDecodeError, csv.Error) as e:
-        raise ConfigError(f"{path}: cannot read: {e}") from None
+        raise ConfigError(f"{path}: cannot read: {because(e)}") from None
 
 
 def _object(text: str, where: str) -> Mapping[str, Any]:

@@ -29,7 +29,7 @@ from vllm_workflow.router.routes import (
     expect,
     metrics_response,
 )
-from vllm_workflow.router.upstream import Upstream
+from vllm_workflow.router.upstream import POSTED, Upstream
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.yaml_config import validated
 
@@ -152,12 +152,20 @@ class Admin:
             raise RequestError(str(e)) from None
         if config.id in self._upstreams and not self._upstreams[config.id].leaving:
             raise RequestError(f"id: {config.id!r} is there already", status=409, param="id")
-        self._upstreams.add(config)
+        if (twin := self._upstreams.twin(config)) is not None:
+            raise RequestError(
+                f"url: {config.url} is there already as {twin!r}", status=409, param="url"
+            )
+        self._upstreams.add(config, source=POSTED)
         return web.json_response({"id": config.id}, status=201)
 
     async def _remove(self, request: web.Request) -> web.Response:
         """Send an instance no more calls; it is gone when those under way have ended."""
         instance_id = request.match_info["id"]
+        if unknown := sorted(request.query.keys() - {"drain"}):
+            raise RequestError(
+                f"query: expected drain only, got {unknown[0]!a:.80}", param=unknown[0][:80]
+            )
         drain = {"true": True, "false": False}.get(request.query.get("drain", "true"))
         if drain is None:
             raise RequestError(

@@ -34,34 +34,56 @@ class Refusal:
     body: bytes
 
 
-@dataclass(slots=True, eq=False)
 class Attempt:
     """One forwarding; what is known of it when it ends becomes its `Outcome`."""
 
-    decision: Decision
-    request: StageRequest
-    start_time: float
-    usage: Usage
-    stream: bool
-    first_byte_s: float = 0.0
-    """Predicted, from forwarding on."""
-    ok: bool = False
-    first_byte_time: float = math.nan
-    write_s: float = 0.0
-    """Spent on waiting for a client that reads slowly; the instance is not to blame for it."""
-    give_up: Callable[[], None] | None = None
-    """Ends what it waits for when its instance is found hung; None when it waits for nothing."""
-    heard_at: float = 0.0
-    """When bytes last came or, after a slow client, were last asked for; on the watch's clock."""
-    is_reading: bool = True
-    """Waits for the instance, not for the client."""
+    __slots__ = (
+        "decision",
+        "first_byte_s",
+        "first_byte_time",
+        "give_up",
+        "heard_at",
+        "instance_id",
+        "is_begun",
+        "is_reading",
+        "ok",
+        "request",
+        "start_time",
+        "stream",
+        "usage",
+        "write_s",
+    )
 
-    is_begun: bool = False
-    """The client has a part of the answer, so that nobody else can give it."""
-
-    @property
-    def instance_id(self) -> str:
-        return self.decision.chosen.instance_id
+    def __init__(
+        self,
+        decision: Decision,
+        request: StageRequest,
+        start_time: float,
+        usage: Usage,
+        stream: bool,
+    ) -> None:
+        self.decision = decision
+        self.request = request
+        self.start_time = start_time
+        self.usage = usage
+        self.stream = stream
+        self.instance_id = decision.chosen.instance_id
+        self.first_byte_s = 0.0
+        """Predicted, from forwarding on."""
+        self.ok = False
+        self.first_byte_time = math.nan
+        self.write_s = 0.0
+        """Spent on waiting for a client that reads slowly; the instance is not to blame for it."""
+        self.give_up: Callable[[], None] | None = None
+        """Ends what it waits for when its instance is found hung; None when it waits for
+        nothing."""
+        self.heard_at = 0.0
+        """When bytes last came or, after a slow client, were last asked for; on the watch's
+        clock."""
+        self.is_reading = True
+        """Waits for the instance, not for the client."""
+        self.is_begun = False
+        """The client has a part of the answer, so that nobody else can give it."""
 
     @property
     def has_first_byte(self) -> bool:

@@ -110,6 +110,7 @@ class Binder:
             QuotaExceededError: Its tenant has no tokens for it before its deadline.
         """
         while True:
+            has_instance = True
             try:
                 decision = self._dispatcher.submit(
                     request,
@@ -118,6 +119,8 @@ class Binder:
                     exclude=tries.excluded(time.monotonic()),
                 )
             except NoInstanceError:
+                has_instance = False
+            if not has_instance:
                 await self._wait_for_instance(request, tries)
                 continue
             if decision is not None:

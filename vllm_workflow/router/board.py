@@ -17,14 +17,13 @@ from typing import Any
 from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.router.metrics import Capped
+from vllm_workflow.router.runs import over_at
 
 MAX_RUNS = 1_000
 MAX_CALLS = 20
 """Shown of one run, its latest; a run may have more."""
 MAX_WAITING = 100
 """Shown of the queue, those with the least slack."""
-IDLE_S = 60.0
-"""A run without a call under way for this long is taken to have ended."""
 REFRESH_S = 0.5
 """What has been told is told again, word for word, for this long: many who ask cost as one."""
 WINDOW_S = 900.0
@@ -62,6 +61,8 @@ class _Run:
     num_open: int = 0
     last: float = 0.0
     last_ok: bool = True
+    is_final: bool = False
+    """Whether a call that said to be its last one has ended well."""
     met: bool | None = None
     """None while it goes on, or where nothing was promised."""
     ended: bool = False
@@ -159,7 +160,8 @@ class Board:
         run.num_open -= 1
         run.last_ok = ok
         self._changed(run, now)
-        if ok and (request.final or not request.workflow_id):
+        run.is_final |= ok and (request.final or not request.workflow_id)
+        if run.is_final and not run.num_open:
             self._end(run, now)
 
     def _changed(self, run: _Run, now: float) -> None:
@@ -189,7 +191,8 @@ class Board:
 
     def _expire(self, now: float) -> None:
         for run in self._runs.values():
-            if not run.ended and not run.num_open and run.last + IDLE_S <= now:
+            is_idle = not run.ended and not run.num_open
+            if is_idle and over_at(run.last, run.deadline) <= now:
                 self._end(run, now)
                 self._number += 1
                 run.number = self._number

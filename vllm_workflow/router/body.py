@@ -38,6 +38,8 @@ _DECODER = json.JSONDecoder(parse_constant=_no_number)
 _fast = msgspec.json.Decoder()
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 _BLANKS = " \t\r\n"
+_MAX_TOKENS = 1 << 53
+"""More would not survive arithmetic with floats."""
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
@@ -61,11 +63,11 @@ class Body(NamedTuple):
 
     @property
     def max_tokens(self) -> int | None:
-        """The client's own bound on output tokens."""
+        """The client's own bound on output tokens; one beyond all that engines do is cut."""
         for name in _TOKEN_LIMITS:
             limit = self.members.get(name)
             if type(limit) is int and limit > 0:
-                return limit
+                return min(limit, _MAX_TOKENS)
         return None
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from multidict import CIMultiDict, MultiMapping, istr
 
@@ -33,28 +32,74 @@ _HOP_BY_HOP = frozenset(
 _NOT_FORWARDED = _HOP_BY_HOP | {
     istr(name) for name in ("host", "content-length", "content-encoding", "expect")
 }
+_CONNECTION, _REQUEST_ID = istr("Connection"), istr("X-Request-Id")
+_PRIORITY = istr("X-Vllm-Priority")
 _MAX_INT64 = (1 << 63) - 1
 
 
-class Call(NamedTuple):
-    """A client's request, read and predicted."""
+class Call:
+    """A client's request, read."""
 
-    path: str
-    """Path and query to forward to."""
-    headers: CIMultiDict[str]
-    """Headers to forward."""
-    body: Body
-    info: RunInfo
-    request: StageRequest
-    request_id: str
-    """`X-Request-Id`; two clients may use the same one."""
-    takes_xargs: bool
-    """Whether the endpoint knows `vllm_xargs` and `priority`."""
+    __slots__ = (
+        "arrival_time",
+        "body",
+        "headers",
+        "info",
+        "key",
+        "path",
+        "request",
+        "request_id",
+        "takes_xargs",
+    )
+
+    def __init__(
+        self,
+        path: str,
+        headers: CIMultiDict[str],
+        body: Body,
+        info: RunInfo,
+        *,
+        request_id: str,
+        key: str,
+        arrival_time: float,
+        takes_xargs: bool,
+    ) -> None:
+        self.path = path
+        """Path and query to forward to."""
+        self.headers = headers
+        """Headers to forward."""
+        self.body = body
+        self.info = info
+        self.request_id = request_id
+        """`X-Request-Id`; two clients may use the same one."""
+        self.takes_xargs = takes_xargs
+        """Whether the endpoint knows `vllm_xargs` and `priority`."""
+        self.key = key
+        """Of this call alone."""
+        self.arrival_time = arrival_time
+
+    def begin(self, workflow: str, deadline: float, run_arrival_time: float) -> StageRequest:
+        """Make `request`, what the dispatcher is told of it: now that its run is known."""
+        info = self.info
+        self.request = StageRequest(
+            self.key,
+            self.arrival_time,
+            info.workflow_id,
+            workflow,
+            info.stage,
+            info.tenant_id,
+            self.body.model,
+            info.priority or 0,
+            deadline,
+            run_arrival_time,
+            final=info.final,
+        )
+        return self.request
 
 
 def end_to_end(headers: Mapping[str, str], dropped: frozenset[istr]) -> CIMultiDict[str]:
     """Return the headers that are not for one hop only."""
-    named = headers.get("Connection", "")
+    named = headers.get(_CONNECTION, "")
     if "," in named or named.lower() not in {"", "keep-alive", "close"}:
         dropped |= {istr(name.strip()) for name in named.split(",")}
     result = CIMultiDict(headers)
@@ -74,9 +119,9 @@ def request_headers(headers: MultiMapping[str]) -> tuple[CIMultiDict[str], str]:
     for name, value in forwarded.items():
         if not value.isascii():
             _check_text(name, value)
-    request_id = headers.get("X-Request-Id", "")
+    request_id = headers.get(_REQUEST_ID, "")
     if not is_label(request_id):
-        request_id = forwarded["X-Request-Id"] = f"{random.getrandbits(128):032x}"
+        request_id = forwarded[_REQUEST_ID] = f"{random.getrandbits(128):032x}"
     return forwarded, request_id
 
 
@@ -118,7 +163,7 @@ def forwarded_body(
     if info.names_run or request.has_deadline:
         xargs = _xargs(info, request, decision, now)
     priority = info.priority
-    if "X-Vllm-Priority" in call.headers:
+    if _PRIORITY in call.headers:
         priority = None
     elif ordering is not None:
         placed = request._replace(service_s=decision.chosen.service_s)

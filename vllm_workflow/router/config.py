@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from vllm_workflow.core.config import DEFAULT_POLICY, PolicyConfig
 from vllm_workflow.core.errors import ConfigError
@@ -78,6 +78,13 @@ class RouterConfig(Strict):
     """How long before that it takes further calls while /ready says no: load balancers need a
     while to notice."""
 
+    @field_validator("policy", mode="before")
+    @classmethod
+    def _name_or_fields(cls, policy: object) -> object:
+        if not isinstance(policy, str | dict):
+            raise ValueError("expected a name or a mapping of fields")
+        return policy
+
     @model_validator(mode="after")
     def _unique(self) -> RouterConfig:
         if not self.instances and self.discovery is None:
@@ -88,6 +95,14 @@ class RouterConfig(Strict):
         ):
             if twice := {n for n in names if names.count(n) > 1}:
                 raise ValueError(f"{kind}: declared twice: {sorted(twice)}")
+        servers: dict[tuple[str, str, int, str], InstanceConfig] = {}
+        for instance in self.instances:
+            twin = servers.setdefault(instance.server, instance)
+            if twin is not instance:
+                raise ValueError(
+                    f"instances: expected each server once, got {instance.url} as {twin.id!r} and "
+                    f"as {instance.id!r}"
+                )
         if self.tuner and self.tuner.enabled and self.tuned_log is None:
             raise ValueError("tuner: expected decision_log beside it, or store with max_events")
         return self

@@ -28,12 +28,14 @@ HowMuchToHold = Callable[[int, Mapping[str, str]], float]
 """Bytes of an answer of such a status and headers that its reader is not woken for."""
 
 
-class Connection(asyncio.Protocol):
-    """One connection to an instance.
+class Connection:
+    """One connection to an instance, an `asyncio.Protocol`.
 
     `send`, then `begun`, then `read` until it returns nothing; after that `may_be_kept` tells
     whether the next request can go the same way. All else ends with `close`.
     """
+
+    # It does not inherit, so that it can be compiled to a class with fields at fixed places.
 
     __slots__ = (
         "_chunks",
@@ -88,6 +90,9 @@ class Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast("asyncio.Transport", transport)  # uvloop's is none by its type
+
+    def eof_received(self) -> None:
+        """Let the transport close itself."""
 
     # The request.
 

@@ -55,7 +55,8 @@ def read_run(headers: Mapping[str, str], body: Mapping[str, Any]) -> RunInfo:
             or _from_baggage(headers.get("baggage"))
             or _from_sessions(headers)
         )
-    return RunInfo(**found, **(_hints(context, 1, "expected_output_length") or _nvext(body)))
+    hints = _hints(context, 1, "expected_output_length") if context else {}
+    return RunInfo(**found, **(hints or _nvext(body)))
 
 
 def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:

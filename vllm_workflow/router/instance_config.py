@@ -57,7 +57,8 @@ class InstanceConfig(Strict):
     id: Annotated[str, Field(pattern=r"^[!-~]{1,128}$")] = ""
     """Its name in headers, labels and logs; host and port of the url by default."""
     gpu: str = ""
-    """For people only, unless `model_shape` is given; what counts then is `latency`."""
+    """With `model_shape`. Else it is for people only, beside the `latency` or `profile` that counts
+    then."""
     model_shape: str = ""
     """With `gpu`: predict `latency` for this shape, e.g. `llama-3.1-8b`, on that GPU."""
     tp: Annotated[int, Field(ge=1)] = 1
@@ -93,6 +94,10 @@ class InstanceConfig(Strict):
         parts = urlsplit(url)
         if parts.scheme not in {"http", "https"} or not parts.hostname:
             raise ValueError("expected http://HOST:PORT or https://HOST:PORT")
+        try:
+            _ = parts.port
+        except ValueError:
+            raise ValueError("expected a PORT from 0 to 65535") from None
         if parts.username or parts.password:
             raise ValueError("expected no name and password; give api_key_env or api_key_file")
         if parts.path.rstrip("/").endswith("/v1"):
@@ -118,8 +123,16 @@ class InstanceConfig(Strict):
     @classmethod
     def _default_id(cls, data: Any) -> Any:
         if isinstance(data, dict) and "id" not in data and isinstance(data.get("url"), str):
-            return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2]}
+            # A url without a host is an error of its own, and one is enough.
+            return {**data, "id": urlsplit(data["url"]).netloc.rpartition("@")[2] or "none"}
         return data
+
+    @property
+    def server(self) -> tuple[str, str, int, str]:
+        """What tells its server from others, however its url is written."""
+        parts = urlsplit(self.url)
+        port = parts.port or (443 if parts.scheme == "https" else 80)
+        return parts.scheme, parts.hostname or "", port, parts.path.rstrip("/")
 
     @property
     def authorization(self) -> str:
@@ -160,6 +173,14 @@ class InstanceConfig(Strict):
         for name in ("tp", "weight_bits"):
             if name in self.model_fields_set and not self.model_shape:
                 raise ValueError(f"{name}: expected model_shape beside it, got none")
+        if self.gpu and not (
+            self.model_shape or self.profile or "latency" in self.model_fields_set
+        ):
+            raise ValueError(
+                "gpu: expected model_shape beside it, got none; nothing is predicted then"
+            )
+        if self.model_shape and not self.gpu and not self.profile:
+            raise ValueError("model_shape: expected gpu beside it, got none")
         if self.api_key_env and self.api_key_file:
             raise ValueError("expected api_key_env or api_key_file, got both")
         if self.api_key_env or self.api_key_file:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, Metric, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Metric, generate_latest
 from prometheus_client.core import CounterMetricFamily
 from prometheus_client.registry import Collector
 
@@ -14,6 +14,7 @@ from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.core.tenant_ledger import TenantLedger
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router.runs import Run
+from vllm_workflow.router.series import Distributions, SeriesCollector, Values
 from vllm_workflow.router.store import Store
 from vllm_workflow.router.tenants import TenantMetrics
 
@@ -77,11 +78,6 @@ class _PredictionCollector(Collector):
 
 _PER_INSTANCE = ("instance",)
 _COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "requests": (
-        "Calls answered, by the HTTP status the client got; 499: the client left. "
-        "instance is empty where none was reached.",
-        ("instance", "stage", "status"),
-    ),
     "condemned": (
         "Times that an instance was taken out because it fell silent: hung if the process "
         "did not answer, stuck if its engine gave nothing.",
@@ -111,36 +107,33 @@ _COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
 }
 """Name -> what it counts, and its labels."""
 _GAUGES: Mapping[str, tuple[str, tuple[str, ...]]] = {
-    "requests_in_flight": ("Calls forwarded and not yet answered.", _PER_INSTANCE),
     "instance_healthy": ("1 if calls are sent to the instance.", _PER_INSTANCE),
     "policy_info": (
         "1 for the policy that decides now.",
         ("fingerprint", "policy", "dispatch", "ordering"),
     ),
 }
-_HISTOGRAMS: Mapping[str, tuple[str, tuple[str, ...], tuple[float, ...]]] = {
-    "queue_seconds": (
-        "From the arrival of a call to its forwarding, failed attempts included.",
-        (),
-        _SECONDS,
-    ),
-    "slack_seconds": (
-        "Predicted seconds to spare when a call with a deadline was dispatched.",
-        (),
-        _SLACK,
-    ),
-    "predicted_seconds": (
-        "Predicted duration of calls that ended well, from forwarding to the last byte.",
-        _PER_INSTANCE,
-        _SECONDS,
-    ),
-    "actual_seconds": (
-        "Measured duration of calls that ended well, from forwarding to the last byte.",
-        _PER_INSTANCE,
-        _SECONDS,
-    ),
-}
-"""The same, and the buckets."""
+
+
+def _requests() -> Values:
+    return Values(
+        "counter",
+        f"{_PREFIX}requests",
+        "Calls answered, by the HTTP status the client got; 499: the client left. "
+        "instance is empty where none was reached.",
+        ("instance", "stage", "status"),
+    )
+
+
+def _in_flight() -> Values:
+    text = "Calls forwarded and not yet answered."
+    return Values("gauge", f"{_PREFIX}requests_in_flight", text, _PER_INSTANCE)
+
+
+def _seconds(
+    name: str, text: str, bounds: tuple[float, ...] = _SECONDS, label: str = "instance"
+) -> Distributions:
+    return Distributions(f"{_PREFIX}{name}_seconds", text, bounds, label)
 
 
 class Metrics:
@@ -157,10 +150,28 @@ class Metrics:
             name: Gauge(_PREFIX + name, text, labels, registry=registry)
             for name, (text, labels) in _GAUGES.items()
         }
-        self._histograms = {
-            name: Histogram(_PREFIX + name, text, labels, registry=registry, buckets=buckets)
-            for name, (text, labels, buckets) in _HISTOGRAMS.items()
-        }
+        self._requests, self._in_flight = _requests(), _in_flight()
+        self._queue_s = _seconds(
+            "queue",
+            "From the arrival of a call to its forwarding, failed attempts included.",
+            label="",
+        )
+        self._slack_s = _seconds(
+            "slack",
+            "Predicted seconds to spare when a call with a deadline was dispatched.",
+            _SLACK,
+            label="",
+        )
+        self._predicted_s = _seconds(
+            "predicted",
+            "Predicted duration of calls that ended well, from forwarding to the last byte.",
+        )
+        self._actual_s = _seconds(
+            "actual",
+            "Measured duration of calls that ended well, from forwarding to the last byte.",
+        )
+        of_calls = (self._requests, self._in_flight, self._queue_s, self._slack_s)
+        registry.register(SeriesCollector([*of_calls, self._predicted_s, self._actual_s]))
         self._of_instances = [
             *(
                 self._counters[name]
@@ -168,16 +179,7 @@ class Metrics:
                 if "instance" in labels
             ),
             *(self._gauges[name] for name, (_, labels) in _GAUGES.items() if "instance" in labels),
-            *(
-                self._histograms[name]
-                for name, (_, labels, _) in _HISTOGRAMS.items()
-                if "instance" in labels
-            ),
         ]
-        # Looking a series up by its labels takes the library long, and every call does.
-        self._in_flight_on: dict[str, Gauge] = {}
-        self._durations_on: dict[str, tuple[Histogram, Histogram]] = {}
-        self._answered: dict[tuple[str, str, int], Counter] = {}
         self.tenants: TenantMetrics | None = None
         """Set where tenants are told apart, see `follow_tenants`."""
         self._of_tenants: TenantMetrics | None = None
@@ -193,10 +195,10 @@ class Metrics:
         """Drop every series of an instance that has left: where pods come and go, names do too."""
         for series in self._of_instances:
             series.remove_by_labels({"instance": instance_id})
-        self._in_flight_on.pop(instance_id, None)
-        self._durations_on.pop(instance_id, None)
-        for labels in [labels for labels in self._answered if labels[0] == instance_id]:
-            del self._answered[labels]
+        for values in (self._requests, self._in_flight):
+            values.forget("instance", instance_id)
+        for distributions in (self._predicted_s, self._actual_s):
+            distributions.forget(instance_id)
 
     def follow_tenants(self, ledger: TenantLedger | None) -> None:
         """Tell tenants apart as a ledger does, or from now on no more.
@@ -261,31 +263,17 @@ class Metrics:
         self.registry.register(_PredictionCollector(num_predicted))
 
     def dispatched(self, decision: Decision, queue_s: float) -> None:
-        instance_id = decision.chosen.instance_id
-        in_flight = self._in_flight_on.get(instance_id)
-        if in_flight is None:
-            in_flight = self._in_flight_on[instance_id] = self._gauges["requests_in_flight"].labels(
-                instance_id
-            )
-        in_flight.inc()
-        self._histograms["queue_seconds"].observe(queue_s)
+        self._in_flight.add((decision.chosen.instance_id,), 1)
+        self._queue_s.of("").observe(queue_s)
         if math.isfinite(decision.slack_s):
-            self._histograms["slack_seconds"].observe(decision.slack_s)
+            self._slack_s.of("").observe(decision.slack_s)
 
     def settled(self, decision: Decision, outcome: Outcome) -> None:
         instance_id = outcome.instance_id
-        self._in_flight_on[instance_id].dec()
-        if not outcome.ok:
-            return
-        durations = self._durations_on.get(instance_id)
-        if durations is None:
-            durations = self._durations_on[instance_id] = (
-                self._histograms["predicted_seconds"].labels(instance_id),
-                self._histograms["actual_seconds"].labels(instance_id),
-            )
-        predicted, actual = durations
-        predicted.observe(decision.chosen.finish_s)
-        actual.observe(outcome.e2el_s)
+        self._in_flight.add((instance_id,), -1)
+        if outcome.ok:
+            self._predicted_s.of(instance_id).observe(decision.chosen.finish_s)
+            self._actual_s.of(instance_id).observe(outcome.e2el_s)
 
     def condemned(self, instance_id: str, reason: str) -> None:
         self._counters["condemned"].labels(instance_id, reason).inc()
@@ -294,11 +282,7 @@ class Metrics:
         self._counters["failovers"].labels(instance_id, reason).inc()
 
     def answered(self, instance_id: str, stage: str, status: int) -> None:
-        labels = instance_id, self._stage(stage), status
-        counter = self._answered.get(labels)
-        if counter is None:
-            counter = self._answered[labels] = self._counters["requests"].labels(*labels)
-        counter.inc()
+        self._requests.add((instance_id, self._stage(stage), str(status)), 1)
 
     def broken(self, instance_id: str) -> None:
         self._counters["broken_answers"].labels(instance_id).inc()

@@ -12,9 +12,14 @@ from collections.abc import Callable, Coroutine, Mapping
 from hashlib import blake2b
 from typing import NamedTuple
 
+from multidict import istr
+
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.exchange import Answer, Exchange, Reply
 from vllm_workflow.router.wire import is_label
+
+_IDEMPOTENCY_KEY, _AUTHORIZATION = istr("Idempotency-Key"), istr("Authorization")
+_RETRY_COUNT, _REQUEST_ID = istr("x-stainless-retry-count"), istr("X-Request-Id")
 
 
 class Key(NamedTuple):
@@ -117,13 +122,16 @@ def key_of(
         tenant_id: Tenants do not meet each other's calls.
         workflow_id: Runs neither.
     """
-    who = tenant_id, headers.get("Authorization", ""), workflow_id
-    key = headers.get("Idempotency-Key", "")
+    key = headers.get(_IDEMPOTENCY_KEY, "")
     if is_label(key):
+        who = tenant_id, headers.get(_AUTHORIZATION, ""), workflow_id
         return Key(*who, "Idempotency-Key", key), True
-    request_id = headers.get("X-Request-Id", "")
-    count = headers.get("x-stainless-retry-count", "")
-    if is_label(request_id) and count:
+    count = headers.get(_RETRY_COUNT, "")
+    if not count:
+        return None
+    request_id = headers.get(_REQUEST_ID, "")
+    if is_label(request_id):
+        who = tenant_id, headers.get(_AUTHORIZATION, ""), workflow_id
         return Key(*who, "X-Request-Id", request_id), count != "0"
     return None
 

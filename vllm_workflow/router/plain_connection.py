@@ -40,8 +40,11 @@ _UNUSUAL = (
 _logger = logging.getLogger(__name__)
 
 
-class PlainConnection(asyncio.Protocol):
-    """One connection of a client, until it sends something that is not plain."""
+class PlainConnection:
+    """One connection of a client, until it sends something that is not plain.
+
+    An `asyncio.Protocol` that does not inherit, see `Connection`.
+    """
 
     __slots__ = (
         "_ahead",
@@ -105,6 +108,9 @@ class PlainConnection(asyncio.Protocol):
         if taken is not None:
             taken.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
         self._idle_timer = self._loop.call_later(self._limits.idle_timeout_s, self._look_idle)
+
+    def eof_received(self) -> None:
+        """Let the transport close itself."""
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._leave()

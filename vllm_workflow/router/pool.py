@@ -6,6 +6,7 @@ import asyncio
 import socket
 import ssl
 from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
 from aiohappyeyeballs import AddrInfoType, start_connection
 from yarl import URL
@@ -132,7 +133,7 @@ class Pool:
             try:
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 _, connection = await loop.create_connection(
-                    Connection,
+                    cast("type[Any]", Connection),
                     sock=found,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls is not None else None,
@@ -140,7 +141,8 @@ class Pool:
             except BaseException:
                 found.close()
                 raise
-        return connection
+        made: Connection = connection
+        return made
 
     async def _resolved(self) -> Sequence[AddrInfoType]:
         """Return the addresses of the server; a name that many ask for is looked up once."""

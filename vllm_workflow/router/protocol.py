@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import asynccontextmanager
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from aiohttp import http_exceptions, web
 
@@ -296,7 +296,8 @@ class Listener:
 
     def _protocol(self) -> asyncio.Protocol:
         if self.handles:
-            return PlainConnection(self, asyncio.get_running_loop())
+            plain = PlainConnection(self, asyncio.get_running_loop())
+            return cast("asyncio.Protocol", plain)
         return self.aiohttp_protocol(self.num_trusts)
 
     def aiohttp_protocol(self, num_trusts: int) -> Protocol:

@@ -15,7 +15,7 @@ from multidict import CIMultiDict
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
 from vllm_workflow.core.ordering import OrderingPolicy
-from vllm_workflow.core.types import Decision, StageRequest
+from vllm_workflow.core.types import Decision
 from vllm_workflow.router.attempt import BUSY, Attempt, Refusal
 from vllm_workflow.router.auth import Access, admitted
 from vllm_workflow.router.binder import Binder
@@ -28,7 +28,7 @@ from vllm_workflow.router.forward import Forwarder
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
 from vllm_workflow.router.metrics import Metrics
-from vllm_workflow.router.once import Once, key_of
+from vllm_workflow.router.once import Key, Once, key_of
 from vllm_workflow.router.prefixes import head_of
 from vllm_workflow.router.runs import Run, Runs
 from vllm_workflow.router.tenants import quota_error
@@ -117,8 +117,15 @@ class Proxy:
         try:
             with self._bodies.held() as reader:
                 call = await self._read(exchange, reader, begin, takes_xargs=takes_xargs)
-                stage = call.info.stage
-                answer = await self._once(exchange, call)
+                info = call.info
+                stage = info.stage
+                known = key_of(
+                    exchange.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id
+                )
+                if known is None:
+                    answer = await self._in_run(exchange, call)
+                else:
+                    answer = await self._once(exchange, call, known)
             instance_id = answer.headers.get("X-Workflow-Instance", "")
         except RequestError as e:
             answer = e.answer()
@@ -161,33 +168,19 @@ class Proxy:
                 param="model",
                 code="model_not_found",
             )
-        stage_request = StageRequest(
-            request_id=f"{request_id}#{next(self._ids)}",
-            arrival_time=now,
-            workflow_id=info.workflow_id,
-            workflow=info.workflow,
-            stage=info.stage,
-            tenant_id=info.tenant_id,
-            model=body.model,
-            priority=info.priority or 0,
-            final=info.final,
-        )
         return Call(
-            path=request.path,
-            headers=headers,
-            body=body,
-            info=info,
-            request=stage_request,
+            request.path,
+            headers,
+            body,
+            info,
             request_id=request_id,
+            key=f"{request_id}#{next(self._ids)}",
+            arrival_time=now,
             takes_xargs=takes_xargs,
         )
 
-    async def _once(self, request: Exchange, call: Call) -> Answer:
-        """Relay the call unless it runs already."""
-        info = call.info
-        known = key_of(request.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id)
-        if known is None:
-            return await self._in_run(request, call)
+    async def _once(self, request: Exchange, call: Call, known: tuple[Key, bool]) -> Answer:
+        """Relay a call that would be known again, unless it runs already."""
         key, again = known
         body = call.path.encode() + b"\n" + call.body.raw
         if not call.body.stream:
@@ -207,40 +200,36 @@ class Proxy:
             reply: To answer as bytes come, where the answer is not returned whole.
             call: What was read of it.
         """
-        run = self.runs.begin(call.info, call.request.arrival_time)
+        info, body = call.info, call.body
+        run = self.runs.begin(info, call.arrival_time)
         ok = False
         try:
+            workflow = info.workflow or run.workflow
             predicted = self._dispatcher.predict(
-                call.request._replace(
-                    workflow=call.info.workflow or run.workflow,
-                    deadline=run.deadline,
-                    run_arrival_time=run.arrival_time,
-                ),
-                num_prompt_bytes=len(call.body.raw),
-                max_tokens=call.body.max_tokens if call.takes_xargs else 1,
-                head=head_of(call.body.members) if call.takes_xargs else (),
+                call.begin(workflow, run.deadline, run.arrival_time),
+                num_prompt_bytes=len(body.raw),
+                max_tokens=body.max_tokens if call.takes_xargs else 1,
+                head=head_of(body.members) if call.takes_xargs else (),
             )
             run.deadline = predicted.deadline  # its own, or what its tenant is promised
-            if call.info.attained_ms and not predicted.attained_s:
-                told_s = call.info.attained_ms / 1000.0
+            if info.attained_ms and not predicted.attained_s:
+                told_s = info.attained_ms / 1000.0
                 predicted = predicted._replace(attained_s=told_s, attained_path_s=told_s)
-            if call.info.expected_output_tokens is not None:
-                most = call.body.max_tokens or math.inf
+            if info.expected_output_tokens is not None:
+                most = body.max_tokens or math.inf
                 predicted = predicted._replace(
-                    expected_output_tokens=min(call.info.expected_output_tokens, most)
+                    expected_output_tokens=min(info.expected_output_tokens, most)
                 )
-            response, ok = await self._traced(reply, call._replace(request=predicted), run)
+            call.request = predicted
+            if self._tracing is None:
+                response, ok = await self._relay(reply, call)
+                return response
+            with self._tracing.call(call, run) as span:
+                response, ok = await self._relay(reply, call)
+                span.answered(response, ok=ok)
             return response
         finally:
-            self.runs.end(call.info, run, time.monotonic(), ok=ok)
-
-    async def _traced(self, reply: Reply, call: Call, run: Run) -> tuple[Answer, bool]:
-        if self._tracing is None:
-            return await self._relay(reply, call)
-        with self._tracing.call(call, run) as span:
-            response, ok = await self._relay(reply, call)
-            span.answered(response, ok=ok)
-        return response, ok
+            self.runs.end(info, run, time.monotonic(), ok=ok)
 
     def _run_ended(self, run: Run) -> None:
         self._metrics.run_ended(run)

@@ -150,7 +150,33 @@ class Reloader:
         if config.tls is not None and old.tls is not None and "tls" in changed:
             tls = await asyncio.to_thread(config.tls.context)
             distrusts = not config.tls.trusts_as(old.tls)
+        self._check_servers(config)  # nothing may come between this and the change
         return _Plan(config, policy, tenants, frozenset(changed), wanted, found, tls, distrusts)
+
+    def _check_servers(self, config: RouterConfig) -> None:
+        """Have no server twice, where the other one is an operator's.
+
+        Raises:
+            ConfigError: It would be.
+        """
+        upstreams = self._parts.upstreams
+        posted = {u.config.server: u.config.id for u in upstreams if u.is_posted}
+        for instance in config.instances:
+            twin = posted.get(instance.server, instance.id)
+            if twin != instance.id and not self._is_overruled(instance):
+                raise ConfigError(
+                    f"instances: {instance.url}, {instance.id!r} here, was added by an operator as "
+                    f"{twin!r}; drain that first"
+                )
+
+    def _is_overruled(self, instance: InstanceConfig) -> bool:
+        """Whether an operator has drained or replaced what the file says as it did before."""
+        before = {each.id: each for each in self._config.instances}.get(instance.id)
+        return (
+            before is not None
+            and before.model_dump() == instance.model_dump()
+            and self._parts.upstreams.wishes(instance.id)
+        )
 
     def _take(self, plan: _Plan) -> None:
         config, changed, parts = plan.config, plan.changed, self._parts
@@ -195,13 +221,20 @@ class Reloader:
         parts.binder.poll()
 
     def _take_instances(self, plan: _Plan) -> None:
-        """Change who may be sent calls; one that only changes hands is sent calls throughout."""
+        """Change who may be sent calls; one that only changes hands is sent calls throughout.
+
+        What an operator has drained or added stays as it is until its entry changes.
+        """
         upstreams = self._parts.upstreams
         if "read_load" in plan.changed:
             upstreams.read_load(plan.config.read_load)
         wanted = {instance.id: instance for instance in plan.config.instances}
         upstreams.disown("", but=wanted)
+        overruled = {i for i, instance in wanted.items() if self._is_overruled(instance)}
+        upstreams.keep_out("", wanted)
         for instance in wanted.values():
+            if instance.id in overruled:
+                continue
             there = upstreams.get(instance.id)
             if there is None or there.leaving or there.source or there.config != instance:
                 upstreams.add(instance)

@@ -13,6 +13,9 @@ from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.reports import Others
 from vllm_workflow.router.watch import Silence, WatchClock
 
+POSTED = "operator"
+"""Source of what came over the operators' port; no source of discovery is called so."""
+
 _CANARY_TIMEOUT_S = 2.0
 _MAX_ANSWER_BYTES = 16 << 20
 """Of `/v1/models` and `/metrics`; a server that says more is not listened to."""
@@ -27,7 +30,7 @@ class Upstream:
         self.refuses_key = False
         """Whether it last said so of the key that the router has for it."""
         self.source = ""
-        """Who found it; empty if it was configured."""
+        """Who found it; empty if it was configured, `POSTED` if an operator added it."""
         self.is_disowned = False
         """Whoever found it is gone."""
         self.leaving = False
@@ -52,6 +55,11 @@ class Upstream:
         """What was asked before one of them says nothing of what is there after it."""
         self.is_stuck = False
         """Its engine gave nothing while its server was well, so that its word does not count."""
+
+    @property
+    def is_posted(self) -> bool:
+        """Whether an operator has added it, and it stays."""
+        return self.source == POSTED and not self.leaving
 
     def reconfigure(self, config: InstanceConfig) -> None:
         """Take another configuration, key and certificates among it, for what is sent next."""

@@ -146,6 +146,23 @@ class Upstreams:
         self._drained = {i: of for i, of in self._drained.items() if of != source or i in found}
         return {instance_id for instance_id in self._drained if instance_id in found}
 
+    def wishes(self, instance_id: str) -> bool:
+        """Whether an operator has drained or added an instance, and nobody has undone it."""
+        upstream = self._upstreams.get(instance_id)
+        return instance_id in self._drained or (upstream is not None and upstream.is_posted)
+
+    def twin(self, config: InstanceConfig) -> str | None:
+        """Return another instance that stays and is the same server; None if there is none."""
+        for upstream in self:
+            stays = not upstream.leaving and not upstream.is_disowned
+            if (
+                stays
+                and upstream.config.id != config.id
+                and upstream.config.server == config.server
+            ):
+                return upstream.config.id
+        return None
+
     def _forget(self, upstream: Upstream) -> None:
         del self._upstreams[upstream.config.id]
         upstream.close()

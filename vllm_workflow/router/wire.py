@@ -151,7 +151,30 @@ _FIELDS = (
 )
 _TENANT = _Field("tenant_id", istr("X-Tenant-Id"), "tenant_id", "wf_tenant", _name)
 OWN_HEADERS = tuple(field.header for field in (*_FIELDS, _TENANT))
-_NOTHING: Mapping[str, Any] = {}
+
+
+class _Key(NamedTuple):
+    """One of our fields in one of the sources."""
+
+    key: str
+    where: str
+    """The same for who has to correct it."""
+    name: str
+    """Of the field of `RunInfo`."""
+    read: Callable[[object, str], Any]
+
+
+def _keys(attribute: str, prefix: str) -> tuple[_Key, ...]:
+    keys = [(getattr(field, attribute), field) for field in (*_FIELDS, _TENANT)]
+    return tuple([_Key(key, prefix + key, field.name, field.read) for key, field in keys])
+
+
+_IN_HEADERS = _keys("header", "header ")
+_IN_METADATA = _keys("metadata", "metadata.")
+_IN_XARGS = _keys("xarg", "vllm_xargs.")
+# What says of a run, and of its tenant.
+_SOURCES = tuple([(keys[:-1], keys[-1:]) for keys in (_IN_HEADERS, _IN_METADATA, _IN_XARGS)])
+_NOTHING: dict[str, Any] = {}
 
 
 def read_own(headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, Any]:
@@ -164,12 +187,12 @@ def read_own(headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, A
     """
     sources = _sources(headers, body)
     found: dict[str, Any] = {}
-    for source, attribute, prefix in sources:
+    for source, (of_run, _) in zip(sources, _SOURCES):
         if source and not found:
-            found = _read(_FIELDS, source, attribute, prefix)
-    for source, attribute, prefix in sources:
+            found = _read(of_run, source)
+    for source, (_, of_tenant) in zip(sources, _SOURCES):
         if source and "tenant_id" not in found:
-            found |= _read((_TENANT,), source, attribute, prefix)
+            found |= _read(of_tenant, source)
     return found
 
 
@@ -181,11 +204,9 @@ def claimed_tenants(
     Not only the one that counts: an engine that is told another one by a source that does not
     count here would believe it.
     """
-    for source, attribute, prefix in _sources(headers, body):
-        name = getattr(_TENANT, attribute)
-        value = _only(source, name, prefix)
-        if value is not None and value != "":
-            yield prefix + name, _label(value, prefix + name)
+    for source, (_, of_tenant) in zip(_sources(headers, body), _SOURCES):
+        for tenant in _read(of_tenant, source).values():
+            yield of_tenant[0].where, tenant
 
 
 _LOGGED: Mapping[str, istr] = {
@@ -206,37 +227,29 @@ def labels_of(headers: Mapping[str, str]) -> dict[str, str]:
     return {name: value if is_label(value) else "" for name, value in said.items()}
 
 
-def _sources(
-    headers: Mapping[str, str], body: Mapping[str, Any]
-) -> tuple[tuple[Mapping[str, Any], str, str], ...]:
-    """Where our fields may stand: values, attribute of `_Field` with the name, prefix to tell."""
-    return (
-        (headers, "header", "header "),
-        (_mapping(body.get("metadata")), "metadata", "metadata."),
-        (_mapping(body.get("vllm_xargs")), "xarg", "vllm_xargs."),
-    )
+def _sources(headers: Mapping[str, str], body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
+    """Where our fields may stand, as in `_SOURCES`."""
+    return headers, _mapping(body.get("metadata")), _mapping(body.get("vllm_xargs"))
 
 
-def _read(
-    fields: tuple[_Field, ...], source: Mapping[str, Any], attribute: str, prefix: str
-) -> dict[str, Any]:
+def _read(keys: tuple[_Key, ...], source: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a source gives of some fields.
+
+    Raises:
+        RequestError: It is malformed, or a header that stands there twice: an engine might read
+            the other one.
+    """
     found: dict[str, Any] = {}
-    for field in fields:
-        name = getattr(field, attribute)
-        value = _only(source, name, prefix)
-        if value is not None and value != "":
-            found[field.name] = field.read(value, prefix + name)
+    multi = source if isinstance(source, MultiMapping) else None
+    for key, where, name, read in keys:
+        value = source.get(key)
+        if value is None:
+            continue
+        if multi is not None and len(values := multi.getall(key)) > 1:
+            raise malformed(where, "one such header", f"{len(values)} of them")
+        if value != "":
+            found[name] = read(value, where)
     return found
-
-
-def _only(source: Mapping[str, Any], name: str, prefix: str) -> Any:
-    """Return a value; a header that stands there twice might be read otherwise by an engine."""
-    if not isinstance(source, MultiMapping):
-        return source.get(name)
-    values = source.getall(name, ())
-    if len(values) > 1:
-        raise malformed(prefix + name, "one such header", f"{len(values)} of them")
-    return values[0] if values else None
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_workflow.core.config import PolicyConfig
-from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.errors import ConfigError, because
 from vllm_workflow.core.fleet import Instance
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.profiles import catalogue
@@ -219,7 +219,7 @@ def _from_file(path: Path, defaults: InstanceSpec) -> list[InstanceSpec]:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
-        raise ConfigError(f"{path}: cannot read fleet: {e}") from None
+        raise ConfigError(f"{path}: cannot read fleet: {because(e)}") from None
     if not isinstance(data, list) or not data:
         raise ConfigError(f"{path}: expected a list of instances, got {data!r:.80}")
     return [_from_mapping(entry, defaults, f"{path}: instance {i}") for i, entry in enumerate(data)]

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from vllm_workflow.core.config import PolicyConfig
-from vllm_workflow.core.errors import ConfigError
+from vllm_workflow.core.errors import ConfigError, because
 
 MAX_HISTORY = 1000
 
@@ -32,7 +32,7 @@ def append_history(path: Path, entry: Mapping[str, Any], *, max_entries: int = M
     try:
         lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
     except (OSError, UnicodeDecodeError) as e:
-        raise ConfigError(f"{path}: cannot read the history: {e}") from None
+        raise ConfigError(f"{path}: cannot read the history: {because(e)}") from None
     lines.append(json.dumps(entry, allow_nan=False))
     _replace(path, "".join(f"{line}\n" for line in lines[-max_entries:]))
 

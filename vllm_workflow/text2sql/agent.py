@@ -263,8 +263,7 @@ class _OneRun:
         checked = await _all(self._check(task, test, shown) for test in texts)
         open_tests = [test for test, row in zip(texts, checked, strict=True) if None in row]
         judged = await _all(
-            self._judge(task, test, shown, index, final=len(open_tests) == 1)
-            for index, test in enumerate(open_tests)
+            self._judge(task, test, shown, index) for index, test in enumerate(open_tests)
         )
         by_model = dict(zip(open_tests, judged, strict=True))
         tests = []
@@ -285,11 +284,11 @@ class _OneRun:
         return await asyncio.to_thread(verdicts)
 
     async def _judge(
-        self, task: Task, test: str, shown: list[SqlCandidate], index: int, *, final: bool
+        self, task: Task, test: str, shown: list[SqlCandidate], index: int
     ) -> list[bool | None]:
-        """Ask the model; no verdicts if the call fails."""
+        """Ask the model; no verdicts if the call fails. Nothing comes after these calls."""
         text = await self.caller.ask(
-            Stage.EVALUATE, self.prompts.evaluate(task, shown, test), index=index, final=final
+            Stage.EVALUATE, self.prompts.evaluate(task, shown, test), index=index, final=True
         )
         if text is None:
             return [None] * len(shown)

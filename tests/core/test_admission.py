@@ -206,27 +206,55 @@ def ended_runs(
 
 
 def test_runs_that_take_longer_than_their_calls_tell_are_expected_to() -> None:
-    as_expected, twice = ended_runs(10.0), ended_runs(20.0)
-
-    assert as_expected.run_slowdown(5, 10.0) == pytest.approx(as_expected.slowdown(5, 10.0))
-    assert twice.run_slowdown(5, 10.0) == pytest.approx(2.0 * twice.slowdown(5, 10.0), rel=0.1)
+    assert ended_runs(10.0).stretch(10.0) == pytest.approx(1.0)
+    assert ended_runs(20.0).stretch(10.0) == pytest.approx(2.0, rel=0.1)
 
 
 def test_a_few_runs_do_not_decide_what_runs_take() -> None:
-    few = ended_runs(20.0, num_runs=2)
-
-    assert few.run_slowdown(1, 10.0) == pytest.approx(14.0 / 12.0, rel=0.02)
+    assert ended_runs(20.0, num_runs=2).stretch(10.0) == pytest.approx(14.0 / 12.0, rel=0.02)
 
 
 def test_of_a_late_run_what_makes_it_late_counts() -> None:
     late, on_time = ended_runs(500.0, promised_s=20.0), ended_runs(20.0)
 
-    assert late.run_slowdown(1, 10.0) == pytest.approx(on_time.run_slowdown(1, 10.0))
+    assert late.stretch(10.0) == pytest.approx(on_time.stretch(10.0))
 
 
 def test_a_run_that_waited_to_begin_tells_nothing() -> None:
-    assert ended_runs(50.0, promised_s=100.0, held_s=6.0).run_slowdown(1, 10.0) == 1.0
-    assert ended_runs(50.0, promised_s=100.0, held_s=4.0).run_slowdown(1, 10.0) > 4.0
+    assert ended_runs(50.0, promised_s=100.0, held_s=6.0).stretch(10.0) == 1.0
+    assert ended_runs(50.0, promised_s=100.0, held_s=4.0).stretch(10.0) > 4.0
+
+
+def seen_runs(took_s: float, *, num_under_way: int, slowdown: float) -> Pace:
+    """As `busy`, after runs one by one that took so long, and were taken to need 10 s."""
+    pace = busy(num_under_way, slowdown=slowdown)
+    for number in range(100):
+        call = run(f"past-{number}", rest_s=0.0, came=1e4 + number * 1e3, slo_s=1e3)
+        pace.opened(run_key(call), call, call.arrival_time, 10.0)
+        idle_s = took_s / pace.slowdown(num_under_way + 1)  # calls tell nothing new
+        end(pace, call, now=call.arrival_time + took_s, idle_s=idle_s)
+    return pace
+
+
+def test_fewer_runs_begin_when_those_that_ended_took_longer_than_expected() -> None:
+    another = run("another", came=2e5)
+
+    assert door(seen_runs(30.0, num_under_way=10, slowdown=3.0)).can_begin(another, 2e5)
+    assert not door(seen_runs(60.0, num_under_way=10, slowdown=3.0)).can_begin(another, 2e5)
+
+
+def test_more_runs_begin_when_those_that_ended_took_less_unless_many_wait() -> None:
+    another = run("another", came=2e5)
+    as_expected, less = (
+        door(seen_runs(took_s, num_under_way=10, slowdown=4.2)) for took_s in (45.0, 5.0)
+    )
+    alone = less.can_begin(another, 2e5)
+    for number in range(20):
+        less.hold(Held(run(f"waiting-{number}"), 0, ()))
+
+    assert alone
+    assert not as_expected.can_begin(another, 2e5)
+    assert not less.can_begin(another, 2e5)
 
 
 def test_a_run_counts_between_its_calls_but_not_for_ever() -> None:

@@ -27,6 +27,8 @@ from vllm_workflow.core.types import StageRequest
 RunKey = tuple[str, str]
 """(tenant, workflow_id); of a call without an id, its own name."""
 
+_MAX_SHRINK: Final = 0.15
+"""Share of the expected time that runs are believed to take less, at most."""
 _ROOM: Final = 0.9
 """Share of the slowdown that runs can bear, up to which runs begin that may well be late."""
 _MIN_RATE: Final = 0.03
@@ -263,7 +265,7 @@ class Admission:
     def _run_s(self) -> float:
         """What a run takes beside those under way."""
         needed_s = self._demand.needed_s
-        return needed_s * self.pace.run_slowdown(self.pace.num_runs, needed_s)
+        return needed_s * self._run_slowdown(self.pace.num_runs)
 
     def _is_late(self, request: StageRequest, now: float) -> bool:
         """Whether a run would be late even if it began now, alone."""
@@ -272,9 +274,18 @@ class Admission:
 
     def _slowdown_with_one_more(self, now: float) -> float:
         self.pace.tick(now)
-        return (1.0 + self._margin) * self.pace.run_slowdown(
-            self._num_with_one_more(), self._demand.needed_s
-        )
+        return (1.0 + self._margin) * self._run_slowdown(self._num_with_one_more())
+
+    def _run_slowdown(self, num_runs: float) -> float:
+        """Time that a run takes over what it needs on an idle fleet, with so many under way.
+
+        The more wait, the less is it believed that runs take less time than expected: while a
+        queue grows, those that have ended are the quick ones.
+        """
+        needed_s = self._demand.needed_s
+        waiting_share = self.num_waiting_runs / max(1, self.pace.num_runs)
+        least = 1.0 - _MAX_SHRINK * max(0.0, 1.0 - waiting_share)
+        return max(least, self.pace.stretch(needed_s)) * self.pace.slowdown(num_runs, needed_s)
 
     def _num_with_one_more(self) -> float:
         """Runs that count for whether one more may begin, that one included."""

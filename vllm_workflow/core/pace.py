@@ -21,7 +21,6 @@ _PRIOR_RUNS: Final = 30.0
 _PRIOR_ENDS: Final = 10.0
 """Ended runs that the belief that runs take what is expected counts for."""
 _END_RATE: Final = 0.02
-_LEAST_STRETCH: Final = 0.85
 _MAX_HELD_SHARE: Final = 0.05
 """Share of its promise that a run may have waited and still counts as begun when it came."""
 _SHARING_RATE: Final = 0.02
@@ -233,18 +232,18 @@ class Pace:
                 self._count(run, False)
             self._forget()
 
-    def run_slowdown(self, num_runs: float, needed_s: float = 0.0) -> float:
-        """Time that a run takes over what it needs on an idle fleet, with so many under way.
+    def stretch(self, needed_s: float) -> float:
+        """Time that runs which have ended took over what was expected of them.
 
-        That of calls, times how far runs that have ended took longer than so expected: calls side
-        by side that have to share instances, gaps between calls, lengths that were declared wrong.
-        While the runs under way become more, those that have ended are the quick ones, so that
-        they are believed only so far when they took less.
+        Calls side by side that have to share instances, gaps between calls, lengths that were
+        declared wrong.
+
+        Args:
+            needed_s: What a run needs on an idle fleet: says how much was seen.
         """
         prior_s = _PRIOR_ENDS * needed_s
         weight = self._expected_s + prior_s
-        stretch = (self._took_s + prior_s) / weight if weight > 0.0 else 1.0
-        return max(_LEAST_STRETCH, stretch) * self.slowdown(num_runs, needed_s)
+        return (self._took_s + prior_s) / weight if weight > 0.0 else 1.0
 
     def slowdown(self, num_runs: float, needed_s: float = 0.0) -> float:
         """Time that calls take over what they would alone, with so many runs under way.

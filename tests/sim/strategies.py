@@ -35,7 +35,8 @@ _PREFIXES = (
 @st.composite
 def _policies(draw: st.DrawFn) -> PolicyConfig:
     policy = policy_names.parse(draw(st.sampled_from(policy_names.ALL)))
-    return replace(policy, late_binding=policy.dispatch != "round-robin" and draw(st.booleans()))
+    late = policy.dispatch != "round-robin" and draw(st.booleans())
+    return replace(policy, late_binding=late, relegate=late and policy.relegate)
 
 
 policies = _policies()

@@ -12,15 +12,9 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, Final
 
-from vllm_workflow.core.account import (
-    Account,
-    Instance,
-    Need,
-    Reserved,
-    max_stretch,
-)
+from vllm_workflow.core.account import Account, Instance, Need, Reserved, max_stretch
 from vllm_workflow.core.holders import Holders
-from vllm_workflow.core.latency import LatencyModel, shared_out
+from vllm_workflow.core.latency import shared_out
 from vllm_workflow.core.rooms import Rooms
 from vllm_workflow.core.types import Candidate, StageRequest
 
@@ -317,10 +311,7 @@ class Fleet:
         """
         serving = [a for a in self._accounts.values() if a.instance.serves(model)]
         serving = [a for a in serving if a.healthy] or serving
-        each = [
-            _idle_service_s(a.instance.latency, num_prompt_tokens, num_output_tokens)
-            for a in serving
-        ]
+        each = [a.instance.latency.alone_s(num_prompt_tokens, num_output_tokens) for a in serving]
         return shared_out(each) if each else 0.0
 
     def reserve(
@@ -445,12 +436,6 @@ class Fleet:
     def outstanding_s(self, instance_id: str) -> float:
         """Predicted service of the calls in flight on an instance, summed."""
         return self._accounts[instance_id].outstanding_s
-
-
-def _idle_service_s(latency: LatencyModel, num_prompt_tokens: int, output_tokens: float) -> float:
-    return latency.prefill_s(num_prompt_tokens) + latency.decode_s(
-        max(0.0, output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
-    )
 
 
 def _spread(accounts: list[Account]) -> list[Account]:

@@ -146,6 +146,12 @@ class LatencyModel:
         """
         return num_tokens * self.decode_step_s(batch_size, num_context_tokens)
 
+    def alone_s(self, num_prompt_tokens: int, num_output_tokens: float) -> float:
+        """Seconds of a call of so many tokens in an otherwise idle engine, nothing cached."""
+        return self.prefill_s(num_prompt_tokens) + self.decode_s(
+            max(0.0, num_output_tokens - 1.0), batch_size=1, num_context_tokens=num_prompt_tokens
+        )
+
     def decode_step_s(self, num_seqs: int, num_context_tokens: float) -> float:
         """Seconds of a step of nothing but `num_seqs` decodes of that mean context."""
         num_above = num_seqs - self._knee  # `step_s` without the terms that are 0

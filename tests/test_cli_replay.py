@@ -54,6 +54,19 @@ def test_the_first_decision_that_differs_is_shown(
     assert capsys.readouterr().out.startswith("decision 3 differs\nrecorded: ")
 
 
+@pytest.mark.parametrize("number", [-1, 0])
+def test_a_log_with_a_line_twice_or_without_one_is_no_traceback(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], number: int
+) -> None:
+    path = tmp_path / "log"
+    lines = log_of_three_calls(path)
+    marked = '{"event": "removed", "instance_id": "never added"}'
+    path.write_text("\n".join([*lines, lines[-1] if number else marked]), "utf-8")
+
+    assert main(["replay", str(path)]) == 2
+    assert "expected a log without gaps" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("words", [["explain", "r"], ["replay"]])
 def test_what_is_no_decision_log_is_called_so(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], words: list[str]

@@ -15,7 +15,7 @@ from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdra
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router import board as module
 from vllm_workflow.router.board import MAX_CALLS, MAX_RUNS, MAX_WAITING, REFRESH_S, Board
-from vllm_workflow.router.runs import IDLE_S
+from vllm_workflow.router.runs import IDLE_S, IDLE_TTL_S
 
 
 class Clock:
@@ -229,3 +229,33 @@ def test_any_order_of_events_leaves_a_state_that_can_be_shown(steps: list[tuple[
     num_open = sum(call[3] is None for run in state["runs"] for call in run["calls"])
     assert num_open == len(open_calls)
     assert all(math.isfinite(run["arrival"]) for run in state["runs"])
+
+
+def test_a_run_that_idles_and_goes_on_counts_once_as_in_the_metrics() -> None:
+    clock = Clock()
+    made = Board(clock)
+
+    def call(name: str, *, final: bool = False) -> None:
+        made.record(submitted(name, run="r", deadline=clock.now + 10.0, final=final))
+        clock.now += 1.0
+        made.record(settled(name))
+
+    call("1")
+    clock.now += 2 * IDLE_S
+    json.loads(made.snapshot())
+    call("2", final=True)
+    (tenant,) = json.loads(made.snapshot())["tenants"]
+
+    assert (tenant["met"], tenant["missed"]) == (1, 0)
+
+
+def test_a_run_idle_for_longer_than_runs_are_known_is_another_one() -> None:
+    clock = Clock()
+    made = Board(clock)
+    for name, idle_s in (("1", IDLE_TTL_S + 10.0), ("2", 2 * IDLE_S)):
+        made.record(submitted(name, run="r", deadline=clock.now + 10.0))
+        made.record(settled(name))
+        clock.now += idle_s
+    (tenant,) = json.loads(made.snapshot())["tenants"]
+
+    assert tenant["met"] == 2

@@ -9,7 +9,7 @@ import pytest
 from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
 from tests.router.test_admin import ADMIN, Operator, from_file, text_of
-from tests.router.test_discovery import healthy, names, until
+from tests.router.test_discovery import healthy, names, until, write
 
 pytestmark = pytest.mark.anyio
 
@@ -92,6 +92,33 @@ async def test_what_an_operator_put_in_the_place_of_an_entry_stays(tmp_path: Pat
         write(text_of(a, b).replace("{id: b,", "{id: b, max_num_seqs: 9,"))
         await changed(client)
         assert client.router.upstreams["b"].url == b.url
+
+
+async def test_what_was_posted_and_drained_may_be_found_later(tmp_path: Path) -> None:
+    path = tmp_path / "instances.yaml"
+    write(path)
+    async with FakeEngine().serving() as a, FakeEngine().serving() as c:
+        text = text_of(a) + f"\ndiscovery: {{files: [{{path: '{path}', every_s: 0.02}}]}}\n"
+        async with from_file(tmp_path / "router.yaml", text) as (client, _):
+            await posted(client, "c", c.url)
+            await drained(client, "c")
+            write(path, {"url": c.url, "id": "c"})
+            await until(lambda: healthy(client) == {"a", "c"})
+
+
+async def test_a_file_may_move_what_an_operator_posted_and_use_its_server(tmp_path: Path) -> None:
+    async with (
+        FakeEngine().serving() as a,
+        FakeEngine().serving() as b,
+        FakeEngine().serving() as c,
+    ):
+        async with from_file(tmp_path / "router.yaml", text_of(a)) as (client, rewrite):
+            await posted(client, "b", c.url)
+            instances = f"{{id: b, url: '{b.url}'}}, {{id: c, url: '{c.url}'}}"
+            rewrite(text_of(a).replace("instances: [", f"instances: [{instances}, "))
+            assert await changed(client) == ["instances"]
+            await until(lambda: healthy(client) == {"a", "b", "c"})
+            assert client.router.upstreams["c"].url == c.url
 
 
 async def test_no_server_is_there_twice(tmp_path: Path) -> None:

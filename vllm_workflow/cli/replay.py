@@ -36,12 +36,19 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Replay, print; return the exit status."""
     num_decisions = 0
-    for then, now in replay(_events(args.log)):
-        num_decisions += 1
-        if then != now:
-            print(f"decision {num_decisions} differs")
-            print(f"recorded: {_told(then)}\nnow:      {_told(now)}")
-            return 1
+    try:
+        for then, now in replay(_events(args.log)):
+            num_decisions += 1
+            if then != now:
+                print(f"decision {num_decisions} differs")
+                print(f"recorded: {_told(then)}\nnow:      {_told(now)}")
+                return 1
+    except ConfigError:
+        raise
+    except (KeyError, ValueError) as e:  # a line is missing, or there twice
+        raise ConfigError(
+            f"{args.log}: decision {num_decisions + 1}: expected a log without gaps, got {e}"
+        ) from None
     print(f"{num_decisions} decisions, all as recorded")
     return 0
 

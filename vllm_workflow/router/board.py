@@ -17,7 +17,7 @@ from typing import Any
 from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.router.metrics import Capped
-from vllm_workflow.router.runs import over_at
+from vllm_workflow.router.runs import IDLE_TTL_S, over_at
 
 MAX_RUNS = 1_000
 MAX_CALLS = 20
@@ -66,6 +66,8 @@ class _Run:
     met: bool | None = None
     """None while it goes on, or where nothing was promised."""
     ended: bool = False
+    is_counted: bool = False
+    """Whether it has been counted as met or missed."""
     told: tuple[float, int, str] = (math.nan, 0, "")
     """When, of which change, and what was told of it last."""
 
@@ -110,6 +112,8 @@ class Board:
     def _began(self, request: StageRequest, now: float) -> None:
         key = (request.tenant_id, request.workflow_id or request.request_id)
         run = self._runs.get(key)
+        if run is not None and not run.num_open and not run.is_final:
+            self._go_on(run, now)
         if run is None or run.ended:
             # A new one goes to the end even if one of that name was there.
             self._forget(key)
@@ -130,6 +134,14 @@ class Board:
         run.deadline = request.deadline
         self._open[request.request_id] = run, call, request
         self._changed(run, now)
+
+    def _go_on(self, run: _Run, now: float) -> None:
+        """Let a run that made no call for long go on, for as long as `Runs` knows it."""
+        if over_at(run.last, run.deadline) <= now:
+            self._end(run, now)
+        if now < run.last + IDLE_TTL_S:
+            run.ended, run.met = False, None
+            self._over.pop(run.key, None)
 
     def _make_room(self) -> None:
         """Forget the run that ended first, or if none has, the oldest."""
@@ -177,7 +189,9 @@ class Board:
             self._over[run.key] = None
         if run.deadline != math.inf:
             run.met = run.last_ok and run.last <= run.deadline
-            self._count(run, now)
+            if not run.is_counted:
+                run.is_counted = True
+                self._count(run, now)
 
     def _count(self, run: _Run, now: float) -> None:
         if not self._counts or self._counts[-1][0] + _SHARE_S <= now:

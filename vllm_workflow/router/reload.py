@@ -160,7 +160,12 @@ class Reloader:
             ConfigError: It would be.
         """
         upstreams = self._parts.upstreams
-        posted = {u.config.server: u.config.id for u in upstreams if u.is_posted}
+        replaced = {i.id for i in config.instances if not self._is_overruled(i)}
+        posted = {
+            u.config.server: u.config.id
+            for u in upstreams
+            if u.is_posted and u.config.id not in replaced
+        }
         for instance in config.instances:
             twin = posted.get(instance.server, instance.id)
             if twin != instance.id and not self._is_overruled(instance):

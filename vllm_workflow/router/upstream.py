@@ -31,6 +31,8 @@ class Upstream:
         """Whether it last said so of the key that the router has for it."""
         self.source = ""
         """Who found it; empty if it was configured, `POSTED` if an operator added it."""
+        self.overrules: str | None = None
+        """Source of what an operator had drained before adding this in its place."""
         self.is_disowned = False
         """Whoever found it is gone."""
         self.leaving = False

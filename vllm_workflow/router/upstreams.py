@@ -16,7 +16,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.reports import Others, read_report
-from vllm_workflow.router.upstream import Upstream, is_moving, read_body
+from vllm_workflow.router.upstream import POSTED, Upstream, is_moving, read_body
 from vllm_workflow.router.watch import WatchClock, watch
 
 PROBE_EVERY_S = 1.0
@@ -79,7 +79,8 @@ class Upstreams:
             upstream.reconfigure(config)
         upstream.leaving = False
         upstream.source, upstream.is_disowned = source, False
-        self._drained.pop(config.id, None)
+        overruled = self._drained.pop(config.id, None)
+        upstream.overrules = overruled if source == POSTED else None
         if moved:
             upstream.num_moves += 1
             upstream.num_kv_tokens = None
@@ -133,9 +134,11 @@ class Upstreams:
         Raises:
             KeyError: There is none of that name.
         """
-        source = self._upstreams[instance_id].source
+        upstream = self._upstreams[instance_id]
+        source = upstream.overrules if upstream.source == POSTED else upstream.source
         self.drain(instance_id)
-        self._drained[instance_id] = source
+        if source is not None:
+            self._drained[instance_id] = source
 
     def keep_out(self, source: str, found: Container[str]) -> set[str]:
         """Return which instances a source may not bring: operators have drained them.

@@ -38,6 +38,7 @@ from vllm_workflow.router.usage import Usage
 from vllm_workflow.router.wire import labels_of
 
 if TYPE_CHECKING:
+    from vllm_workflow.router.board import Board
     from vllm_workflow.router.kv_events import KvEvents
     from vllm_workflow.router.tracing import Tracing
 
@@ -68,6 +69,7 @@ class Proxy:
         log_prompts: bool = False,
         tracing: Tracing | None = None,
         kv_events: KvEvents | None = None,
+        board: Board | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -83,6 +85,7 @@ class Proxy:
         self._ids = itertools.count(1)
         self._tracing = tracing
         self._kv_events = kv_events
+        self._board = board
         self.runs = Runs(self._run_ended)
         self.running = Once()
         self._is_stopping = False
@@ -230,6 +233,8 @@ class Proxy:
             return response
         finally:
             self.runs.end(info, run, time.monotonic(), ok=ok)
+            if not ok and self._board is not None and not info.workflow_id:
+                self._board.gave_up(info.tenant_id, call.key)
 
     def _run_ended(self, run: Run) -> None:
         self._metrics.run_ended(run)

@@ -31,6 +31,7 @@ from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.once import Key, Once, key_of
 from vllm_workflow.router.prefixes import head_of
 from vllm_workflow.router.runs import Run, Runs
+from vllm_workflow.router.spelling import Spelling
 from vllm_workflow.router.tenants import quota_error
 from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
@@ -79,6 +80,7 @@ class Proxy:
         """This, and the next two, may be replaced."""
         self.set_priority = set_priority
         self._metrics = metrics
+        self._spelling = Spelling(metrics.unknown_name)
         self._access = access
         self._bodies = bodies
         self.log_prompts = log_prompts
@@ -160,6 +162,7 @@ class Proxy:
         reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
         info = admitted(caller, info, request.headers, body.members, body.model)
+        self._spelling.look(request.headers, body.members)
         if self.log_prompts:
             _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         if self._binder.is_gone(body.model):

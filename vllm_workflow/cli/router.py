@@ -22,6 +22,8 @@ from vllm_workflow.router.logs import configure
 
 _KEPT_DESCRIPTORS = 48
 """For what is no call: probes, files, the operators' port."""
+_FEW_CONNECTIONS = 1000
+"""Fewer are told of even if nobody has said how many there are to be."""
 _GC_THRESHOLDS = 20_000, 20, 20
 """Python's own 700 has it search a busy router for cycles many times a second. Without any
 collection a call took a tenth less CPU; this gets a good part of that, see docs/overhead.md."""
@@ -186,7 +188,9 @@ def _bounded(config: RouterConfig, max_files: int | None) -> RouterConfig:
     most = max(1, (max_files - _KEPT_DESCRIPTORS) // 2)
     if config.limits.max_connections <= most:
         return config
-    logging.getLogger(__name__).warning(
+    is_asked_for = "max_connections" in config.limits.model_fields_set
+    logging.getLogger(__name__).log(
+        logging.WARNING if is_asked_for or most < _FEW_CONNECTIONS else logging.INFO,
         "limits.max_connections: %d wanted, %d taken: %d files may be open at a time (ulimit -n)",
         config.limits.max_connections,
         most,

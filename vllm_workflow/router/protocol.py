@@ -20,12 +20,19 @@ from vllm_workflow.router.errors import error_json, error_response
 from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.handshakes import Arrival, Handshakes, abort
 from vllm_workflow.router.limits import Bodies, LimitsConfig
-from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
+from vllm_workflow.router.plain_connection import (
+    LINGERING_S,
+    MAX_AHEAD_BYTES,
+    PlainConnection,
+)
 from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)
 _LAST_WORDS_S = 1.0
 """For answers to calls that took too long to end."""
+_MAX_AHEAD = 16
+"""Requests that are sent before the one under way is answered; aiohttp would take twice as many,
+and then not read on."""
 _PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
 
 
@@ -126,6 +133,9 @@ class Protocol(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         self._has_received = True
         super().data_received(data)
+        if self._messages and self._is_far_ahead() and self.transport is not None:
+            self.transport.abort()  # aiohttp would stop reading, and not see who leaves
+            return
         waiter = self._waiter
         if waiter is None or waiter.done():  # a request is complete, or under way
             self._stop_timer()
@@ -133,6 +143,13 @@ class Protocol(web.RequestHandler):
             self._head_timer = asyncio.get_running_loop().call_later(
                 self._limits.header_timeout_s, self._head_is_late
             )
+
+    def _is_far_ahead(self) -> bool:
+        """Whether more is kept of requests that are not under way yet than may be."""
+        ahead = [payload.total_bytes for _, payload in self._messages]
+        if self._current_request is None:  # then the first one is begun in a moment
+            del ahead[:1]
+        return len(ahead) > _MAX_AHEAD or sum(ahead) > MAX_AHEAD_BYTES
 
     def _head_is_late(self) -> None:
         self._head_timer = None

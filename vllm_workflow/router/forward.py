@@ -32,6 +32,8 @@ from vllm_workflow.router.upstream import Upstream
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import MAX_USAGE_BYTES
 
+_UNAUTHORIZED = 401
+_SUSPICIOUS = frozenset({"closed", "disconnected", "aborted", "unauthorized"})
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
 """The router's own shortage, which no instance is to blame for."""
 
@@ -80,6 +82,8 @@ class Forwarder:
                 connection = await self._connected(pool, attempt)
             await self._asked(connection, upstream, pool, call, attempt, fresh=fresh)
             first = connection.taken()
+            if connection.status == _UNAUTHORIZED and upstream.own_headers:
+                raise LostError("unauthorized")
             if refusal := await _refusal(attempt, connection, first):
                 if refusal.status == MISSING:
                     self._upstreams.suspect(attempt.instance_id)
@@ -102,7 +106,7 @@ class Forwarder:
             if passing is None:
                 raise LostError("hung") from None
         except LostError as e:
-            if e.reason in {"closed", "disconnected", "aborted"}:
+            if e.reason in _SUSPICIOUS:
                 self._upstreams.suspect(attempt.instance_id)
             raise
         finally:

@@ -10,6 +10,8 @@ from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import Event, to_json
 
 _FLUSH_S = 0.5
+MAX_WAITING = 50_000
+"""Events that may wait for a disk; those that come beyond it are dropped, and the log says so."""
 _logger = logging.getLogger(__name__)
 
 
@@ -23,6 +25,7 @@ class DecisionLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._events: list[Event] = []
+        self._num_dropped = 0
         try:
             with path.open("a", encoding="utf-8"):
                 pass
@@ -31,12 +34,16 @@ class DecisionLog:
 
     def record(self, event: Event) -> None:
         """Take an event; it reaches the file with the next flush."""
-        self._events.append(event)
+        if len(self._events) < MAX_WAITING:
+            self._events.append(event)
+        else:
+            self._num_dropped += 1
 
     async def run(self) -> None:
         """Flush now and then until cancelled."""
         while True:
             await asyncio.sleep(_FLUSH_S)
+            self._tell_dropped()
             events, self._events = self._events, []
             writing = asyncio.ensure_future(asyncio.to_thread(self._append, events))
             try:
@@ -47,8 +54,19 @@ class DecisionLog:
 
     def flush(self) -> None:
         """Write what is left; blocks, so for the end only."""
+        self._tell_dropped()
         events, self._events = self._events, []
         self._append(events)
+
+    def _tell_dropped(self) -> None:
+        num_dropped, self._num_dropped = self._num_dropped, 0
+        if num_dropped:
+            _logger.error(
+                "dropped %d events of the decision log %s: the disk is too slow; a replay of what "
+                "follows is not of what was",
+                num_dropped,
+                self._path,
+            )
 
     def _append(self, events: list[Event]) -> None:
         try:

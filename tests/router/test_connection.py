@@ -113,7 +113,7 @@ async def test_however_an_answer_is_framed_it_is_the_same(answer: bytes, before:
 @pytest.mark.parametrize("answer", [WITH_LENGTH, CHUNKED])
 async def test_wherever_packets_end_an_answer_is_the_same(answer: bytes) -> None:
     for at in range(1, len(answer)):
-        connection = Connection()
+        connection = Connection(asyncio.get_running_loop())
         connection.connection_made(Silent())
         heard = asyncio.Event()
         connection.send(b"", b"", heard=heard.set, hold=all_of_it)
@@ -245,7 +245,7 @@ async def test_a_kept_connection_that_ends_or_is_old_is_not_used() -> None:
 
 
 async def test_what_comes_unasked_ends_a_kept_connection() -> None:
-    connection = Connection()
+    connection = Connection(asyncio.get_running_loop())
     transport = Silent()
     connection.connection_made(transport)
     connection.data_received(b"HTTP/1.1 408 Request Timeout\r\n\r\n")

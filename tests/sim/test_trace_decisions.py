@@ -11,18 +11,11 @@ import pytest
 
 from tests.builders import candidate, stage_request
 from vllm_workflow.bench.analysis_sharing import sharing
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import (
-    Event,
-    Polled,
-    Settled,
-    Started,
-    Submitted,
-    Withdrawn,
-    to_json,
-)
+from vllm_workflow.core.events import Event, Started, to_json
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.prefix import Chain, Segment
 from vllm_workflow.core.types import Decision, Outcome

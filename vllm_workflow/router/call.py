@@ -197,14 +197,16 @@ def priority_of(key: float, level: int = 0) -> int:
 def _xargs(
     info: RunInfo, request: StageRequest, decision: Decision, now: float
 ) -> dict[str, str | int]:
-    labels = {
-        "wf_id": info.workflow_id,
-        "wf_name": request.workflow,
-        "wf_stage": info.stage,
-        "wf_tenant": info.tenant_id,
-    }
-    xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
-    xargs |= handover(request, service_s=decision.chosen.service_s, now=now).xargs()
+    xargs: dict[str, str | int] = {}
+    if info.workflow_id:
+        xargs["wf_id"] = info.workflow_id
+    if request.workflow:
+        xargs["wf_name"] = request.workflow
+    if info.stage:
+        xargs["wf_stage"] = info.stage
+    if info.tenant_id:
+        xargs["wf_tenant"] = info.tenant_id
+    xargs.update(handover(request, service_s=decision.chosen.service_s, now=now).xargs())
     if info.final:
         xargs["wf_final"] = 1
     return xargs

@@ -49,6 +49,7 @@ class Connection:
         "_is_sent",
         "_is_write_paused",
         "_keeps",
+        "_loop",
         "_num_bytes",
         "_num_head_bytes",
         "_parser",
@@ -62,9 +63,10 @@ class Connection:
         "status",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self.idle_since = 0.0
-        """On the loop's clock, for whoever keeps it."""
+        """Instant, for whoever keeps it."""
         self.is_lost = False
         """Whether nothing can be sent on it any more."""
         self.is_complete = True
@@ -134,7 +136,7 @@ class Connection:
             self._transport.write(rest[:_PIECE_BYTES])
             rest = rest[_PIECE_BYTES:]
             if self._is_write_paused and self._error is None:
-                self._drained = asyncio.get_running_loop().create_future()
+                self._drained = self._loop.create_future()
                 try:
                     await self._drained
                 finally:
@@ -171,7 +173,10 @@ class Connection:
             TimeoutError: By `abandon`.
         """
         if not self._is_due():
-            await self._wait()
+            try:
+                await self._until_due()
+            finally:
+                self._waiter = None
         if self._error is not None and (self._num_bytes <= self._held or not self._has_head):
             raise self._error
 
@@ -184,7 +189,10 @@ class Connection:
         """
         self._held = 0.0
         if not self._is_due():
-            await self._wait()
+            try:
+                await self._until_due()
+            finally:
+                self._waiter = None
         if self._chunks:
             return self.taken()
         if self._error is not None:
@@ -206,12 +214,10 @@ class Connection:
         """End the wait for an answer that will not come, by `TimeoutError`."""
         self._fail(TimeoutError("the answer was given up"))
 
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def _until_due(self) -> asyncio.Future[None]:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiter = waiter
+        return waiter
 
     def _is_due(self) -> bool:
         return self.is_complete or self._error is not None or self._num_bytes > self._held

@@ -48,7 +48,7 @@ def read_run(headers: Mapping[str, str], body: Mapping[str, Any]) -> RunInfo:
     """
     found = read_own(headers, body)
     context = agentic_context(body)
-    if not found.keys() - {"tenant_id"}:
+    if len(found) == ("tenant_id" in found):
         found |= (
             _from_agentic_context(context)
             or _from_label("workflow_id", headers.get("X-Session-ID"))

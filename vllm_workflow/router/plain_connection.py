@@ -51,6 +51,7 @@ class PlainConnection:
         "_drained",
         "_exchange",
         "_fields",
+        "_handle",
         "_idle_since",
         "_idle_timer",
         "_is_lingering",
@@ -59,6 +60,7 @@ class PlainConnection:
         "_listener",
         "_loop",
         "_lost",
+        "_next",
         "_num_trusts",
         "_parser",
         "_transport",
@@ -70,7 +72,7 @@ class PlainConnection:
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
         self.is_write_paused = False
         self.task: asyncio.Task[None] | None = None
-        """Answers the request under way."""
+        """Answers one request after the other: to make one for each took longer."""
         self._listener = listener
         self._limits = listener.limits
         self._num_trusts = listener.num_trusts
@@ -79,6 +81,9 @@ class PlainConnection:
         self._parser: HttpRequestParser | None = HttpRequestParser(self)
         self._fields: list[tuple[str, str]] = []
         self._exchange: PlainExchange | None = None
+        self._handle: Handle | None = None
+        self._next: asyncio.Future[None] | None = None
+        """Until there is a request."""
         self._ahead = b""
         self._is_paused = self._is_lingering = False
         self._drained: asyncio.Future[None] | None = None
@@ -118,15 +123,17 @@ class PlainConnection:
             self._lost.set_result(None)
         # A cancelled task knows where it was, so all that it had would stay until cycles are
         # looked for, bodies among it.
-        task, self.task, self._exchange = self.task, None, None
-        if task is not None:
+        task, self.task = self.task, None
+        if task is not None and self._exchange is not None:
             task.cancel()
+        self._exchange = None
 
     def _leave(self) -> None:
         self._transport = self._parser = None
         self._listener.plain.discard(self)
         self._listener.num_connections -= 1
         self._take_ahead()
+        self._wake()
         for timer in (self._idle_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -204,9 +211,13 @@ class PlainConnection:
         exchange = self._exchange = PlainExchange(
             self, data[5 : data.find(b" ", 5)].decode(), headers
         )
+        self._handle = handle
         if end < len(data):
             self._feed(exchange, data[end:])
-        self.task = self._loop.create_task(self._answer(exchange, handle))
+        if self.task is None:
+            self.task = self._loop.create_task(self._serve())
+        else:
+            self._wake()
 
     def _headers(self, head: bytes) -> CIMultiDict[str] | None:
         """Return the headers of a plain request; None if it is another one."""
@@ -273,6 +284,34 @@ class PlainConnection:
 
     # Answers.
 
+    @property
+    def is_answering(self) -> bool:
+        """Whether there is a request that has not been answered."""
+        return self._exchange is not None
+
+    def _wake(self) -> None:
+        if self._next is not None and not self._next.done():
+            self._next.set_result(None)
+
+    async def _serve(self) -> None:
+        """Answer requests until there can be none any more."""
+        try:
+            while self._transport is not None:
+                exchange, handle = self._exchange, self._handle
+                if exchange is None or handle is None:
+                    self._next = self._loop.create_future()
+                    await self._next
+                    self._next = None
+                    continue
+                await self._answer(exchange, handle)
+                if self._exchange is exchange:  # the connection is about to end
+                    break
+        except Exception:
+            _logger.exception("a connection failed")
+            self.abort()
+        finally:
+            self.task = None
+
     async def _answer(self, exchange: PlainExchange, handle: Handle) -> None:
         try:
             answer = await handle(exchange)
@@ -300,7 +339,6 @@ class PlainConnection:
         self._ended(exchange)
 
     def _ended(self, exchange: PlainExchange) -> None:
-        self.task = None
         if exchange.missing:
             self._is_lingering = True
             if self._idle_timer is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -71,7 +73,7 @@ class Pool:
         """Return a connection that was kept; None if there is none that can be trusted."""
         if not self._kept:
             return None
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         while self._kept:
             connection = self._kept.pop()
             if connection.idle_since + KEEPALIVE_S < now:
@@ -87,16 +89,15 @@ class Pool:
         if self._is_closed or not connection.may_be_kept:
             connection.close()
             return
-        loop = asyncio.get_running_loop()
-        connection.idle_since = loop.time()
+        connection.idle_since = time.monotonic()
         self._kept.append(connection)
         if self._sweep is None:
-            self._sweep = loop.call_later(KEEPALIVE_S, self._sweep_now)
+            self._sweep = asyncio.get_running_loop().call_later(KEEPALIVE_S, self._sweep_now)
 
     def _sweep_now(self) -> None:
         self._sweep = None
         loop = asyncio.get_running_loop()
-        self._drop_old(loop.time())
+        self._drop_old(time.monotonic())
         if self._kept:
             self._sweep = loop.call_later(KEEPALIVE_S, self._sweep_now)
 
@@ -133,7 +134,7 @@ class Pool:
             try:
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 _, connection = await loop.create_connection(
-                    cast("type[Any]", Connection),
+                    cast("Any", partial(Connection, loop)),
                     sock=found,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls is not None else None,

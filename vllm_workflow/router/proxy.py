@@ -17,7 +17,7 @@ from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExc
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision
 from vllm_workflow.router.attempt import BUSY, Attempt, Refusal
-from vllm_workflow.router.auth import Access, admitted
+from vllm_workflow.router.auth import Access, Caller, admitted
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import VALUE_BYTES, parse
 from vllm_workflow.router.call import Call, request_headers, response_headers
@@ -114,18 +114,31 @@ class Proxy:
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
         call, begin = None, time.monotonic()
+        reader = BodyReader(self._bodies)
         try:
-            with self._bodies.held() as reader:
-                call = await self._read(exchange, reader, begin, takes_xargs=takes_xargs)
-                info = call.info
-                stage = info.stage
-                known = key_of(
-                    exchange.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id
-                )
-                if known is None:
-                    answer = await self._in_run(exchange, call)
-                else:
-                    answer = await self._once(exchange, call, known)
+            # Who is refused for headers need not send a body.
+            caller = self._access.caller(exchange.headers)
+            headers, request_id = request_headers(exchange.headers)
+            raw = reader.whole(exchange)
+            if raw is None:
+                raw = await reader.read(exchange)
+            call = self._read(
+                exchange,
+                caller,
+                headers,
+                request_id,
+                raw,
+                reader,
+                begin,
+                takes_xargs=takes_xargs,
+            )
+            info = call.info
+            stage = info.stage
+            known = key_of(exchange.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id)
+            if known is None:
+                answer = await self._in_run(exchange, call)
+            else:
+                answer = await self._once(exchange, call, known)
             instance_id = answer.headers.get("X-Workflow-Instance", "")
         except RequestError as e:
             answer = e.answer()
@@ -138,6 +151,7 @@ class Proxy:
         else:
             status = answer.status
         finally:
+            self._bodies.let_go(reader)
             if status == _CLIENT_LEFT:
                 self._metrics.client_left()
             self._metrics.answered(instance_id, stage, status)
@@ -145,15 +159,22 @@ class Proxy:
                 _log_call(call, exchange.headers, instance_id, status, begin)
         return answer
 
-    async def _read(
-        self, request: Exchange, reader: BodyReader, now: float, *, takes_xargs: bool
+    def _read(
+        self,
+        request: Exchange,
+        caller: Caller | None,
+        headers: CIMultiDict[str],
+        request_id: str,
+        raw: bytes,
+        reader: BodyReader,
+        now: float,
+        *,
+        takes_xargs: bool,
     ) -> Call:
-        caller = self._access.caller(request.headers)
-        headers, request_id = request_headers(request.headers)
         if caller is not None:
             # For the router; instances have keys of their own. `Connection` may have named it.
             headers.popall("Authorization", None)
-        body = parse(await reader.read(request))
+        body = parse(raw)
         reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
         info = admitted(caller, info, request.headers, body.members, body.model)
@@ -242,10 +263,15 @@ class Proxy:
             partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
         )
         while tries.may_go_on and not self._is_stopping:
+            num_prompt_bytes = len(call.body.raw)
             try:
-                decision = await self._binder.bind(
-                    call.request, num_prompt_bytes=len(call.body.raw), tries=tries
+                decision, waits = self._binder.submit(
+                    call.request, num_prompt_bytes=num_prompt_bytes, tries=tries
                 )
+                if decision is None:
+                    decision = await self._binder.bind(
+                        call.request, num_prompt_bytes=num_prompt_bytes, tries=tries, waits=waits
+                    )
             except NoInstanceError:
                 break
             except OverloadedError as e:

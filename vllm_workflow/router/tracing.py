@@ -21,7 +21,8 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from vllm_workflow.core.events import Event, Polled, Submitted
+from vllm_workflow.core.call_events import Polled, Submitted
+from vllm_workflow.core.events import Event
 from vllm_workflow.core.types import Decision
 from vllm_workflow.router.call import Call
 from vllm_workflow.router.exchange import Answer

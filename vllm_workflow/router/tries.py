@@ -69,6 +69,8 @@ class Tries:
 
     def excluded(self, now: float) -> list[str]:
         """Instances that the call is not sent to now."""
+        if not self._excluded:
+            return []
         for instance_id, exclusion in list(self._excluded.items()):
             back = self._generation(instance_id) != exclusion.generation
             if exclusion.until <= now or back:

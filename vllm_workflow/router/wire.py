@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from multidict import MultiMapping, istr
+from multidict import istr
 
 from vllm_workflow.router.errors import RequestError, malformed
 
@@ -240,7 +240,7 @@ def _read(keys: tuple[_Key, ...], source: Mapping[str, Any]) -> dict[str, Any]:
             the other one.
     """
     found: dict[str, Any] = {}
-    multi = source if isinstance(source, MultiMapping) else None
+    multi: Any = None if isinstance(source, dict) else source
     for key, where, name, read in keys:
         value = source.get(key)
         if value is None:

@@ -40,7 +40,7 @@ SIM = (
 ROUTER = (
     *("answer", "attempt", "auth", "binder", "board", "body", "call", "connection", "dialects"),
     *("exchange", "forward", "head", "limits", "metrics", "once", "plain", "plain_connection"),
-    *("pool", "prefixes", "proxy", "runs", "series", "tries", "usage", "watch", "wire"),
+    *("pool", "prefixes", "proxy", "runs", "series", "spelling", "tries", "usage", "watch", "wire"),
 )
 MODULES = [
     *(f"{PACKAGE}/core/{name}.py" for name in CORE),

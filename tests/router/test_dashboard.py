@@ -62,6 +62,32 @@ async def test_its_data_says_what_goes_on(routing: Routing) -> None:
     assert news["runs"] == []
 
 
+@pytest.mark.parametrize("well", [True, False])
+async def test_a_call_without_a_run_counts_once_and_at_once_as_in_the_metrics(
+    routing: Routing, well: bool
+) -> None:
+    other = FakeEngine() if well else FakeEngine(status=500)
+    async with (
+        FakeEngine(status=500).serving() as bad,
+        other.serving(),
+        routing(bad, other) as client,
+    ):
+        for _ in range(4):  # some of them on the bad one first
+            async with client.post(headers={"X-Workflow-Slo-Ms": "60000"}) as response:
+                assert (response.status == 200) is well
+        async with client.get("/dashboard/state") as response:
+            state = await response.json()
+        counted = {
+            outcome: await client.metric("runs_total", workflow="", outcome=outcome) or 0
+            for outcome in ("met", "missed")
+        }
+
+    assert bad.received
+    assert state["tenants"] == [{"tenant": "", "running": 0, **counted}]
+    assert counted == ({"met": 4, "missed": 0} if well else {"met": 0, "missed": 4})
+    assert [run["met"] for run in state["runs"]] == [well] * 4
+
+
 @pytest.mark.parametrize("since", ["", "-1", "1.5", "nan", "9" * 30, "%F0"])
 async def test_a_number_that_is_none_is_refused(routing: Routing, since: str) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:

@@ -267,13 +267,18 @@ async def discovering(client: Client, *sources: Named) -> AsyncIterator[None]:
 async def test_a_source_that_breaks_is_asked_on_and_stops_no_other(
     routing: Routing, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async with FakeEngine().serving() as engine, routing(engine) as client:
+    async with (
+        FakeEngine().serving() as engine,
+        FakeEngine().serving() as second,
+        FakeEngine().serving() as third,
+        routing(engine) as client,
+    ):
         broken = Named("broken")
-        sound = Named("sound", [InstanceConfig(id="b", url=engine.url)])
+        sound = Named("sound", [InstanceConfig(id="b", url=second.url)])
         async with discovering(client, broken, sound):
             await until(lambda: names(client) == {"a", "b"})
             await broken.asked_twice_more()
-            broken.found = [InstanceConfig(id="c", url=engine.url)]
+            broken.found = [InstanceConfig(id="c", url=third.url)]
             await until(lambda: names(client) == {"a", "b", "c"})
 
     assert [r.getMessage() for r in caplog.records if r.exc_info] == ["discovery: broken failed"]
@@ -283,10 +288,10 @@ async def test_an_instance_whose_key_is_missing_is_taken_in_when_the_key_is_ther
     routing: Routing, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path, key = tmp_path / "instances.yaml", tmp_path / "key"
-    async with FakeEngine(api_key="the-key").serving() as engine:
+    async with FakeEngine().serving() as other, FakeEngine(api_key="the-key").serving() as engine:
         write(path, {"url": engine.url, "id": "b", "api_key_file": "key"})
         found = {"files": [{"path": str(path), "every_s": 0.02}]}
-        async with routing(engine, discovery=found) as client:
+        async with routing(other, discovery=found) as client:
             await until(lambda: "cannot read a key" in caplog.text)
             assert names(client) == {"a"}
             key.write_text("the-key")
@@ -435,15 +440,50 @@ async def test_two_ports_of_the_same_pods_are_two_sources(routing: Routing, tmp_
         sources = [{**common, "port": port} for port in ("a", "b")]
         async with routing(discovery={"kubernetes": sources}) as client:
             assert healthy(client) == {f"pod:{port_of(one)}", f"pod:{port_of(two)}"}
+        # Another service may select the same pods.
+        another = {**sources[1], "service": "another"}
+        async with routing(discovery={"kubernetes": [sources[0], another]}) as client:
+            assert healthy(client) == {f"pod:{port_of(one)}", f"pod:{port_of(two)}"}
+            assert len(names(client)) == 2
+        another["port"] = "a"
+        async with routing(discovery={"kubernetes": [sources[0], another]}) as client:
+            assert names(client) == {f"pod:{port_of(one)}"}
         # A pod's name is enough where nobody else can mean it.
-        others = {**sources[1], "service": "another", "port": "b"}
-        async with routing(discovery={"kubernetes": [sources[0], others]}) as client:
+        async with routing(discovery={"kubernetes": sources[:1]}) as client:
             assert names(client) == {"pod"}
 
 
+async def test_pods_of_one_name_in_several_namespaces_and_clusters_are_told_apart(
+    routing: Routing, tmp_path: Path
+) -> None:
+    (tmp_path / "token").write_text("token")
+    async with (
+        ApiServer().serving() as api,
+        ApiServer().serving() as far,
+        FakeEngine().serving() as one,
+        FakeEngine().serving() as two,
+    ):
+        (both,) = slice_of(("pod", one, True))
+        both["ports"].append({"name": "other", "port": port_of(two)})
+        api.items = far.items = [both]
+        here = {"service": "s", "api_url": api.url, "token_file": str(tmp_path / "token")}
+        first = {**here, "namespace": "x", "port": "http"}
+        second = {**here, "namespace": "y", "port": "other"}
+        async with routing(discovery={"kubernetes": [first, second]}) as client:
+            assert names(client) == {"pod.x", "pod.y"}
+        second |= {"api_url": far.url, "namespace": "x"}
+        async with routing(discovery={"kubernetes": [first, second]}) as client:
+            ports = (port_of(one), port_of(two))
+            assert names(client) == {f"127.0.0.1:{port}" for port in ports}
+
+
 async def test_what_an_operator_has_drained_is_not_brought_back(routing: Routing) -> None:
-    async with FakeEngine().serving() as engine, routing(engine) as client:
-        upstreams, found = client.router.upstreams, InstanceConfig(id="b", url=engine.url)
+    async with (
+        FakeEngine().serving() as engine,
+        FakeEngine().serving() as second,
+        routing(engine) as client,
+    ):
+        upstreams, found = client.router.upstreams, InstanceConfig(id="b", url=second.url)
         source, other = Named("one", [found]), Named("two", [])
         async with discovering(client, source, other):
             await until(lambda: names(client) == {"a", "b"})

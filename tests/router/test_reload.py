@@ -316,7 +316,11 @@ async def test_an_instance_that_changes_hands_is_sent_calls_throughout(tmp_path:
 
 
 async def test_sources_are_added_changed_and_removed(tmp_path: Path) -> None:
-    async with FakeEngine().serving() as a, FakeEngine(held=True).serving() as b:
+    async with (
+        FakeEngine().serving() as a,
+        FakeEngine(held=True).serving() as b,
+        FakeEngine().serving() as c,
+    ):
         one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
         two.write_text(f"[{{id: two, url: '{b.url}', models: [n]}}]")
         both = "discovery: {files: [{path: one.yaml}, {path: two.yaml, every_s: 0.02}]}\n"
@@ -324,7 +328,7 @@ async def test_sources_are_added_changed_and_removed(tmp_path: Path) -> None:
             write(text_of(a, extra=both))  # one of which cannot be read yet
             assert await changed(client) == {"discovery"}
             await until(lambda: healthy(client) == {"a", "two"})
-            one.write_text(f"[{{id: one, url: '{a.url}'}}]")
+            one.write_text(f"[{{id: one, url: '{c.url}'}}]")
             await until(lambda: healthy(client) == {"a", "one", "two"})
 
             call = asyncio.ensure_future(answered(client, model="n"))

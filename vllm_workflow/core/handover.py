@@ -18,6 +18,8 @@ _HANDOVER_FIELDS = (
     "attained_ms",
     "attained_path_ms",
 )
+XARGS: Final = tuple([f"wf_{name}" for name in _HANDOVER_FIELDS])
+"""Their names as members of `vllm_xargs`."""
 
 
 @final

@@ -123,6 +123,17 @@ class Board:
         elif isinstance(event, Withdrawn):
             self._ended_call(event.request_id, self._clock(), ok=False)
 
+    def gave_up(self, tenant_id: str, request_id: str) -> None:
+        """Note that a call without a run's id failed for good: its run, which it is, has ended.
+
+        No event says so: after an attempt that failed another one may follow.
+        """
+        run = self._runs.get((tenant_id, request_id))
+        if run is not None and not run.num_open and not run.ended:
+            self._number += 1
+            run.number = self._number
+            self._end(run, self._clock())
+
     def _began(self, request: StageRequest, now: float) -> None:
         key = (request.tenant_id, request.workflow_id or request.request_id)
         run = self._runs.get(key)

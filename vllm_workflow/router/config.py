@@ -14,7 +14,7 @@ from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.router.access_config import AdminConfig, AuthConfig, TlsConfig
 from vllm_workflow.router.config_paths import INSTANCE_FILES, locate
 from vllm_workflow.router.discovery_config import DiscoveryConfig
-from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.instance_config import InstanceConfig, Server
 from vllm_workflow.router.limits import LimitsConfig
 from vllm_workflow.router.recorder import StoreConfig
 from vllm_workflow.router.tracing_config import TracingConfig
@@ -95,7 +95,7 @@ class RouterConfig(Strict):
         ):
             if twice := {n for n in names if names.count(n) > 1}:
                 raise ValueError(f"{kind}: declared twice: {sorted(twice)}")
-        servers: dict[tuple[str, str, int, str], InstanceConfig] = {}
+        servers: dict[Server, InstanceConfig] = {}
         for instance in self.instances:
             twin = servers.setdefault(instance.server, instance)
             if twin is not instance:

@@ -127,7 +127,7 @@ class Discovery:
         for name in old.keys() - self._sources.keys():
             self._found.pop(name, None)
             self._problems.pop(name, None)
-            self._upstreams.keep_out(name, ())
+            self._upstreams.keep_out(name, {})
             self._upstreams.disown(name)
         self._found.update(found)
         for name, source in self._sources.items():
@@ -170,28 +170,46 @@ class Discovery:
         return found
 
     def _take(self, source: str, found: Iterable[InstanceConfig]) -> None:
-        """Have the upstreams agree with what was found."""
+        """Have the upstreams agree with what was found, and none of them be a server twice.
+
+        What another source, the file or an operator has given stays as it is.
+        """
         wanted = {config.id: config for config in found}
         for upstream in list(self._upstreams):
             if upstream.source == source and upstream.config.id not in wanted:
                 self._upstreams.drain(upstream.config.id)
         self._told = {each for each in self._told if each[0] != source or each[1] in wanted}
         kept_out = self._upstreams.keep_out(source, wanted)
-        for config in wanted.values():
-            there = self._upstreams.get(config.id)
+        stay = [upstream for upstream in self._upstreams if upstream.stays]
+        names = {u.config.server: u.config.id for u in stay if u.source != source}
+        # A server that was taken in goes on under its name, whatever else it is found as.
+        for config in sorted(wanted.values(), key=self._is_new):
             if config.id in kept_out:
                 continue
-            if there is None or there.leaving or there.is_disowned:
-                self._upstreams.add(config, source=source)
-            elif there.source != source:
-                self._tell_once(source, config.id)
-            elif there.config != config:
+            there = self._upstreams.get(config.id)
+            if there is not None and not there.stays:
+                there = None
+            if there is not None and there.source != source:
+                self._tell_once(source, config, f"{there.url} is there already under that name")
+            elif (name := names.setdefault(config.server, config.id)) != config.id:
+                self._tell_once(source, config, f"it is there already as {name!r}")
+                if there is not None:
+                    self._upstreams.drain(config.id)
+            elif there is None or there.config != config:
+                self._told.discard((source, config.id))
                 self._upstreams.add(config, source=source)
 
-    def _tell_once(self, source: str, instance_id: str) -> None:
-        if (source, instance_id) not in self._told:
-            self._told.add((source, instance_id))
-            _logger.warning("discovery: %s: %r is there already", source, instance_id)
+    def _is_new(self, config: InstanceConfig) -> bool:
+        """Whether nobody of its name and server is there."""
+        there = self._upstreams.get(config.id)
+        return there is None or not there.stays or there.config.server != config.server
+
+    def _tell_once(self, source: str, config: InstanceConfig, why: str) -> None:
+        if (source, config.id) not in self._told:
+            self._told.add((source, config.id))
+            _logger.warning(
+                "discovery: %s: %r, %s, is not taken in: %s", source, config.id, config.url, why
+            )
 
 
 class FileWatch:
@@ -261,14 +279,15 @@ class EndpointSlices:
     Args:
         config: Of which service.
         session: Asks.
-        with_port: Name instances after pod and port, since another source finds the same pods.
+        form: What instances are named, from `pod`, `namespace` and `port`; empty: after address
+            and port, as is one whose pod is not told.
     """
 
     def __init__(
-        self, config: KubernetesSource, session: aiohttp.ClientSession, *, with_port: bool = False
+        self, config: KubernetesSource, session: aiohttp.ClientSession, *, form: str = "{pod}"
     ) -> None:
         self.config = config
-        self._with_port = with_port
+        self._form = form
         self.name = config.label
         self.every_s = config.every_s
         self._session = session
@@ -318,23 +337,39 @@ class EndpointSlices:
             is_ready = (endpoint.get("conditions") or {}).get("ready") is not False
             if ports and is_ready and endpoint["addresses"]:
                 pod = (endpoint.get("targetRef") or {}).get("name") or ""
-                name = f"{pod}:{ports[0]}" if pod and self._with_port else pod
-                yield endpoint["addresses"][0], ports[0], name
+                name = self._form.format(pod=pod, namespace=self.config.namespace, port=ports[0])
+                yield endpoint["addresses"][0], ports[0], name if pod else ""
 
 
 def sources(config: DiscoveryConfig | None, session: aiohttp.ClientSession) -> list[Source]:
     """Return the sources of a configuration."""
     if config is None:
         return []
-    pods = [each.pods for each in config.kubernetes]
     return [
         *map(FileWatch, config.files),
         *map(DnsLookup, config.dns),
         *(
-            EndpointSlices(each, session, with_port=pods.count(each.pods) > 1)
+            EndpointSlices(each, session, form=_form(each, config.kubernetes))
             for each in config.kubernetes
         ),
     ]
+
+
+def _form(source: KubernetesSource, all_: Iterable[KubernetesSource]) -> str:
+    """Return what instances of a source are named, so that none of another one is named so.
+
+    It depends on the configuration alone, never on what is found first: series and learned
+    profiles go by the name.
+    """
+    others = [each for each in all_ if each is not source]
+    if any(each.cluster != source.cluster for each in others):
+        return ""
+    form = "{pod}"
+    if any(each.namespace != source.namespace for each in others):
+        form += ".{namespace}"
+    if any(each.namespace == source.namespace for each in others):
+        form += ":{port}"  # any of its services may select the same pods
+    return form
 
 
 def _instances(

@@ -68,9 +68,9 @@ class KubernetesSource(_Templated):
     ca_file: str = f"{_KUBERNETES}/ca.crt"
 
     @property
-    def pods(self) -> tuple[str, str, str]:
-        """Equal to that of another source which may find the same pods."""
-        return self.api_url, self.namespace, self.service
+    def cluster(self) -> str:
+        """Equal to that of another source whose namespaces are the same ones."""
+        return self.api_url.rstrip("/")
 
     @property
     def label(self) -> str:

@@ -21,6 +21,8 @@ from vllm_workflow.router.credentials import read_key
 from vllm_workflow.router.tls import UpstreamTls
 from vllm_workflow.yaml_config import Name, Strict
 
+Server = tuple[str, str, int, str]
+"""Scheme, host, port and path: what tells one server from others."""
 _LATENCY = LatencyModel()
 _Count = Annotated[int, Field(ge=1, le=1 << 53)]
 """As far as each is a float, too."""
@@ -128,7 +130,7 @@ class InstanceConfig(Strict):
         return data
 
     @property
-    def server(self) -> tuple[str, str, int, str]:
+    def server(self) -> Server:
         """What tells its server from others, however its url is written."""
         parts = urlsplit(self.url)
         port = parts.port or (443 if parts.scheme == "https" else 80)

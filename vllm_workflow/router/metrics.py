@@ -102,6 +102,11 @@ _COUNTERS: Mapping[str, tuple[str, tuple[str, ...]]] = {
         "Runs refused at their first call because they would have begun too late.",
         ("workflow",),
     ),
+    "unknown_names": (
+        "Fields of calls whose names look like ours and are none, so that they have no effect, by "
+        "where they stood: header, metadata or vllm_xargs.",
+        ("where", "field"),
+    ),
     "policy_swaps": ("Policies taken over while running.", ()),
     "tunings": ("Tunings by verdict: swap, keep or failed.", ("verdict",)),
 }
@@ -286,6 +291,10 @@ class Metrics:
 
     def broken(self, instance_id: str) -> None:
         self._counters["broken_answers"].labels(instance_id).inc()
+
+    def unknown_name(self, where: str, name: str) -> None:
+        """Count a field that was probably meant for us; there may be only so many names."""
+        self._counters["unknown_names"].labels(where, name).inc()
 
     def client_left(self) -> None:
         self._counters["client_disconnects"].inc()

@@ -117,6 +117,7 @@ def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession
         log_prompts=config.log_prompts,
         tracing=records.tracing,
         kv_events=kv_events,
+        board=records.board,
     )
     switch = PolicySwitch(dispatcher, binder, metrics)
     return Parts(

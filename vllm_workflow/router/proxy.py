@@ -31,6 +31,7 @@ from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.once import Key, Once, key_of
 from vllm_workflow.router.prefixes import head_of
 from vllm_workflow.router.runs import Run, Runs
+from vllm_workflow.router.spelling import Spelling
 from vllm_workflow.router.tenants import quota_error
 from vllm_workflow.router.tries import MIN_WAIT_S, Tries
 from vllm_workflow.router.upstreams import Upstreams
@@ -38,6 +39,7 @@ from vllm_workflow.router.usage import Usage
 from vllm_workflow.router.wire import labels_of
 
 if TYPE_CHECKING:
+    from vllm_workflow.router.board import Board
     from vllm_workflow.router.kv_events import KvEvents
     from vllm_workflow.router.tracing import Tracing
 
@@ -68,6 +70,7 @@ class Proxy:
         log_prompts: bool = False,
         tracing: Tracing | None = None,
         kv_events: KvEvents | None = None,
+        board: Board | None = None,
     ) -> None:
         self._dispatcher = dispatcher
         self._binder = binder
@@ -77,12 +80,14 @@ class Proxy:
         """This, and the next two, may be replaced."""
         self.set_priority = set_priority
         self._metrics = metrics
+        self._spelling = Spelling(metrics.unknown_name)
         self._access = access
         self._bodies = bodies
         self.log_prompts = log_prompts
         self._ids = itertools.count(1)
         self._tracing = tracing
         self._kv_events = kv_events
+        self._board = board
         self.runs = Runs(self._run_ended)
         self.running = Once()
         self._is_stopping = False
@@ -178,6 +183,7 @@ class Proxy:
         reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
         info = admitted(caller, info, request.headers, body.members, body.model)
+        self._spelling.look(request.headers, body.members)
         if self.log_prompts:
             _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         if self._binder.is_gone(body.model):
@@ -251,6 +257,8 @@ class Proxy:
             return response
         finally:
             self.runs.end(info, run, time.monotonic(), ok=ok)
+            if not ok and self._board is not None and not info.workflow_id:
+                self._board.gave_up(info.tenant_id, call.key)
 
     def _run_ended(self, run: Run) -> None:
         self._metrics.run_ended(run)

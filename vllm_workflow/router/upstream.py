@@ -59,6 +59,11 @@ class Upstream:
         """Its engine gave nothing while its server was well, so that its word does not count."""
 
     @property
+    def stays(self) -> bool:
+        """Whether it belongs to somebody, and is not leaving."""
+        return not self.leaving and not self.is_disowned
+
+    @property
     def is_posted(self) -> bool:
         """Whether an operator has added it, and it stays."""
         return self.source == POSTED and not self.leaving

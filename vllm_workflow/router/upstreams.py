@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -13,7 +13,7 @@ import aiohttp
 
 from vllm_workflow.core.account import Instance
 from vllm_workflow.core.dispatcher import Dispatcher
-from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.instance_config import InstanceConfig, Server
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.reports import Others, read_report
 from vllm_workflow.router.upstream import POSTED, Upstream, is_moving, read_body
@@ -59,8 +59,8 @@ class Upstreams:
         self._metrics = metrics
         self._clock = WatchClock()
         self._upstreams: dict[str, Upstream] = {}
-        self._drained: dict[str, str] = {}
-        """Instances that operators have drained, and who had found each."""
+        self._drained: dict[str, tuple[str, Server]] = {}
+        """Instances that operators have drained: who had found each, and its server."""
         self._watchers: asyncio.TaskGroup | None = None
         for config in configs:
             self.add(config)
@@ -80,7 +80,7 @@ class Upstreams:
         upstream.leaving = False
         upstream.source, upstream.is_disowned = source, False
         overruled = self._drained.pop(config.id, None)
-        upstream.overrules = overruled if source == POSTED else None
+        upstream.overrules = overruled[0] if overruled and source == POSTED else None
         if moved:
             upstream.num_moves += 1
             upstream.num_kv_tokens = None
@@ -138,16 +138,21 @@ class Upstreams:
         source = upstream.overrules if upstream.source == POSTED else upstream.source
         self.drain(instance_id)
         if source is not None:
-            self._drained[instance_id] = source
+            self._drained[instance_id] = source, upstream.config.server
 
-    def keep_out(self, source: str, found: Container[str]) -> set[str]:
+    def keep_out(self, source: str, found: Mapping[str, InstanceConfig]) -> set[str]:
         """Return which instances a source may not bring: operators have drained them.
 
-        That ends when the source that had found one names it no more, and when an operator adds
-        it.
+        Nor may it bring their servers under other names. That ends when the source that had found
+        one names it no more, and when an operator adds it.
         """
-        self._drained = {i: of for i, of in self._drained.items() if of != source or i in found}
-        return {instance_id for instance_id in self._drained if instance_id in found}
+        self._drained = {
+            i: (of, server)
+            for i, (of, server) in self._drained.items()
+            if of != source or i in found
+        }
+        servers = {server for _, server in self._drained.values()}
+        return {i for i, config in found.items() if i in self._drained or config.server in servers}
 
     def wishes(self, instance_id: str) -> bool:
         """Whether an operator has drained or added an instance, and nobody has undone it."""
@@ -157,9 +162,8 @@ class Upstreams:
     def twin(self, config: InstanceConfig) -> str | None:
         """Return another instance that stays and is the same server; None if there is none."""
         for upstream in self:
-            stays = not upstream.leaving and not upstream.is_disowned
             if (
-                stays
+                upstream.stays
                 and upstream.config.id != config.id
                 and upstream.config.server == config.server
             ):

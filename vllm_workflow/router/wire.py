@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 
 from multidict import istr
 
+from vllm_workflow.core.handover import XARGS
 from vllm_workflow.router.errors import RequestError, malformed
 
 MAX_LABEL_LENGTH = 256
@@ -151,6 +152,12 @@ _FIELDS = (
 )
 _TENANT = _Field("tenant_id", istr("X-Tenant-Id"), "tenant_id", "wf_tenant", _name)
 OWN_HEADERS = tuple(field.header for field in (*_FIELDS, _TENANT))
+FIELD_NAMES: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] = (
+    OWN_HEADERS,
+    tuple([field.metadata for field in (*_FIELDS, _TENANT)]),
+    (*[field.xarg for field in (*_FIELDS, _TENANT)], *XARGS),
+)
+"""All that is read or written in each source: headers, `metadata`, `vllm_xargs`."""
 
 
 class _Key(NamedTuple):

@@ -39,7 +39,17 @@ SIM = (
 # What each call passes; what inherits from a class of another library is left as it is.
 ROUTER = (
     *("answer", "attempt", "auth", "binder", "board", "body", "call", "connection", "dialects"),
-    *("exchange", "forward", "head", "limits", "metrics", "once", "plain", "plain_connection"),
+    *(
+        "exchange",
+        "forward",
+        "head",
+        "headers",
+        "limits",
+        "metrics",
+        "once",
+        "plain",
+        "plain_connection",
+    ),
     *("pool", "prefixes", "proxy", "runs", "series", "spelling", "tries", "usage", "watch", "wire"),
 )
 MODULES = [

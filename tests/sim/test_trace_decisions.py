@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -235,7 +234,7 @@ def test_a_call_that_waited_in_the_router_ends_from_when_it_was_forwarded(tmp_pa
     decision = submitted("a", 0.0).decision
     assert decision is not None
     events = [
-        replace(submitted("a", 0.0), decision=None),
+        submitted("a", 0.0)._replace(decision=None),
         Polled(now=4.0, decisions=(decision,)),
         settled("a", 1.0),  # until 5
         submitted("b", 5.5),
@@ -252,7 +251,7 @@ def test_a_call_given_up_while_it_waited_is_left_out(tmp_path: Path) -> None:
     events = [
         submitted("a", 0.0),
         settled("a"),
-        replace(submitted("b", 1.0), decision=None),
+        submitted("b", 1.0)._replace(decision=None),
         Withdrawn(request_id="b"),
     ]
 

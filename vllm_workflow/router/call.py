@@ -3,37 +3,15 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping
-
-from multidict import CIMultiDict, MultiMapping, istr
 
 from vllm_workflow.core.handover import handover
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.body import Body, with_additions
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.wire import RunInfo, is_label
 
-_HOP_BY_HOP = frozenset(
-    istr(name)
-    for name in (
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    )
-)
-# The body is read whole and decoded here; the client library writes what belongs to its own.
-_NOT_FORWARDED = _HOP_BY_HOP | {
-    istr(name) for name in ("host", "content-length", "content-encoding", "expect")
-}
-_CONNECTION, _REQUEST_ID = istr("Connection"), istr("X-Request-Id")
-_PRIORITY = istr("X-Vllm-Priority")
 _MAX_INT64 = (1 << 63) - 1
 
 
@@ -55,7 +33,7 @@ class Call:
     def __init__(
         self,
         path: str,
-        headers: CIMultiDict[str],
+        headers: Headers,
         body: Body,
         info: RunInfo,
         *,
@@ -97,31 +75,22 @@ class Call:
         return self.request
 
 
-def end_to_end(headers: Mapping[str, str], dropped: frozenset[istr]) -> CIMultiDict[str]:
-    """Return the headers that are not for one hop only."""
-    named = headers.get(_CONNECTION, "")
-    if "," in named or named.lower() not in {"", "keep-alive", "close"}:
-        dropped |= {istr(name.strip()) for name in named.split(",")}
-    result = CIMultiDict(headers)
-    for name in dropped:  # finding an `istr` takes a tenth of comparing a `str`
-        if name in result:
-            del result[name]
-    return result
-
-
-def request_headers(headers: MultiMapping[str]) -> tuple[CIMultiDict[str], str]:
+def request_headers(headers: Headers) -> tuple[Headers, str]:
     """Return the headers to forward, and the request id in them.
 
     Raises:
         RequestError: A value that is not text; it could not be sent on unchanged.
     """
-    forwarded = end_to_end(headers, _NOT_FORWARDED)
-    for name, value in forwarded.items():
-        if not value.isascii():
-            _check_text(name, value)
-    request_id = headers.get(_REQUEST_ID, "")
+    forwarded = headers.copy()
+    if not headers.is_usual:
+        forwarded.remove("content-encoding")  # the body is decoded here
+        for name, value in forwarded.items():
+            if not value.isascii():
+                _check_text(name, value)
+    request_id = headers.get("x-request-id")
     if not is_label(request_id):
-        request_id = forwarded[_REQUEST_ID] = f"{random.getrandbits(128):032x}"
+        request_id = f"{random.getrandbits(128):032x}"
+        forwarded.set("X-Request-Id", request_id)
     return forwarded, request_id
 
 
@@ -130,11 +99,6 @@ def _check_text(name: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise RequestError(f"header {name}: expected UTF-8, got other bytes", param=name) from None
-
-
-def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Return the headers of an upstream's answer that the client gets."""
-    return end_to_end(headers, _HOP_BY_HOP)
 
 
 def forwarded_body(
@@ -163,7 +127,7 @@ def forwarded_body(
     if info.names_run or request.has_deadline:
         xargs = _xargs(info, request, decision, now)
     priority = info.priority
-    if _PRIORITY in call.headers:
+    if "x-vllm-priority" in call.headers:
         priority = None
     elif ordering is not None:
         placed = request._replace(service_s=decision.chosen.service_s)

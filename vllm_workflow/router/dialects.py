@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.wire import MAX_MS, RunInfo, is_label, read_own
 
 _MAX_PRIORITY = 1 << 31
@@ -36,11 +37,11 @@ _BAGGAGE: Mapping[str, str] = {
 }
 
 
-def read_run(headers: Mapping[str, str], body: Mapping[str, Any]) -> RunInfo:
+def read_run(headers: Headers, body: Mapping[str, Any]) -> RunInfo:
     """Return what a request says of its run, from the source that counts.
 
     Args:
-        headers: Case-insensitive.
+        headers: Of the request.
         body: The JSON object of the request.
 
     Raises:
@@ -51,7 +52,7 @@ def read_run(headers: Mapping[str, str], body: Mapping[str, Any]) -> RunInfo:
     if len(found) == ("tenant_id" in found):
         found |= (
             _from_agentic_context(context)
-            or _from_label("workflow_id", headers.get("X-Session-ID"))
+            or _from_label("workflow_id", headers.get("x-session-id"))
             or _from_baggage(headers.get("baggage"))
             or _from_sessions(headers)
         )
@@ -92,14 +93,14 @@ def _hints(hints: Mapping[str, Any], sign: int, length: str) -> dict[str, Any]:
     return found
 
 
-def _from_sessions(headers: Mapping[str, str]) -> dict[str, Any]:
+def _from_sessions(headers: Headers) -> dict[str, Any]:
     for name in _SESSION_HEADERS:
         if found := _from_label("workflow_id", headers.get(name)):
             return found
     return {}
 
 
-def _from_baggage(header: str | None) -> dict[str, Any]:
+def _from_baggage(header: str) -> dict[str, Any]:
     """Read `key=value;property,…` with percent-encoded values."""
     found: dict[str, Any] = {}
     for member in header.split(",") if header else ():

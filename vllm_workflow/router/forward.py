@@ -6,10 +6,8 @@ import asyncio
 import errno
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-
-from multidict import CIMultiDict
 
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.router.answer import (
@@ -20,7 +18,7 @@ from vllm_workflow.router.answer import (
     is_event_stream,
 )
 from vllm_workflow.router.attempt import MISSING, Attempt, Refusal, read_refusal
-from vllm_workflow.router.call import Call, forwarded_body, response_headers
+from vllm_workflow.router.call import Call, forwarded_body
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import BrokenOffError, LostError, RequestError
 from vllm_workflow.router.exchange import Answer, Reply
@@ -169,21 +167,15 @@ class Forwarder:
     def _answer(
         self, call: Call, attempt: Attempt, upstream: Connection, body: bytes | None
     ) -> Answer:
-        headers = self._headers(upstream.headers, call, attempt)
-        return Answer(upstream.status, headers, body, upstream.reason)
-
-    def _headers(
-        self, headers: Mapping[str, str], call: Call, attempt: Attempt
-    ) -> CIMultiDict[str]:
-        result = response_headers(headers)
-        decision = attempt.decision
-        result["X-Request-Id"] = call.request_id
-        result["X-Workflow-Instance"] = decision.chosen.instance_id
+        headers, decision = upstream.headers, attempt.decision
+        headers.remove("connection")  # of the hop behind
+        headers.set("X-Request-Id", call.request_id)
+        headers.set("X-Workflow-Instance", decision.chosen.instance_id)
         queue_s = attempt.start_time - call.request.arrival_time
-        result["X-Workflow-Queue-Ms"] = f"{1000.0 * queue_s:.1f}"
+        headers.set("X-Workflow-Queue-Ms", f"{1000.0 * queue_s:.1f}")
         if math.isfinite(decision.slack_s):
-            result["X-Workflow-Slack-Ms"] = f"{1000.0 * decision.slack_s:.0f}"
-        return result
+            headers.set("X-Workflow-Slack-Ms", f"{1000.0 * decision.slack_s:.0f}")
+        return Answer(upstream.status, headers, body, upstream.reason)
 
 
 def _end(patience: asyncio.Timeout) -> None:

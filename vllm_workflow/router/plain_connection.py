@@ -14,12 +14,11 @@ import socket
 from typing import TYPE_CHECKING, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from multidict import CIMultiDict, istr
 
 from vllm_workflow.router.errors import error_answer
 from vllm_workflow.router.exchange import Handle
-from vllm_workflow.router.head import HeadError
-from vllm_workflow.router.plain import CONNECTION, LENGTH, PlainExchange
+from vllm_workflow.router.headers import HeadError, Headers, read
+from vllm_workflow.router.plain import PlainExchange
 
 if TYPE_CHECKING:
     from vllm_workflow.router.protocol import Listener
@@ -29,13 +28,12 @@ LINGERING_S = 2.0
 """A refused body is read and thrown away for this long, so that its sender sees the answer."""
 _MAX_AHEAD_BYTES = 64 << 10
 """Of requests that are sent before the one under way is answered."""
-_HOST = istr("Host")
-_ONCE = (istr("Content-Type"), istr("User-Agent"))
+_ONCE = ("host", "content-length", "content-type", "user-agent")
 """Whoever comes after the router might believe another one than it does, or refuse two."""
 _UNUSUAL = (
-    *map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE")),
+    *("transfer-encoding", "content-encoding", "expect", "upgrade", "trailer", "te"),
     # Of these, too, there may be one only.
-    *map(istr, ("Server", "ETag", "Max-Forwards", "Content-Location", "Content-Range")),
+    *("server", "etag", "max-forwards", "content-location", "content-range"),
 )
 _logger = logging.getLogger(__name__)
 
@@ -62,7 +60,6 @@ class PlainConnection:
         "_lost",
         "_next",
         "_num_trusts",
-        "_parser",
         "_transport",
         "_write_timer",
         "is_write_paused",
@@ -78,7 +75,6 @@ class PlainConnection:
         self._num_trusts = listener.num_trusts
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._parser: HttpRequestParser | None = HttpRequestParser(self)
         self._fields: list[tuple[str, str]] = []
         self._exchange: PlainExchange | None = None
         self._handle: Handle | None = None
@@ -129,7 +125,7 @@ class PlainConnection:
         self._exchange = None
 
     def _leave(self) -> None:
-        self._transport = self._parser = None
+        self._transport = None
         self._listener.plain.discard(self)
         self._listener.num_connections -= 1
         self._take_ahead()
@@ -204,8 +200,8 @@ class PlainConnection:
         if handle is None or not 4 <= end <= self._limits.max_header_bytes:
             self._hand_over(data)
             return
-        headers = self._headers(data[:end])
-        if headers is None:
+        headers = self._headers(data if end == len(data) else data[:end])
+        if headers is None or not self._is_plain(headers):
             self._hand_over(data)
             return
         exchange = self._exchange = PlainExchange(
@@ -219,35 +215,38 @@ class PlainConnection:
         else:
             self._wake()
 
-    def _headers(self, head: bytes) -> CIMultiDict[str] | None:
-        """Return the headers of a plain request; None if it is another one."""
-        assert self._parser is not None
+    def _headers(self, head: bytes) -> Headers | None:
+        """Return the headers of a request; None if it is no HTTP, or says what is not for here."""
+        headers = read(head)
+        if headers is not None:
+            return headers
         self._fields = []
         try:
-            self._parser.feed_data(head)
+            HttpRequestParser(self).feed_data(head)
         except (HttpParserError, HttpParserUpgrade):
             return None
-        headers = CIMultiDict(self._fields)
-        return headers if self._is_plain(headers) else None
-
-    def _is_plain(self, headers: CIMultiDict[str]) -> bool:
-        if len(headers) > self._limits.max_headers or len(headers.getall(_HOST, ())) != 1:
-            return False
-        lengths = headers.getall(LENGTH, ())
-        if len(lengths) != 1 or not lengths[0].isdecimal() or len(lengths[0]) > 7:
-            return False
-        if int(lengths[0]) > MAX_PLAIN_BODY_BYTES:
-            return False
+        headers = Headers.of(self._fields)
         for name in _UNUSUAL:
             if name in headers:
-                return False
+                return None
         for name in _ONCE:
-            if len(headers.getall(name, ())) > 1:
-                return False
-        for value in headers.getall(CONNECTION, ()):
+            if headers.has_several(name):
+                return None
+        for value in headers.values("connection"):
             if value.lower() not in {"keep-alive", "close"}:
-                return False
-        return True
+                return None
+        return headers
+
+    def _is_plain(self, headers: Headers) -> bool:
+        if headers.num_given > self._limits.max_headers or "host" not in headers:
+            return False
+        length = headers.get("content-length")
+        return (
+            0 < len(length) <= 7
+            and length.isascii()
+            and length.isdecimal()
+            and int(length) <= MAX_PLAIN_BODY_BYTES
+        )
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
@@ -263,8 +262,6 @@ class PlainConnection:
             if not exchange.missing:
                 self.close()
             return
-        assert self._parser is not None
-        self._parser.feed_data(data)
         exchange.feed(data)
 
     def _keep(self, data: bytes) -> None:

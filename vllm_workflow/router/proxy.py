@@ -6,11 +6,8 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
-
-from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
@@ -20,11 +17,12 @@ from vllm_workflow.router.attempt import BUSY, Attempt, Refusal
 from vllm_workflow.router.auth import Access, Caller, admitted
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import VALUE_BYTES, parse
-from vllm_workflow.router.call import Call, request_headers, response_headers
+from vllm_workflow.router.call import Call, request_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import LostError, RequestError, error_answer
 from vllm_workflow.router.exchange import Answer, Exchange, Reply
 from vllm_workflow.router.forward import Forwarder
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
 from vllm_workflow.router.metrics import Metrics
@@ -122,7 +120,7 @@ class Proxy:
         reader = BodyReader(self._bodies)
         try:
             # Who is refused for headers need not send a body.
-            caller = self._access.caller(exchange.headers)
+            caller = self._access.caller(exchange.headers.get("authorization"))
             headers, request_id = request_headers(exchange.headers)
             raw = reader.whole(exchange)
             if raw is None:
@@ -144,12 +142,12 @@ class Proxy:
                 answer = await self._in_run(exchange, call)
             else:
                 answer = await self._once(exchange, call, known)
-            instance_id = answer.headers.get("X-Workflow-Instance", "")
+            instance_id = answer.headers.get("x-workflow-instance")
         except RequestError as e:
             answer = e.answer()
             status = answer.status
         except ConnectionResetError:  # it left while the answer was written to it
-            return Answer(_CLIENT_LEFT, CIMultiDict(), b"")
+            return Answer(_CLIENT_LEFT, Headers(), b"")
         except Exception:
             status = 500
             raise
@@ -168,7 +166,7 @@ class Proxy:
         self,
         request: Exchange,
         caller: Caller | None,
-        headers: CIMultiDict[str],
+        headers: Headers,
         request_id: str,
         raw: bytes,
         reader: BodyReader,
@@ -178,12 +176,13 @@ class Proxy:
     ) -> Call:
         if caller is not None:
             # For the router; instances have keys of their own. `Connection` may have named it.
-            headers.popall("Authorization", None)
+            headers.remove("authorization")
         body = parse(raw)
         reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
         info = admitted(caller, info, request.headers, body.members, body.model)
-        self._spelling.look(request.headers, body.members)
+        unusual = [] if request.headers.is_usual else request.headers.names()
+        self._spelling.look(unusual, body.members)
         if self.log_prompts:
             _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         if self._binder.is_gone(body.model):
@@ -362,16 +361,17 @@ class Proxy:
                 headers={"X-Request-Id": call.request_id, "Retry-After": str(RETRY_AFTER_S)},
             )
         refusal = tries.refusal
-        headers = response_headers(refusal.headers)
-        headers["X-Request-Id"] = call.request_id
-        headers["X-Workflow-Instance"] = refusal.instance_id
-        if refusal.status in BUSY:
-            headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+        headers = refusal.headers
+        headers.remove("connection")
+        headers.set("X-Request-Id", call.request_id)
+        headers.set("X-Workflow-Instance", refusal.instance_id)
+        if refusal.status in BUSY and "retry-after" not in headers:
+            headers.set("Retry-After", str(RETRY_AFTER_S))
         return Answer(refusal.status, headers, refusal.body)
 
 
 def _log_call(
-    call: Call | None, headers: Mapping[str, str], instance_id: str, status: int, begin: float
+    call: Call | None, headers: Headers, instance_id: str, status: int, begin: float
 ) -> None:
     """Log one call by what names it; `call` is None if it could not be read."""
     fields: dict[str, object] = {

@@ -124,5 +124,5 @@ def is_refusal(status: int) -> bool:
 
 
 def _retry_after_s(refusal: Refusal) -> float:
-    text = refusal.headers.get("Retry-After", "")
+    text = refusal.headers.get("retry-after")
     return min(float(text), _MAX_RETRY_AFTER_S) if text.isdecimal() else 0.0

@@ -85,11 +85,7 @@ async def _router(
     stack: AsyncExitStack, name: str, urls: list[str], peers_dir: Path, folder: Path
 ) -> ManagedProcess:
     if name not in peers.PEERS and name != PLAIN:
-        policy, _, package_in = name.partition("@")
-        package = Path(package_in) if package_in else None
-        if package is not None and not (package / "vllm_workflow").is_dir():
-            raise ConfigError(f"--routers: expected a package in {package}, got none")
-        return await started_router(stack, policy, urls, folder, package)
+        return await started_router(stack, name, urls, folder)
     port, metrics_port = free_ports(2)
     if name == PLAIN:
         command = [sys.executable, BACKEND, "proxy", str(port), *urls]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 
 from vllm_workflow.core.handover import handover
@@ -12,6 +13,9 @@ from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.wire import RunInfo, is_label
 
+# Ids of two routers differ, and those of two calls of one.
+_PROCESS = f"{random.getrandbits(96):024x}"
+_numbers = itertools.count(1)
 _MAX_INT64 = (1 << 63) - 1
 
 
@@ -89,7 +93,7 @@ def request_headers(headers: Headers) -> tuple[Headers, str]:
                 _check_text(name, value)
     request_id = headers.get("x-request-id")
     if not is_label(request_id):
-        request_id = f"{random.getrandbits(128):032x}"
+        request_id = f"{_PROCESS}{next(_numbers)}"
         forwarded.set("X-Request-Id", request_id)
     return forwarded, request_id
 

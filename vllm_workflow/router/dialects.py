@@ -57,7 +57,20 @@ def read_run(headers: Headers, body: Mapping[str, Any]) -> RunInfo:
             or _from_sessions(headers)
         )
     hints = _hints(context, 1, "expected_output_length") if context else {}
-    return RunInfo(**found, **(hints or _nvext(body)))
+    if not hints and "nvext" in body:
+        hints = _nvext(body)
+    return RunInfo(
+        found.get("workflow_id", ""),
+        found.get("workflow", ""),
+        found.get("stage", ""),
+        found.get("tenant_id", ""),
+        found.get("slo_ms"),
+        found.get("budget_ms"),
+        found.get("attained_ms"),
+        found.get("final", False),
+        hints.get("priority"),
+        hints.get("expected_output_tokens"),
+    )
 
 
 def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -33,11 +33,17 @@ class Behaviour:
     """Calls that run side by side; further ones wait."""
     status: int = 200
     """Of every answer to a call; other than 200 it is an error at once."""
+    fails_at: str = ""
+    """A model whose calls are answered with 500."""
     health: int = 200
     is_deaf: bool = False
     """Takes calls and never answers them, while it says that it is well."""
     is_mute: bool = False
     """Accepts connections and never answers anything."""
+    closing: str = ""
+    """`drain`: listens no more, and ends the calls that are under way. `hang`: keeps them and gives
+    them nothing. `abort`: ends them at once, as if they were complete. vLLM does either of the
+    latter after SIGTERM, by chance."""
     closes_kept: bool = False
     """Closes a kept connection when the next call comes by it, as a server may at any time."""
     cut_at: int = -1
@@ -57,6 +63,7 @@ class Cut(Exception):
 class Engine:
     def __init__(self, log: int, behaviour: Behaviour) -> None:
         self.behaviour = behaviour
+        self.listens: asyncio.Server
         self._log = log
         self._seats = asyncio.Semaphore(behaviour.seats)
 
@@ -96,8 +103,12 @@ class Connection:
             if path == "/control":
                 for name, value in json.loads(body).items():
                     setattr(self.behaviour, name, value)
+                if self.behaviour.closing:
+                    self.engine.listens.close()
                 await self.reply(200, {})
                 continue
+            if self.behaviour.closing:
+                return
             if self.behaviour.is_mute:
                 await asyncio.Event().wait()
             if method == "GET":
@@ -143,8 +154,9 @@ class Connection:
         b = self.behaviour
         if b.is_deaf:
             await asyncio.Event().wait()
-        if b.status != 200:
-            await self.reply(b.status, error("scripted", b.status))
+        status = 500 if body.get("model") == b.fails_at else b.status
+        if status != 200:
+            await self.reply(status, error("scripted", status))
             return False
         if body.get("model") not in b.models:
             await self.reply(404, error(f"The model `{body.get('model')}` does not exist.", 404))
@@ -162,8 +174,11 @@ class Connection:
     async def whole(self, request_id: str, num_tokens: int) -> None:
         b = self.behaviour
         await asyncio.sleep(b.slowness * (b.prefill_s + num_tokens * b.token_s))
+        reason = "stop"
+        if await self.is_aborted():
+            num_tokens, reason = num_tokens // 2, "abort"
         message = {"role": "assistant", "content": b.token * num_tokens}
-        choice = {"index": 0, "message": message, "finish_reason": "stop"}
+        choice = {"index": 0, "message": message, "finish_reason": reason}
         await self.reply(200, completion(choices=[choice], usage=usage(num_tokens)))
 
     async def stream(self, request_id: str, num_tokens: int) -> None:
@@ -176,13 +191,23 @@ class Connection:
         for i in range(num_tokens):
             if b.token_s or not i % 64:
                 await asyncio.sleep(b.slowness * b.token_s)
+            if await self.is_aborted():
+                last = {"index": 0, "delta": {"content": ""}, "finish_reason": "abort"}
+                await self.send_chunk(event(completion(choices=[last])))
+                break
             delta = {"index": 0, "delta": {"content": b.token}, "finish_reason": None}
             await self.send_chunk(event(completion(choices=[delta])))
             if i == 0:
                 self.engine.note("first", request_id)
-        await self.send_chunk(event(completion(choices=[], usage=usage(num_tokens))))
+        else:
+            await self.send_chunk(event(completion(choices=[], usage=usage(num_tokens))))
         await self.send_chunk(b"data: [DONE]\n\n")
         await self.send(b"0\r\n\r\n")
+
+    async def is_aborted(self) -> bool:
+        if self.behaviour.closing == "hang":
+            await asyncio.Event().wait()
+        return self.behaviour.closing == "abort"
 
     async def send_chunk(self, data: bytes) -> None:
         await self.send(b"%x\r\n%b\r\n" % (len(data), data))
@@ -251,9 +276,9 @@ async def main() -> None:
     port, path, *rest = sys.argv[1:]
     behaviour = Behaviour(**json.loads(rest[0])) if rest else Behaviour()
     engine = Engine(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), behaviour)
-    server = await asyncio.start_server(engine.serve, "127.0.0.1", int(port), backlog=1024)
-    print("ready", server.sockets[0].getsockname()[1], flush=True)
-    await server.serve_forever()
+    engine.listens = await asyncio.start_server(engine.serve, "127.0.0.1", int(port), backlog=1024)
+    print("ready", engine.listens.sockets[0].getsockname()[1], flush=True)
+    await asyncio.Event().wait()
 
 
 if __name__ == "__main__":

@@ -73,6 +73,24 @@ async def test_a_client_that_leaves_frees_the_engine_within_a_tenth_of_a_second(
     assert delays[-1] < 1.0
 
 
+@pytest.mark.parametrize("num_bytes", [60_000, 200_000])
+async def test_a_client_that_sent_ahead_and_leaves_frees_the_engine_as_soon(
+    fleet: Routed, num_bytes: int
+) -> None:
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {num_bytes}\r\n\r\n"
+    async with fleet(1, prefill_s=60.0) as (router, (a,)):
+        _, writer = await connect(router, "call", stream=False)
+        await until(lambda: a.count("begin") == 1)
+        writer.write(head.encode() + b"x" * num_bytes)
+        await asyncio.wait_for(writer.drain(), 10)
+        left = time.monotonic()
+        writer.close()
+        await until(lambda: a.count("abort") == 1, 5.0)
+        (at,) = a.notes("abort").values()
+
+    assert at - left < 0.1
+
+
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_client_that_leaves_while_its_call_waits_for_a_seat_reaches_no_engine(
     fleet: Routed, stream: bool

@@ -9,8 +9,8 @@ import aiohttp
 import openai
 import pytest
 
-from tests.faults.conftest import Routed
-from tests.faults.load import CHAT, Truncated, read_stream, read_whole
+from tests.faults.conftest import Routed, until
+from tests.faults.load import CHAT, Load, Truncated, read_stream, read_whole, running
 
 pytestmark = pytest.mark.anyio
 
@@ -97,3 +97,41 @@ async def test_the_sdk_raises_whatever_cuts_its_stream(fleet: Routed, cut_by: st
                 async with asyncio.timeout(5):
                     received.extend([chunk async for chunk in chunks])
         a.go_on()
+
+
+async def test_the_sdk_raises_when_an_engine_gives_its_answer_up(fleet: Routed) -> None:
+    async with fleet(1, token_s=0.02) as (router, (a,)):
+        async with openai.AsyncOpenAI(base_url=router.url + "/v1", api_key="k") as user:
+            chunks = await user.chat.completions.create(
+                model="m", messages=[], stream=True, max_tokens=100
+            )
+            received = [await anext(chunks)]
+            await a.control(closing="abort")
+            with pytest.raises(openai.APIError, match="broke off its answer"):
+                async with asyncio.timeout(5):
+                    received.extend([chunk async for chunk in chunks])
+
+    assert {choice.finish_reason for chunk in received for choice in chunk.choices} == {None}
+
+
+async def test_an_answer_that_is_given_up_before_its_first_token_is_asked_for_elsewhere(
+    fleet: Routed,
+) -> None:
+    async with fleet(2, router={"policy": "round-robin"}, prefill_s=0.4) as (router, (a, _)):
+        async with running(Load(url=router.url, num_calls=1), 8) as load:
+            await until(lambda: a.count("begin") >= 4)
+            await a.control(closing="abort")
+            assert a.count("first") == 0
+
+    assert (load.tally.num_lost_runs, load.tally.num_truncated) == (0, 0)
+    assert load.tally.signalled == []
+
+
+async def test_a_text_that_speaks_of_giving_up_is_an_answer_like_others(fleet: Routed) -> None:
+    token = '\\"finish_reason\\":\\"abort\\" "finish_reason":"abort"'
+    async with fleet(1, token=token) as (router, _):
+        load = Load(url=router.url, num_calls=1)
+        await load.runs(4)
+
+    assert (load.tally.num_lost_runs, load.tally.num_truncated) == (0, 0)
+    assert load.tally.signalled == []

@@ -134,6 +134,61 @@ async def test_stopped_before_the_first_byte_no_client_notices(fleet: Routed) ->
     assert max(load.tally.latencies) < 6.0  # two for finding out, the rest for a slow machine
 
 
+@pytest.mark.parametrize("mode", ["stream", "whole"])
+async def test_told_to_stop_it_keeps_its_calls_and_gives_them_nothing(
+    fleet: Routed, mode: str
+) -> None:
+    """vLLM after SIGTERM: the port is closed, the engine gone, and connections stay for minutes."""
+    async with fleet(token_s=0.03) as (router, (a, _)):
+        async with running(
+            Load(url=router.url, num_tokens=30, num_calls=2), NUM_RUNS, mode=mode
+        ) as load:
+            await until(lambda: a.count("first" if mode == "stream" else "begin") >= 8)
+            await a.control(closing="hang")
+            closed_time = time.monotonic()
+            await until(lambda: not is_healthy(router, "a"))
+            await until(lambda: not router.upstreams["a"].silence.attempts)
+            told_s = time.monotonic() - closed_time
+
+    print(f"{mode}: told {told_s:.2f} s")
+    assert told_s <= 3.5
+    assert_nothing_lost(load.tally)
+    assert set(load.tally.signalled) <= set(a.notes("first"))
+    assert max(load.tally.latencies) < 8.0
+
+
+@pytest.mark.parametrize("mode", ["stream", "whole"])
+async def test_told_to_stop_it_ends_its_calls_as_if_they_were_complete(
+    fleet: Routed, mode: str
+) -> None:
+    """vLLM: 200, half of the text, `"finish_reason":"abort"`, `[DONE]`."""
+    async with fleet(token_s=0.03) as (router, (a, _)):
+        async with running(
+            Load(url=router.url, num_tokens=30, num_calls=2), NUM_RUNS, mode=mode
+        ) as load:
+            await until(lambda: a.count("first" if mode == "stream" else "begin") >= 8)
+            await a.control(closing="abort")
+
+    assert_nothing_lost(load.tally)
+    assert set(load.tally.signalled) <= set(a.notes("first"))
+    assert mode == "whole" or len(load.tally.signalled) >= 8
+
+
+async def test_told_to_stop_it_may_end_the_calls_that_it_has(fleet: Routed) -> None:
+    async with fleet(token_s=0.03) as (router, (a, _)):
+        async with running(
+            Load(url=router.url, num_tokens=120, num_calls=1), NUM_RUNS, mode="stream"
+        ) as load:
+            await until(lambda: a.count("first") >= 12)
+            num_begun = a.count("begin")
+            await a.control(closing="drain")
+            await until(lambda: not is_healthy(router, "a"))
+
+    assert_nothing_lost(load.tally)
+    assert load.tally.signalled == []
+    assert a.count("end") >= num_begun - 1  # the last one's connection may be a kept one
+
+
 async def test_mute_from_the_start_it_costs_its_calls_two_seconds_at_most(fleet: Routed) -> None:
     async with fleet() as (router, (a, _)):
         await a.control(is_mute=True)
@@ -171,6 +226,43 @@ async def test_that_it_answers_with_an_error_no_client_notices(fleet: Routed, st
 
     assert_nothing_lost(load.tally)
     assert load.tally.signalled == []
+
+
+async def test_one_that_is_well_among_many_that_fail_at_all_calls_is_enough(fleet: Routed) -> None:
+    """Servers that are draining, say: /health is good, and each call is answered with 500."""
+    async with fleet(5) as (router, (*failing, _)):
+        for engine in failing:
+            await engine.control(status=500)
+        load = Load(url=router.url)
+        await load.runs(NUM_RUNS)
+        assert all(is_healthy(router, i) for i in "abcde")
+        # They are believed again with the first call that they answer well.
+        await asyncio.gather(*(engine.control(status=200) for engine in failing))
+        await load.runs(NUM_RUNS, "later")
+
+    tally = load.tally
+    assert (tally.num_lost_runs, tally.num_truncated, tally.signalled) == (0, 0, [])
+    # Until an instance has failed three times in a row, the call may be what it fails at.
+    assert tally.statuses[500] <= 3 * len(failing)
+    assert len(tally.served_by) == 5
+
+
+async def test_a_call_that_engines_fail_at_is_tried_on_three_while_they_serve_others(
+    fleet: Routed,
+) -> None:
+    async with fleet(5, models=["m", "bad"]) as (router, engines):
+        good = Load(url=router.url)
+        async with running(good, NUM_RUNS), aiohttp.ClientSession() as session:
+            await until(lambda: sum(engine.count("end") for engine in engines) >= 10)
+            for engine in engines:
+                await engine.control(fails_at="bad")
+            body = {"model": "bad", "messages": []}
+            headers = {"X-Request-Id": "poison"}
+            async with session.post(router.url + CHAT, json=body, headers=headers) as response:
+                assert response.status == 500
+
+    assert_nothing_lost(good.tally)
+    assert sum("poison" in engine.notes("begin") for engine in engines) == 3
 
 
 async def test_a_400_is_its_client_s_and_nobody_else_s(fleet: Routed) -> None:

@@ -142,6 +142,27 @@ async def test_an_engine_that_is_killed_in_mid_stream_costs_no_run(pair: list[Vl
     assert load.tally.signalled
 
 
+async def test_a_server_that_is_told_to_stop_costs_no_run_and_little_time(
+    pair: list[VllmServer], tmp_path: Path
+) -> None:
+    """It ends its engine, closes its port, and keeps the connections of calls for a minute."""
+    write_model_dir(catalogue.shape(SHAPE), tmp_path / "model")
+    with serving(tmp_path / "model", tmp_path / "log", FLAGS, port=free_port() + 52) as another:
+        async with routing([another, pair[1]]) as router:
+            load = Load(url=router.url, path=PATH, model="tiny", num_tokens=150, num_calls=2)
+            async with running(load, NUM_RUNS):
+                await until(lambda: num_streaming(router, "a") >= 2)
+                os.kill(another.pid, signal.SIGTERM)
+                begin = time.monotonic()
+                await until(lambda: not is_healthy(router, "a"))
+                await until(lambda: not router.upstreams["a"].silence.attempts)
+                told_s = time.monotonic() - begin
+
+    print(f"told to stop: its calls went on after {told_s:.2f} s")
+    assert told_s <= 4.0
+    assert (load.tally.num_lost_runs, load.tally.num_truncated) == (0, 0)
+
+
 async def test_a_server_that_is_killed_in_mid_stream_is_an_error_to_an_sdk(
     pair: list[VllmServer],
 ) -> None:

@@ -129,6 +129,58 @@ async def test_a_client_that_waits_to_be_asked_for_its_body_is_asked(routing: Ro
     assert answer.body.startswith(b"HTTP/1.1 200 OK")
 
 
+def large(number: int, size: int) -> bytes:
+    """Headers that are none too long each."""
+    return b"".join(b"X-%d: %b\r\n" % (n, b"a" * size) for n in range(number))
+
+
+TRAILING = b"Host: x\r\nTransfer-Encoding: chunked\r\n\r\n5\r\n{    \r\n"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "status"),
+    [
+        ((large(8, 7_000), large(8, 7_000)), 431),
+        ((TRAILING, b"0\r\n" + large(8, 7_000), large(8, 7_000)), 0),
+        ((TRAILING, b"1\r\n}\r\n0\r\n\r\nGET / HTTP/1.1\r\n", large(99, 1_000)), 0),
+    ],
+    ids=["headers", "trailers", "headers of the next"],
+)
+async def test_headers_that_are_large_together_are_not_held(
+    routing: Routing, pieces: tuple[bytes, ...], status: int
+) -> None:
+    async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
+        first = f"POST {CHAT} HTTP/1.1\r\n".encode()
+        host, _, port = client.router.url.partition("://")[2].partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        for piece in (first, *pieces):
+            writer.write(piece)
+            await asyncio.sleep(0.05)  # each is read by itself
+        async with asyncio.timeout(5):  # far less than it waits for what does not come
+            try:
+                answer = Answer(await reader.read())
+            except ConnectionError:
+                answer = Answer(b"")
+        writer.close()
+        engine.release(1)
+        await still_serves(client)
+
+    assert answer.status == status
+
+
+async def test_headers_and_bodies_in_small_pieces_may_be_large(routing: Routing) -> None:
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        body = b"".join(b"1\r\n%c\r\n" % each for each in GOOD + b" " * 20_000) + b"0\r\n"
+        answer = await exchange(
+            client.router.url,
+            f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nConnection: close\r\n".encode(),
+            large(7, 8_000) + b"Transfer-Encoding: chunked\r\n\r\n",
+            body + large(7, 8_000) + b"\r\n",
+        )
+
+    assert answer.status == 200
+
+
 async def test_ten_megabytes_of_headers_are_refused_before_they_are_held(routing: Routing) -> None:
     async with FakeEngine().serving() as engine, routing(engine) as client:
         many = b"".join(b"X-%d: %s\r\n" % (n, b"a" * 8000) for n in range(1250))

@@ -4,22 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 import signal
 import sqlite3
 import sys
+import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
+from tests.builders import stage_request
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
-from vllm_workflow.core.events import from_json
+from vllm_workflow.core.config import PRESETS
+from vllm_workflow.core.dispatcher import Dispatcher
+from vllm_workflow.core.events import Marked, from_json
+from vllm_workflow.core.fleet import Fleet, Instance
+from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.replay import replay
-from vllm_workflow.router.keeper import SPEEDS, WORKFLOWS
-from vllm_workflow.router.store import StoreReader
+from vllm_workflow.core.types import Outcome
+from vllm_workflow.router.keeper import SPEEDS, WORKFLOWS, Keeper
+from vllm_workflow.router.store import Store, StoreReader
 
 pytestmark = pytest.mark.anyio
 HEADERS = {"X-Workflow-Name": "report", "X-Workflow-Stage": "draft"}
@@ -134,3 +145,75 @@ async def test_what_cannot_be_read_is_left_and_the_router_starts(
         async with routing(engine, store={"path": str(path)}) as client:
             await calls(client, 1)
     assert problem in caplog.text
+
+
+def dispatcher() -> Dispatcher:
+    fleet = Fleet()
+    fleet.add(Instance(instance_id="a", models=(), latency=LatencyModel()))
+    return Dispatcher(fleet, PRESETS["workflow"])
+
+
+def serve(dispatcher: Dispatcher, name: str) -> None:
+    request = stage_request(
+        request_id=name, workflow_id=name, workflow="report", stage="draft", tenant_id="acme"
+    )
+    dispatcher.submit(request, now=0.0, num_prompt_bytes=100)
+    dispatcher.settle(
+        Outcome(
+            request_id=name,
+            instance_id="a",
+            ok=True,
+            ttft_s=0.1,
+            e2el_s=0.2,
+            num_prompt_tokens=30,
+            num_output_tokens=20,
+        )
+    )
+
+
+@given(st.randoms(use_true_random=False), st.sampled_from([1, 1, 4, 16]), st.integers(0, 5))
+@settings(max_examples=150, deadline=None)
+def test_whatever_is_damaged_a_router_starts_and_learns_on(
+    rng: random.Random, num_places: int, how: int
+) -> None:
+    """Half of this SQLite does not notice: it does not look at what stands on its pages."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.db"
+        damaged = bytearray(_kept())
+        for _ in range(num_places):
+            damaged[rng.randrange(len(damaged))] = rng.randrange(256)
+        if how == 0:
+            del damaged[rng.randrange(len(damaged)) :]
+        path.write_bytes(damaged)
+
+        again, store = dispatcher(), Store(path)
+        keeper = Keeper(again, store)
+        keeper.restore()
+        serve(again, "next")
+        keeper.keep()
+        store.close()
+
+        if store.num_dropped:  # what is met only later: the file is begun anew then
+            assert list(Path(folder).glob("*.unusable-*"))
+        else:
+            with StoreReader(path) as reader:
+                speeds = reader.learned(SPEEDS)
+            assert speeds is not None
+            assert speeds["instances"]["a"]["num_observed"] >= 1
+
+
+@cache
+def _kept() -> bytes:
+    """A database that a router has left."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "state.db"
+        first, store = dispatcher(), Store(path)
+        keeper = Keeper(first, store)
+        for number in range(20):
+            serve(first, f"{number}")
+            store.record(Marked(instance_id="a", healthy=True))
+        store.tuned({"gain": 0.1})
+        store.used("acme", prompt_tokens=10, output_tokens=2, service_s=0.5)
+        keeper.keep()
+        store.close()
+        return path.read_bytes()

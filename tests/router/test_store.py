@@ -157,6 +157,50 @@ def test_a_damaged_page_is_found_at_the_start(tmp_path: Path, caplog: pytest.Log
     assert list(tmp_path.glob("state.db.unusable-*"))
 
 
+def test_a_table_that_is_another_one_is_found_at_the_start(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+):
+    """SQLite sees nothing wrong with it; every write would fail, and nothing would be learned."""
+    path = tmp_path / "state.db"
+    Store(path).close()
+    path.write_bytes(path.read_bytes().replace(b"service_s REAL", b"servicf_s REAL"))
+
+    store = Store(path)
+    store.used("acme", prompt_tokens=1, output_tokens=1, service_s=1.0)
+    store.close()
+
+    assert store.num_dropped == 0
+    assert "its usage is not that of version" in caplog.text
+    assert list(tmp_path.glob("state.db.unusable-*"))
+
+
+def test_what_somebody_has_added_stays(tmp_path: Path):
+    path = tmp_path / "state.db"
+    Store(path).close()
+    with closing(sqlite3.connect(path)) as connection:
+        connection.execute("CREATE VIEW busy AS SELECT tenant FROM usage")
+
+    Store(path).close()
+
+    assert not list(tmp_path.glob("state.db.unusable-*"))
+
+
+@pytest.mark.parametrize("value", ["{", "[1]", "9" * 5000, "[" * 100_000])
+def test_a_reader_says_what_it_cannot_read(tmp_path: Path, value: str):
+    path = tmp_path / "state.db"
+    Store(path).close()
+    with sqlite3.connect(path) as connection:
+        connection.execute("INSERT INTO learned VALUES ('lengths', ?, 0)", (value,))
+        connection.execute("INSERT INTO tunings (time, value) VALUES (0, ?)", (value,))
+    connection.close()
+
+    with StoreReader(path) as reader:
+        with pytest.raises(ConfigError, match=r"state.db: learned: lengths: expected"):
+            reader.learned("lengths")
+        with pytest.raises(ConfigError, match=r"state.db: tunings: expected"):
+            reader.tunings()
+
+
 def test_a_database_of_an_earlier_version_is_brought_up_with_what_is_in_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

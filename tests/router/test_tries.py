@@ -65,7 +65,7 @@ def test_a_connection_that_was_closed_by_a_process_that_has_gone_since_was_not_s
 def test_one_that_failed_at_the_call_is_asked_again_when_it_has_been_away(status: int) -> None:
     instances = Instances()
     tries = instances.tries()
-    tries.refused(refusal(status), 0.0)
+    tries.refused(refusal(status), 0.0, is_risky=status == 500)
     assert tries.excluded(1e9) == ["a"]
     assert tries.is_hopeless_on("a")
     assert tries.next_time == math.inf
@@ -81,11 +81,11 @@ def test_a_full_queue_is_asked_again_when_it_says_so_within_bounds(
 ) -> None:
     tries = Instances().tries()
     for _ in range(10):
-        tries.refused(refusal(503), 0.0)
+        tries.refused(refusal(503), 0.0, is_risky=False)
     assert tries.may_go_on
 
     tries = Instances().tries()
-    tries.refused(refusal(503, Retry_After=asked), 0.0)
+    tries.refused(refusal(503, Retry_After=asked), 0.0, is_risky=False)
     assert tries.next_time == pytest.approx(pause_s)
 
 

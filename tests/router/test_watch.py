@@ -112,6 +112,30 @@ def test_streams_are_given_up_two_seconds_after_the_probe_and_not_before() -> No
     assert watched.silence.is_lost
 
 
+def test_a_port_that_is_closed_is_silence_of_the_calls_behind_it() -> None:
+    watched = Watched()
+    stream = watched.attempt()
+    watched.gives(stream, 10, STEP_S)
+    spent_s = 0.0
+    while not watched.silence.is_lost:
+        if spent_s % 0.5 < TICK_S:  # as an instance that is out is probed
+            watched.silence.probe_sent()
+            watched.silence.probe_failed()
+        watched.sleep(TICK_S)
+        spent_s += TICK_S
+        assert spent_s < 2.5
+    assert watched.is_hung
+
+    # Behind a closed port calls may be brought to their end.
+    watched.silence.heard(stream)
+    assert not watched.is_hung
+    assert not watched.silence.is_lost
+    watched.sleep(60.0)
+    watched.silence.probe_sent()
+    watched.silence.probe_ended(answered=True)
+    assert not watched.is_hung
+
+
 def test_an_instance_that_answers_probes_is_not_hung_however_slow_it_is() -> None:
     watched = Watched()
     slow = watched.attempt(max_output_tokens=30)

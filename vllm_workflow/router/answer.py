@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import time
 
 from vllm_workflow.router.attempt import Attempt, Refusal
@@ -24,6 +25,9 @@ MAX_HELD_BYTES = 8 << 20
 _ERROR_EVENT = b'data: {"error"'
 _EVENT_END = b"\n\n"
 _LATER_ERROR = _EVENT_END + _ERROR_EVENT
+_ABORT = b'"abort"'
+# A quote inside a JSON string is escaped, so no generated text can look like such a member.
+_ABORTED = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _EVENT_ENDS = (_EVENT_END, b"\r\n\r\n")
 _MAX_EVENT_BYTES = 1 << 20
 _LAST_WORDS_S = 1.0
@@ -34,12 +38,24 @@ def held_bytes(status: int, headers: Headers) -> float:
     return 0 if is_refusal(status) or is_event_stream(headers) else MAX_HELD_BYTES
 
 
+def is_aborted(data: bytes) -> bool:
+    """Whether an answer says that its engine has given it up.
+
+    So end the answers that vLLM has under way when it is told to stop: with a status of 200, what
+    there was of the text, and `[DONE]`.
+    """
+    return _ABORT in data and _ABORTED.search(data) is not None
+
+
 def check_whole(upstream: Connection, body: bytes) -> None:
-    """See that an answer without a length, which ends when its connection does, is one.
+    """See that an answer is one: its engine has not given it up, and if it ends when its
+    connection does, as those without a length, it has come to its end.
 
     Raises:
-        LostError: It broke off.
+        LostError: It is not.
     """
+    if is_aborted(body):
+        raise LostError("aborted")
     headers = upstream.headers
     if body and "content-length" not in headers and "transfer-encoding" not in headers:
         try:
@@ -59,6 +75,7 @@ class Passing:
         self._silence = silence
         self._has_events = False
         self._has_error = False
+        self._is_aborted = False
         self._begun = b""
         """Of an event whose end has not come."""
 
@@ -79,6 +96,8 @@ class Passing:
         chunk = first
         while chunk and not self._has_error:
             await self._write(self._whole_events(chunk) if has_events else chunk)
+            if self._is_aborted:
+                return
             try:
                 chunk = await upstream.read()
             except BrokenOffError:
@@ -106,7 +125,8 @@ class Passing:
     def _whole_events(self, chunk: bytes) -> bytes:
         """Return what can be passed on: half an event could not be followed by an error.
 
-        What follows an error event of the engine is cut, for it says that all is well.
+        What follows an error event of the engine is cut, for it says that all is well; so is the
+        event by which the engine gives the answer up, and what follows it.
         """
         data = self._begun + chunk if self._begun else chunk
         end = len(data)
@@ -114,6 +134,10 @@ class Passing:
             end = max(data.rfind(mark) + len(mark) * (mark in data) for mark in _EVENT_ENDS)
             end = max(end, 0) if len(data) < _MAX_EVENT_BYTES else len(data)
         data, self._begun = data[:end], data[end:]
+        if _ABORT in data and (aborted := _ABORTED.search(data)):
+            self._is_aborted = True
+            end = data.rfind(_EVENT_END, 0, aborted.start())
+            return b"" if end < 0 else data[: end + len(_EVENT_END)]
         start = 0 if data.startswith(_ERROR_EVENT) else data.find(_LATER_ERROR)
         if start < 0:
             return data

@@ -51,7 +51,8 @@ class LostError(UpstreamError):
     """An attempt ended before the client got anything of an answer.
 
     `reason` is `refused` (no connection, so nothing was sent), `closed` (a kept connection was
-    closed without an answer, as servers do with idle ones), `disconnected` or `hung`.
+    closed without an answer, as servers do with idle ones), `disconnected`, `hung` or `aborted`
+    (the engine itself gave it up, as when it is told to stop).
     """
 
     def __init__(self, reason: str) -> None:

@@ -15,6 +15,7 @@ from vllm_workflow.router.answer import (
     check_whole,
     error_at_start,
     held_bytes,
+    is_aborted,
     is_event_stream,
 )
 from vllm_workflow.router.attempt import MISSING, Attempt, Refusal, read_refusal
@@ -98,6 +99,8 @@ class Forwarder:
                 attempt.ok = 200 <= connection.status < 300
                 attempt.usage.add(first[-MAX_USAGE_BYTES:])
                 return self._answer(call, attempt, connection, first)
+            if is_aborted(first):
+                raise LostError("aborted")
             answer = self._answer(call, attempt, connection, None)
             attempt.is_begun = True
             passing = Passing(attempt, silence, reply)
@@ -109,7 +112,7 @@ class Forwarder:
             if passing is None:
                 raise LostError("hung") from None
         except LostError as e:
-            if e.reason in {"closed", "disconnected"}:
+            if e.reason in {"closed", "disconnected", "aborted"}:
                 self._upstreams.suspect(attempt.instance_id)
             raise
         finally:

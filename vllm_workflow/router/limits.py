@@ -19,7 +19,8 @@ class LimitsConfig(Strict):
     """What clients may send, and how slowly."""
 
     max_header_bytes: Annotated[int, Field(ge=512, le=1 << 20)] = 8190
-    """Of the request line, and of each header; more is answered with 431."""
+    """Of the request line, and of each header; eight times that of all of them. More is answered
+    with 431."""
     max_headers: Annotated[int, Field(ge=8, le=10_000)] = 128
     """More are answered with 431."""
     max_bodies_mb: Annotated[float, Field(gt=0)] = 512.0

@@ -26,8 +26,9 @@ if TYPE_CHECKING:
 MAX_PLAIN_BODY_BYTES = 1 << 20
 LINGERING_S = 2.0
 """A refused body is read and thrown away for this long, so that its sender sees the answer."""
-_MAX_AHEAD_BYTES = 64 << 10
-"""Of requests that are sent before the one under way is answered."""
+MAX_AHEAD_BYTES = 64 << 10
+"""Of requests that are sent before the one under way is answered. A client that sends more is cut
+off: one that is not read from would not be seen to leave, either."""
 _ONCE = ("host", "content-length", "content-type", "user-agent")
 """Whoever comes after the router might believe another one than it does, or refuse two."""
 _UNUSUAL = (
@@ -53,7 +54,6 @@ class PlainConnection:
         "_idle_since",
         "_idle_timer",
         "_is_lingering",
-        "_is_paused",
         "_limits",
         "_listener",
         "_loop",
@@ -81,7 +81,7 @@ class PlainConnection:
         self._next: asyncio.Future[None] | None = None
         """Until there is a request."""
         self._ahead = b""
-        self._is_paused = self._is_lingering = False
+        self._is_lingering = False
         self._drained: asyncio.Future[None] | None = None
         self._lost: asyncio.Future[None] | None = None
         self._idle_since = loop.time()
@@ -265,14 +265,11 @@ class PlainConnection:
         exchange.feed(data)
 
     def _keep(self, data: bytes) -> None:
-        """Keep what was sent ahead of its turn, or make its sender wait."""
+        """Keep what was sent ahead of its turn, or cut off who sent too much of it."""
         self._ahead += data
-        if not self._listener.bodies.count(len(data)):
+        if not self._listener.bodies.count(len(data)) or len(self._ahead) > MAX_AHEAD_BYTES:
             self._take_ahead()
             self.abort()
-        elif len(self._ahead) > _MAX_AHEAD_BYTES and not self._is_paused and self._transport:
-            self._is_paused = True
-            self._transport.pause_reading()
 
     def _take_ahead(self) -> bytes:
         data, self._ahead = self._ahead, b""
@@ -347,14 +344,7 @@ class PlainConnection:
             self._exchange = None
             self._idle_since = self._loop.time()
             if self._ahead:
-                self._go_on()
-
-    def _go_on(self) -> None:
-        data = self._take_ahead()
-        if self._is_paused and self._transport is not None:
-            self._is_paused = False
-            self._transport.resume_reading()
-        self._begin(data)
+                self._begin(self._take_ahead())
 
     def write(self, data: bytes) -> None:
         transport = self._transport

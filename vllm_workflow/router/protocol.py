@@ -13,20 +13,33 @@ from contextlib import asynccontextmanager
 from functools import partial
 from typing import Any, cast
 
-from aiohttp import http_exceptions, web
+from aiohttp import StreamReader, http_exceptions, web
 
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.errors import error_json, error_response
 from vllm_workflow.router.exchange import Handle
 from vllm_workflow.router.handshakes import Arrival, Handshakes, abort
 from vllm_workflow.router.limits import Bodies, LimitsConfig
-from vllm_workflow.router.plain_connection import LINGERING_S, PlainConnection
+from vllm_workflow.router.plain_connection import (
+    LINGERING_S,
+    MAX_AHEAD_BYTES,
+    PlainConnection,
+)
 from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)
 _LAST_WORDS_S = 1.0
 """For answers to calls that took too long to end."""
-_PHRASES = {408: "Request Timeout", 503: "Service Unavailable"}
+_MAX_AHEAD = 16
+"""Requests that are sent before the one under way is answered; aiohttp would take twice as many,
+and then not read on."""
+_HEADS = 8
+"""Times the size of one header that all may have together; aiohttp has no limit for that."""
+_PHRASES = {
+    408: "Request Timeout",
+    431: "Request Header Fields Too Large",
+    503: "Service Unavailable",
+}
 
 
 class Protocol(web.RequestHandler):
@@ -43,6 +56,8 @@ class Protocol(web.RequestHandler):
         "_head_timer",
         "_limits",
         "_listener",
+        "_num_head_bytes",
+        "_progress",
         "_rest_timer",
         "_trust",
         "_write_timer",
@@ -68,6 +83,10 @@ class Protocol(web.RequestHandler):
         self._write_timer: asyncio.TimerHandle | None = None
         self._rest_timer: asyncio.TimerHandle | None = None
         self._has_received = False
+        self._progress = (0, -1)
+        """Requests that have begun, and what has come of the body of the last one."""
+        self._num_head_bytes = 0
+        """Received since then."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         super().connection_made(transport)
@@ -126,6 +145,11 @@ class Protocol(web.RequestHandler):
     def data_received(self, data: bytes) -> None:
         self._has_received = True
         super().data_received(data)
+        if self._messages and self._is_far_ahead() and self.transport is not None:
+            self.transport.abort()  # aiohttp would stop reading, and not see who leaves
+            return
+        if self._heads_are_long(len(data)):
+            return
         waiter = self._waiter
         if waiter is None or waiter.done():  # a request is complete, or under way
             self._stop_timer()
@@ -133,6 +157,38 @@ class Protocol(web.RequestHandler):
             self._head_timer = asyncio.get_running_loop().call_later(
                 self._limits.header_timeout_s, self._head_is_late
             )
+
+    def _is_far_ahead(self) -> bool:
+        """Whether more is kept of requests that are not under way yet than may be."""
+        ahead = [payload.total_bytes for _, payload in self._messages]
+        if self._current_request is None:  # then the first one is begun in a moment
+            del ahead[:1]
+        return len(ahead) > _MAX_AHEAD or sum(ahead) > MAX_AHEAD_BYTES
+
+    def _heads_are_long(self, num_bytes: int) -> bool:
+        """Count what has come of a head, or of what follows a body; end the connection if it is
+        more than may be kept."""
+        is_free = self._waiter is not None and not self._waiter.done()
+        body: StreamReader | None = None
+        if self._messages:
+            body = self._messages[-1][1]
+        elif self._current_request is not None:
+            body = self._current_request.content
+        progress = self._request_count, -1 if body is None else body.total_bytes
+        is_thrown_away = body is None and not is_free
+        if progress != self._progress or is_thrown_away:
+            self._progress, self._num_head_bytes = progress, 0
+            return False
+        self._num_head_bytes += num_bytes
+        limit = _HEADS * self._limits.max_header_bytes
+        if self._num_head_bytes <= limit or self.transport is None:
+            return False
+        if is_free:
+            message = f"headers: expected at most {limit} bytes together, got more"
+            self._end(431, message, "malformed_http")
+        else:
+            self.transport.abort()
+        return True
 
     def _head_is_late(self) -> None:
         self._head_timer = None

@@ -13,7 +13,7 @@ from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision
-from vllm_workflow.router.attempt import BUSY, Attempt, Refusal
+from vllm_workflow.router.attempt import BROKEN, BUSY, Attempt, Refusal
 from vllm_workflow.router.auth import Access, Caller, admitted
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import VALUE_BYTES, parse
@@ -289,13 +289,17 @@ class Proxy:
                     self._metrics.tenants.refused(call.request.tenant_id)
                 raise quota_error(e) from None
             attempt = self._begun(call, decision)
+            upstream = self._upstreams[attempt.instance_id]
             try:
                 answer = await self._forwarder.forward(
                     reply, call, attempt, fresh=tries.fresh_connection
                 )
                 if not isinstance(answer, Refusal):
+                    if attempt.ok:
+                        upstream.has_answered()
                     return answer, attempt.ok
-                tries.refused(answer, time.monotonic())
+                is_risky = answer.status in BROKEN and not upstream.has_failed()
+                tries.refused(answer, time.monotonic(), is_risky=is_risky)
                 self._metrics.failed_over(attempt.instance_id, str(answer.status))
             except LostError as e:
                 tries.lost(attempt.instance_id, e.reason, time.monotonic())

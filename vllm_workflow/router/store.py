@@ -163,7 +163,8 @@ class Store:
         except Exception as e:  # whatever it was given, the writer goes on
             self.num_dropped += num_items
             _logger.exception("store: lost %d items for %s", num_items, self.path)
-            if type(e) is sqlite3.DatabaseError:  # its kinds are about one statement, or a lock
+            # Its kinds are about one statement, or a lock; a message that quotes damage is no text.
+            if type(e) in {sqlite3.DatabaseError, UnicodeDecodeError}:
                 self._begin_anew()
             return False
         return True
@@ -270,8 +271,8 @@ class StoreReader:
 
     def learned(self, kind: str) -> Mapping[str, Any] | None:
         """Return the latest state of something learned, None if there is none."""
-        rows = self._rows("SELECT value FROM learned WHERE kind = ?", kind)
-        return next((dict(json.loads(value)) for (value,) in rows), None)
+        rows = list(self._rows("SELECT value FROM learned WHERE kind = ?", kind))
+        return self._members(rows[0][0], f"learned: {kind}") if rows else None
 
     def events(self) -> Generator[str]:
         """Yield the lines of the decision log, in order."""
@@ -290,8 +291,8 @@ class StoreReader:
     def tunings(self) -> list[Mapping[str, Any]]:
         """Return what the tuner has found, in order."""
         return [
-            json.loads(value)
-            for (value,) in self._rows("SELECT value FROM tunings ORDER BY number")
+            self._members(value, "tunings")
+            for (value,) in list(self._rows("SELECT value FROM tunings ORDER BY number"))
         ]
 
     def usage(self) -> list[dict[str, Any]]:
@@ -301,6 +302,20 @@ class StoreReader:
             dict(zip(names, row, strict=True))
             for row in self._rows("SELECT * FROM usage ORDER BY day, tenant")
         ]
+
+    def _members(self, value: Any, where: str) -> Mapping[str, Any]:
+        """Read a JSON object.
+
+        Raises:
+            ConfigError: It is none: SQLite notices damage to its own pages, not to what is on them.
+        """
+        try:
+            members = json.loads(value)
+        except (ValueError, TypeError, RecursionError) as e:
+            raise ConfigError(f"{self._path}: {where}: expected JSON: {e}") from None
+        if not isinstance(members, dict):
+            raise ConfigError(f"{self._path}: {where}: expected an object, got {members!r:.80}")
+        return members
 
     def _rows(self, statement: str, *values: object) -> Generator[Any]:
         try:

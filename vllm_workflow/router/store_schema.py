@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import sqlite3
 import time
+from contextlib import closing
 from pathlib import Path
 
 from vllm_workflow.core.errors import ConfigError
@@ -49,7 +50,7 @@ def opened(path: Path) -> sqlite3.Connection:
     try:
         return _migrated(path)
     except (NotOursError, sqlite3.DatabaseError) as e:
-        if isinstance(e, sqlite3.OperationalError):  # about the folder or a lock, not the content
+        if isinstance(e, sqlite3.OperationalError) and not _is_about_content(e):
             raise ConfigError(f"store: cannot use {path}: {e}") from None
         aside = moved_aside(path)
         _logger.error("store: %s cannot be used: %s; moved to %s, starting anew", path, e, aside)
@@ -57,6 +58,12 @@ def opened(path: Path) -> sqlite3.Connection:
         return _migrated(path)
     except sqlite3.Error as e:
         raise ConfigError(f"store: cannot use {path}: {e}") from None
+
+
+def _is_about_content(error: sqlite3.OperationalError) -> bool:
+    """Whether an error is not one of the folder, a lock, or the disk: these have codes of their
+    own."""
+    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
 
 
 def moved_aside(path: Path) -> Path:
@@ -77,6 +84,13 @@ def checked(connection: sqlite3.Connection) -> int:
         NotOursError: It is somebody else's, or of a later version.
         sqlite3.DatabaseError: It is damaged.
     """
+    try:
+        return _version(connection)
+    except UnicodeDecodeError as e:  # SQLite quotes what it cannot read
+        raise sqlite3.DatabaseError(f"damaged: {e}") from None
+
+
+def _version(connection: sqlite3.Connection) -> int:
     (application_id,) = connection.execute("PRAGMA application_id").fetchone()
     (version,) = connection.execute("PRAGMA user_version").fetchone()
     (num_tables,) = connection.execute("SELECT count(*) FROM sqlite_schema").fetchone()
@@ -92,12 +106,32 @@ def checked(connection: sqlite3.Connection) -> int:
     (num_bytes,) = connection.execute(
         "SELECT page_count * page_size FROM pragma_page_count, pragma_page_size"
     ).fetchone()
+    if missing := _schema_of(version) - _schema(connection):
+        name = min(missing)[0].decode()
+        raise sqlite3.DatabaseError(f"damaged: its {name} is not that of version {version}")
     if num_bytes > _MAX_CHECKED_BYTES:
         return int(version)
     (problem,) = connection.execute("PRAGMA quick_check(1)").fetchone()
     if problem != "ok":
         raise sqlite3.DatabaseError(problem)
     return int(version)
+
+
+def _schema(connection: sqlite3.Connection) -> set[tuple[bytes, bytes]]:
+    """Return the names of tables and indices, and how they were made; damaged, they are no text."""
+    return set(
+        connection.execute(
+            "SELECT CAST(name AS BLOB), CAST(sql AS BLOB) FROM sqlite_schema WHERE sql IS NOT NULL"
+        )
+    )
+
+
+def _schema_of(version: int) -> set[tuple[bytes, bytes]]:
+    """Return what a database of a version has at least."""
+    with closing(sqlite3.connect(":memory:", isolation_level=None)) as connection:
+        for script in MIGRATIONS[:version]:
+            connection.executescript(script)
+        return _schema(connection)
 
 
 def _migrated(path: Path) -> sqlite3.Connection:

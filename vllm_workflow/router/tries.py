@@ -101,10 +101,16 @@ class Tries:
             self._left_time = None  # one had taken it
         self._exclude(instance_id, now + self._pause_s())
 
-    def refused(self, refusal: Refusal, now: float) -> None:
-        """Note an answer that is not passed on yet."""
+    def refused(self, refusal: Refusal, now: float, *, is_risky: bool) -> None:
+        """Note an answer that is not passed on yet.
+
+        Args:
+            refusal: The answer.
+            now: Instant.
+            is_risky: Whether the call may be what the instance failed at.
+        """
         self.refusal = refusal
-        self._num_risky += refusal.status in BROKEN
+        self._num_risky += is_risky
         pause_s = math.inf
         if refusal.status in BUSY:
             pause_s = max(self._pause_s(), _retry_after_s(refusal))

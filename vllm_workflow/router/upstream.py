@@ -16,6 +16,8 @@ from vllm_workflow.router.watch import Silence, WatchClock
 POSTED = "operator"
 """Source of what came over the operators' port; no source of discovery is called so."""
 
+_NUM_FAILED = 3
+"""Calls in a row at which an instance fails before it, and not the next call, is to blame."""
 _CANARY_TIMEOUT_S = 2.0
 _MAX_ANSWER_BYTES = 16 << 20
 """Of `/v1/models` and `/metrics`; a server that says more is not listened to."""
@@ -55,6 +57,8 @@ class Upstream:
         """How often it has come back."""
         self.num_moves = 0
         """What was asked before one of them says nothing of what is there after it."""
+        self.num_failed = 0
+        """Calls in a row that it answered with 500, 502 or 504."""
         self.is_stuck = False
         """Its engine gave nothing while its server was well, so that its word does not count."""
 
@@ -100,6 +104,16 @@ class Upstream:
         for name, value in self.own_headers.items():
             result.set(name, value)
         return result
+
+    def has_answered(self) -> None:
+        """Note that a call was answered well."""
+        self.num_failed = 0
+
+    def has_failed(self) -> bool:
+        """Note an answer that says that it failed at a call; returns whether it fails at all of
+        them, so that this one is not to blame."""
+        self.num_failed += 1
+        return self.num_failed > _NUM_FAILED
 
     def model_cards(self) -> list[dict[str, Any]]:
         """Entries of `/v1/models`, made up for configured models it does not tell about."""

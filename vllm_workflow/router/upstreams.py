@@ -266,22 +266,22 @@ class Upstreams:
         try:
             await self._probe(upstream)
         except Exception:
+            upstream.silence.probe_failed()
             _logger.exception("instance %s could not be probed", upstream.config.id)
 
     async def _probe(self, upstream: Upstream) -> None:
-        healthy, reason, answered = False, "no answer to /health", False
-        num_moves = upstream.num_moves
-        upstream.silence.probe_sent()
+        healthy, reason, is_silent = False, "no answer to /health", False
+        num_moves, silence = upstream.num_moves, upstream.silence
+        silence.probe_sent()
         try:
             async with self._get(upstream, "/health") as response:
-                answered = True
+                silence.probe_ended(answered=True)
                 healthy, reason = response.status == 200, f"/health answered {response.status}"
         except TimeoutError:
-            pass
+            is_silent = silence.probe_ended(answered=False)
         except (aiohttp.ClientError, OSError) as e:
-            answered, reason = True, str(e) or type(e).__name__
-        finally:
-            is_silent = upstream.silence.probe_ended(answered=answered)
+            silence.probe_failed()
+            reason = str(e) or type(e).__name__
         if upstream.num_moves != num_moves:
             return
         if healthy and upstream.is_stuck:

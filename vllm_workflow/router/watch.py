@@ -1,10 +1,10 @@
 """Notices instances that fall silent while calls wait for them.
 
 A probe is a call too, with a duration that is known from the ones before. An instance counts
-as hung when a probe of it is overdue and not a byte of anything has come from it since that probe
-was sent; sooner when the calls themselves are overdue by the latency model. A slow instance
-answers probes and stays. One that answers probes, but of whose calls none has advanced for far
-longer than predicted, has a stuck engine.
+as hung when a probe of it is overdue, or found nobody, and not a byte of anything has come from it
+since that probe was sent; sooner when the calls themselves are overdue by the latency model. A
+slow instance answers probes and stays. One that answers probes, but of whose calls none has
+advanced for far longer than predicted, has a stuck engine.
 """
 
 from __future__ import annotations
@@ -65,6 +65,8 @@ class Silence:
         self._heard_at = clock.now
         self._call_heard_at = clock.now
         self._probe_sent_at: float | None = None
+        self._unanswered_at: float | None = None
+        """When the first probe was sent of those since the last answer to one."""
         self._ahead_s = 0.0
         """Prefill of calls without a first byte."""
         self._slowest_probe_s = 0.0
@@ -105,10 +107,21 @@ class Silence:
 
     def probe_sent(self) -> None:
         self._probe_sent_at = self._clock.now
+        if self._unanswered_at is None:
+            self._unanswered_at = self._clock.now
+
+    def probe_failed(self) -> None:
+        """Note that a probe found nobody to answer it.
+
+        That is silence, too: a server that is told to stop closes its port at once, and may keep
+        the connections of its calls for minutes after its engine has gone.
+        """
+        self._probe_sent_at = None
 
     def probe_ended(self, *, answered: bool) -> bool:
         """Note the end of a probe; returns whether it met nothing but silence."""
         sent_at, self._probe_sent_at = self._probe_sent_at, None
+        self._unanswered_at = None
         if answered and sent_at is not None:
             self._heard_at = self._clock.now
             took_s = self._clock.now - sent_at
@@ -151,9 +164,9 @@ class Silence:
 
     def _probe_silence_s(self) -> tuple[float, float]:
         """Seconds that a probe has met nothing but silence, and that it may, by those before."""
-        if self._probe_sent_at is None:
+        if self._unanswered_at is None:
             return 0.0, 0.0
-        silent_s = self._clock.now - max(self._probe_sent_at, self._heard_at)
+        silent_s = self._clock.now - max(self._unanswered_at, self._heard_at)
         return silent_s, min(_PROBE_FACTOR * self._slowest_probe_s, _MAX_PROBE_PATIENCE_S)
 
     def is_stuck(self, fleet: Fleet) -> bool:

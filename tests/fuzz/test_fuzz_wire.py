@@ -118,8 +118,11 @@ def test_any_request_is_read_or_refused(headers: list[tuple[str, str]], members:
 
 @given(HEADERS, BODIES)
 def test_no_request_passes_for_another_tenant(headers: list[tuple[str, str]], members: Any) -> None:
-    given_headers = Headers.of(headers)
     caller = Caller("acme", frozenset(), frozenset())
+    try:
+        given_headers = Headers.of(headers)
+    except HeadError:
+        return
     try:
         body = parse(dumped(members))
         info = read_run(given_headers, body.members)

@@ -24,8 +24,8 @@ MAX_VALUES = 1_000_000
 """A prompt of token ids has one for each."""
 _LOOKED_INTO_BYTES = 1 << 20
 """A smaller body is decoded at once: what it can become is small enough to be counted then."""
-_FEW_VALUES = 1_000
-"""So few need not be counted to the last one."""
+_SMALL_BYTES = 4_096
+"""What is in so few need not be counted to the last one."""
 VALUE_BYTES = 64
 """What a value takes in memory beside its bytes, about."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -56,7 +56,7 @@ class Body:
         self.members = members
         """The last of repeated keys counts, as in every JSON reader of Python."""
         self.num_values = num_values
-        """Values in it, at any depth; at most, if they are few."""
+        """Values in it, at any depth; at most, in a small body."""
         self.model: str = members.get("model") or ""
         """The model asked for; empty if there is none, which a server of one model allows."""
         self.stream = members.get("stream") is True
@@ -89,9 +89,10 @@ def parse(raw: bytes) -> Body:
     model = members.get("model")
     if not (model is None or isinstance(model, str)):
         raise RequestError(f"model: expected a string, got {model!a:.80}", param="model")
-    num_containers = raw.count(b"{") + raw.count(b"[")
-    if num_containers <= MAX_DEPTH and (num_commas := raw.count(b",")) <= _FEW_VALUES:
-        return Body(raw, members, num_containers + num_commas)  # text counts, too: at most so many
+    if len(raw) <= _SMALL_BYTES:
+        num_containers = raw.count(b"{") + raw.count(b"[")
+        if num_containers <= MAX_DEPTH:  # those in text count, too: there are no more values
+            return Body(raw, members, num_containers + raw.count(b","))
     return Body(raw, members, _num_values(members))
 
 

@@ -22,8 +22,8 @@ _HIGH_WATER_BYTES = 128 << 10
 """Beyond what is to be held, before the server is made to wait."""
 _PIECE_BYTES = 256 << 10
 """A request body larger than this is written in such pieces, as the server takes them."""
-_MAX_REQUEST_AT_ONCE_BYTES = 64 << 10
-"""Head and body up to this size go out as one."""
+_SMALL_REQUEST_BYTES = 8 << 10
+"""A body up to this size is copied behind its head; a larger one goes out beside it."""
 
 HowMuchToHold = Callable[[int, Headers], float]
 """Bytes of an answer of such a status and headers that its reader is not woken for."""
@@ -131,12 +131,12 @@ class Connection:
         self._fields = []
         self._heard, self._hold = heard, hold
         self._is_sent = len(body) <= _PIECE_BYTES
-        if len(body) <= _MAX_REQUEST_AT_ONCE_BYTES:
+        if len(body) <= _SMALL_REQUEST_BYTES:
             self._transport.write(head + body)
+        elif self._is_sent:
+            self._transport.writelines((head, body))
         else:
             self._transport.write(head)
-            if self._is_sent:
-                self._transport.write(body)
 
     @property
     def is_sent(self) -> bool:

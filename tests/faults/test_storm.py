@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import tempfile
 from collections.abc import Awaitable, Callable
+from functools import partial
 from pathlib import Path
 
 from hypothesis import HealthCheck, given, settings
@@ -41,6 +42,12 @@ async def cut(engine: EngineProcess) -> None:
     await engine.control(cut_at=400, cut_by="reset", num_cuts=3)
 
 
+async def be_told_to_stop(engine: EngineProcess, closing: str) -> None:
+    await engine.control(closing=closing)
+    await asyncio.sleep(0.2)
+    await restart(engine)
+
+
 async def be_slow_for_a_while(engine: EngineProcess) -> None:
     await engine.control(slowness=10.0)
     await asyncio.sleep(0.2)
@@ -53,6 +60,8 @@ FAULTS: dict[str, Callable[[EngineProcess], Awaitable[None]]] = {
     "fail": fail_for_a_while,
     "cut": cut,
     "slow": be_slow_for_a_while,
+    "end answers": partial(be_told_to_stop, closing="abort"),
+    "keep connections": partial(be_told_to_stop, closing="hang"),
 }
 STEPS = st.tuples(
     st.sampled_from([*FAULTS, "leave"]), st.integers(0, 2), st.sampled_from([0.0, 0.05, 0.15])

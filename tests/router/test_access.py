@@ -146,6 +146,16 @@ async def test_a_key_opens_the_models_that_it_names(routing: Routing) -> None:
     assert models == ["n"]
 
 
+async def test_an_error_names_no_model_that_the_key_does_not_open(routing: Routing) -> None:
+    engine = FakeEngine(models=("m", "secret"))
+    async with engine.serving(), routing(engine, auth=AUTH) as client:
+        error = await refused(client, 404, headers=bearer(OTHER), body={"model": "n"})
+        known = await refused(client, 404, headers=bearer(KEY), body={"model": "n"})
+
+    assert error["message"] == "model: 'n' is not served here; served are []"
+    assert known["message"] == "model: 'n' is not served here; served are ['m', 'secret']"
+
+
 async def test_a_client_s_key_does_not_reach_the_instances(routing: Routing) -> None:
     async with FakeEngine().serving() as engine, routing(engine, auth=AUTH) as client:
         async with client.post(headers=bearer(KEY)) as response:
@@ -182,6 +192,35 @@ async def test_an_instance_that_refuses_its_key_is_not_sent_calls(
             async with asyncio.timeout(10):
                 while not client.router.upstreams.is_healthy(client.router.upstreams["a"]):
                     await asyncio.sleep(0.02)
+
+
+async def test_a_client_is_not_told_that_the_router_s_own_key_is_wrong(
+    routing: Routing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would take it for its own: SDKs do not try again after 401."""
+    monkeypatch.setenv("UPSTREAM_KEY", "sesame")
+    async with (
+        FakeEngine(api_key="sesame", open_paths=("/health",)).serving() as a,
+        FakeEngine(api_key="sesame", open_paths=("/health",)).serving() as b,
+    ):
+        instances = [
+            {"id": name, "url": engine.url, "api_key_env": "UPSTREAM_KEY"}
+            for name, engine in (("a", a), ("b", b))
+        ]
+        async with routing(instances=instances, policy="round-robin") as client:
+            a.api_key = "another"
+            for _ in range(4):
+                async with client.post() as response:
+                    assert response.status == 200
+                    assert response.headers["X-Workflow-Instance"] == "b"
+            upstreams = client.router.upstreams
+            async with asyncio.timeout(5):
+                while upstreams.is_healthy(upstreams["a"]):
+                    await asyncio.sleep(0.02)
+            b.api_key = "another"
+            async with client.post(headers={"X-Workflow-Budget-Ms": "1000"}) as response:
+                assert response.status == 503
+                assert "unauthorized" in await response.text()
 
 
 async def test_a_key_that_is_named_as_for_this_hop_only_is_a_key(routing: Routing) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import zlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -177,6 +178,23 @@ async def test_headers_and_bodies_in_small_pieces_may_be_large(routing: Routing)
             large(7, 8_000) + b"Transfer-Encoding: chunked\r\n\r\n",
             body + large(7, 8_000) + b"\r\n",
         )
+
+    assert answer.status == 200
+
+
+async def test_a_compressed_body_may_be_long_in_coming_to_its_contents(routing: Routing) -> None:
+    packed = zlib.compress(GOOD, wbits=31)
+    named = packed[:3] + b"\x08" + packed[4:10] + b"n" * 200_000 + b"\0" + packed[10:]
+    head = b"POST %b HTTP/1.1\r\nContent-Encoding: gzip\r\nContent-Length: %d\r\n" + HOST
+    async with FakeEngine().serving() as engine, routing(engine) as client:
+        host, _, port = client.router.url.partition("://")[2].partition(":")
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(head % (CHAT.encode(), len(named)) + b"Connection: close\r\n\r\n")
+        for at in range(0, len(named), 30_000):
+            writer.write(named[at : at + 30_000])
+            await asyncio.sleep(0.02)  # each is read by itself
+        answer = Answer(await reader.read())
+        writer.close()
 
     assert answer.status == 200
 

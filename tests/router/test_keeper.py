@@ -10,6 +10,7 @@ import sqlite3
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.replay import replay
 from vllm_workflow.core.types import Outcome
 from vllm_workflow.router.keeper import SPEEDS, WORKFLOWS, Keeper
-from vllm_workflow.router.store import Store, StoreReader
+from vllm_workflow.router.store import Store, StoreReader, part_of
 
 pytestmark = pytest.mark.anyio
 HEADERS = {"X-Workflow-Name": "report", "X-Workflow-Stage": "draft"}
@@ -75,12 +76,20 @@ async def test_the_next_router_predicts_as_the_last_one_did(
     assert all(before == now for before, now in decisions)
 
 
-async def test_a_killed_router_has_lost_a_second_at_most(routing: Routing, tmp_path: Path) -> None:
+@pytest.mark.parametrize("num_known", [0, 2000])
+async def test_a_killed_router_has_lost_a_second_at_most(tmp_path: Path, num_known: int) -> None:
+    """However many workflows it knows."""
     path = tmp_path / "state.db"
+    first, store = dispatcher(), Store(path)
+    keeper = Keeper(first, store)
+    for known in range(num_known):
+        serve(first, f"{known}", workflow=f"workflow {known}", final=True)
+    keeper.keep()
+    store.close()
     async with FakeEngine().serving() as engine:
         config = {
             "port": 0,
-            "instances": [{"url": engine.url, "id": "a"}],
+            "instances": [{"url": engine.url, "id": "b"}],
             "store": {"path": str(path)},
         }
         file = tmp_path / "router.yaml"
@@ -105,10 +114,12 @@ async def test_a_killed_router_has_lost_a_second_at_most(routing: Routing, tmp_p
     learned_before = sum(at < killed - 1.0 for at in ended)
     with StoreReader(path) as reader:
         speeds = reader.learned(SPEEDS)
-        assert reader.learned(WORKFLOWS) is not None
     assert speeds is not None
     assert learned_before > 0
-    assert learned_before <= speeds["instances"]["a"]["num_observed"] <= number
+    assert learned_before <= speeds["instances"]["b"]["num_observed"] <= number
+    after = restored(path).predictor.learned.to_mapping()["lengths"]
+    assert len(after) == num_known + 1
+    assert after[-1][1] == "report"
 
 
 @pytest.mark.parametrize(
@@ -153,9 +164,16 @@ def dispatcher() -> Dispatcher:
     return Dispatcher(fleet, PRESETS["workflow"])
 
 
-def serve(dispatcher: Dispatcher, name: str) -> None:
+def serve(
+    dispatcher: Dispatcher, name: str, *, workflow: str = "report", final: bool = False
+) -> None:
     request = stage_request(
-        request_id=name, workflow_id=name, workflow="report", stage="draft", tenant_id="acme"
+        request_id=name,
+        workflow_id=name,
+        workflow=workflow,
+        stage="draft",
+        tenant_id="acme",
+        final=final,
     )
     dispatcher.submit(request, now=0.0, num_prompt_bytes=100)
     dispatcher.settle(
@@ -169,6 +187,121 @@ def serve(dispatcher: Dispatcher, name: str) -> None:
             num_output_tokens=20,
         )
     )
+
+
+def learned(dispatcher: Dispatcher) -> dict[str, Any]:
+    """What was learned, in any order."""
+    data = dispatcher.predictor.learned.to_mapping()
+    return data | {name: sorted(data[name], key=str) for name in ("lengths", "rests", "flows")}
+
+
+def restored(path: Path) -> Dispatcher:
+    again, store = dispatcher(), Store(path)
+    Keeper(again, store).restore()
+    store.close()
+    return again
+
+
+def test_what_is_kept_in_parts_is_all_that_was_learned(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    first, store = dispatcher(), Store(path)
+    keeper = Keeper(first, store)
+    for number in range(40):
+        serve(first, f"{number}", workflow=f"workflow {number % 5}", final=number % 2 == 0)
+        if number % 7 == 0:
+            keeper.keep()
+    keeper.keep()
+    store.close()
+
+    wanted = learned(first)
+    assert all(wanted[name] for name in ("lengths", "rests", "flows"))
+    assert learned(restored(path)) == wanted
+
+
+def test_what_an_earlier_version_kept_in_one_piece_is_taken_over(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    first, store = dispatcher(), Store(path)
+    for number in range(20):
+        serve(first, f"{number}", final=True)
+    store.keep(WORKFLOWS, first.predictor.learned.to_mapping())
+    store.close()
+
+    wanted = learned(first)
+    second, store = dispatcher(), Store(path)
+    keeper = Keeper(second, store)
+    keeper.restore()
+    assert learned(second) == wanted
+    serve(second, "next", workflow="another")
+    keeper.keep()
+    store.close()
+    assert learned(restored(path)) == learned(second)
+    with StoreReader(path) as reader:
+        assert reader.learned(WORKFLOWS) == {}
+
+
+def test_a_part_that_cannot_be_used_costs_no_other(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = tmp_path / "state.db"
+    first, store = dispatcher(), Store(path)
+    keeper = Keeper(first, store)
+    serve(first, "1", workflow="good")
+    keeper.keep()
+    for part, value in (
+        ("lengths/bad", {"row": 3}),
+        ("tokens_per_byte/", {"row": [-1.0]}),
+        ("rests/bad", {}),
+        ("widths/bad", {"row": []}),
+    ):
+        store.keep(part_of(WORKFLOWS, part), value)
+    store.close()
+
+    again = restored(path)
+
+    ((_, workflow, _, _),) = learned(again)["lengths"]
+    assert workflow == "good"
+    assert caplog.text.count("left out") == 4
+
+
+def test_however_much_was_learned_what_is_new_is_all_that_is_written(tmp_path: Path) -> None:
+    """Or a router that knows many workflows would stand still for it, and write seldom."""
+    first, store = dispatcher(), Store(tmp_path / "state.db")
+    keeper = Keeper(first, store)
+    for number in range(300):
+        serve(first, f"{number}", workflow=f"workflow {number}", final=True)
+    keeper.keep()
+    parts: list[str] = []
+    store.keep = lambda kind, value: parts.append(kind)  # type: ignore[method-assign]
+    serve(first, "next", workflow="workflow 7", final=True)
+    keeper.keep()
+    keeper.keep()
+    store.close()
+
+    assert len(parts) == 5  # speeds, tokens per byte; its lengths, rest and flow
+    assert sum("workflow 7" in part for part in parts) == 3
+
+
+async def test_a_keeper_that_is_stopped_at_any_moment_keeps_everything(tmp_path: Path) -> None:
+    path = tmp_path / "state.db"
+    first, store = dispatcher(), Store(path)
+    keeper = Keeper(first, store)
+    for number in range(300):
+        serve(first, f"{number}", workflow=f"workflow {number}", final=True)
+    keep = store.keep
+    parts: list[str] = []
+
+    def keep_and_stop(kind: str, value: Mapping[str, Any]) -> None:
+        keep(kind, value)
+        parts.append(kind)
+        if len(parts) == 100:
+            keeping.cancel()
+
+    store.keep = keep_and_stop  # type: ignore[method-assign]
+    keeping = asyncio.create_task(keeper.run())
+    await asyncio.wait([keeping], timeout=10)
+    store.close()
+
+    assert learned(restored(path)) == learned(first)
 
 
 @given(st.randoms(use_true_random=False), st.sampled_from([1, 1, 4, 16]), st.integers(0, 5))

@@ -8,7 +8,7 @@ import json
 import signal
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 
 import aiohttp
@@ -235,3 +235,42 @@ async def test_before_it_stops_it_takes_calls_and_says_that_it_is_not_ready(
                 assert response.status == 200
             running.terminate()  # a second time: at once
             assert await running.wait() == 0
+
+
+async def test_however_few_files_may_be_open_clients_are_served_one_after_another(
+    tmp_path: Path,
+) -> None:
+    """Clients that hold every descriptor would leave none to reach an instance by."""
+    num_clients, max_files = 100, 80
+    path = tmp_path / "router.yaml"
+    async with FakeEngine().serving() as engine:
+        path.write_text(json.dumps({"port": 0, "instances": [{"url": engine.url}]}))
+        words = (sys.executable, "-m", "vllm_workflow.cli.main", "router", "--config", str(path))
+        running = await asyncio.create_subprocess_exec(
+            *("sh", "-c", f'ulimit -n {max_files}; exec "$@"', "sh", *words),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        assert running.stdout is not None
+        url = (await running.stdout.readline()).decode().split()[3].rstrip(":")
+
+        async def served() -> None:
+            connector = aiohttp.TCPConnector(limit=1)
+            async with aiohttp.ClientSession(connector=connector) as session:
+                while True:
+                    with suppress(aiohttp.ClientError):
+                        async with session.post(url + CHAT, json={}) as response:
+                            if response.status == 200:
+                                return
+                            assert response.status == 503
+                    await asyncio.sleep(0.1)
+
+        try:
+            async with asyncio.timeout(30):
+                await asyncio.gather(*(served() for _ in range(num_clients)))
+        finally:
+            running.terminate()
+            _, errors = await running.communicate()
+
+    assert b"limits.max_connections: 10000 wanted, 16 taken: 80 files may be open" in errors
+    assert b"is not healthy" not in errors

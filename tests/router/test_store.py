@@ -174,6 +174,22 @@ def test_a_table_that_is_another_one_is_found_at_the_start(
     assert list(tmp_path.glob("state.db.unusable-*"))
 
 
+def test_a_file_that_says_that_it_is_not_to_be_written_is_moved_aside(tmp_path: Path):
+    """Its 19th byte, of a format that SQLite can read only: nothing would ever be kept."""
+    path = tmp_path / "state.db"
+    Store(path).close()
+    with path.open("r+b") as file:
+        file.seek(18)
+        file.write(b"\xff")
+
+    store = Store(path)
+    store.keep("lengths", {"mean": 1.0})
+    store.close()
+
+    assert store.num_dropped == 0
+    assert list(tmp_path.glob("state.db.unusable-*"))
+
+
 def test_what_somebody_has_added_stays(tmp_path: Path):
     path = tmp_path / "state.db"
     Store(path).close()

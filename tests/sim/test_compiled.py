@@ -64,7 +64,12 @@ def simulated_by(path: Path) -> list[str]:
 
 
 # What talks to the router as clients do; others look inside it, or replace what is in it.
-ROUTER_TESTS = ("failover", "hostile", "once", "plain", "proxy", "slow_readers")
+ROUTER_TESTS = ("failover", "hostile", "once", "plain", "proxy", "slow_readers", "spelling")
+NOT_FOR_IT = (
+    # It inherits from a class that is compiled.
+    "tests/router/test_once.py::test_a_long_answer_goes_to_nobody_who_has_just_left",
+)
+"""By name: whatever else fails with the copy is a defect of it, whatever it says."""
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +78,7 @@ def compiled() -> Path:
     out = ROOT / "out" / "compiled_quick"
     script = [sys.executable, str(SCRIPT), "--out", str(out), "--opt-level", "0"]
     built = subprocess.run(script, capture_output=True, text=True)
-    if "compiling needs" in built.stderr:
+    if built.stderr.startswith("compiling needs "):  # said before anything is done
         pytest.skip(built.stderr)
     assert built.returncode == 0, built.stderr
     return out
@@ -91,6 +96,7 @@ def test_the_compiled_copy_decides_and_simulates_the_same_to_the_last_bit(compil
 def test_the_compiled_router_passes_the_tests_of_the_router(compiled: Path) -> None:
     tests = [str(ROOT / "tests" / "router" / f"test_{name}.py") for name in ROUTER_TESTS]
     options = ["-o", f"pythonpath={compiled} {ROOT}", "-p", "tests.compiled", "-q", "-x"]
+    options += [f"--deselect={name}" for name in NOT_FOR_IT]
     command = [sys.executable, "-P", "-m", "pytest", *options, *tests]
     environment = {**os.environ, "PYTHONPATH": f"{compiled}{os.pathsep}{ROOT}"}
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)

@@ -226,6 +226,43 @@ async def test_tests_that_a_machine_decides_ask_no_model(path: Path) -> None:
     assert evaluate.headers["X-Workflow-Final"] == "true"
 
 
+def finals(server: Server) -> list[tuple[str | None, bool]]:
+    return [(r.stage, "X-Workflow-Final" in r.headers) for r in server.requests]
+
+
+async def test_a_call_is_final_only_where_no_answer_to_it_can_make_another_call(
+    path: Path,
+) -> None:
+    without_tests: dict[str, Any] = {"num_unit_tests": 0, "max_revise_rounds": 0}
+    for options, scripts, last in (
+        (without_tests, script(), ["generate"] * 6),
+        ({"num_candidates": 1, "max_revise_rounds": 0}, script(), ["generate"]),
+        (
+            {"num_candidates": 1, "max_revise_rounds": 2},
+            script(generate=BROKEN, revise=[f"{BROKEN} WHERE 1", RIGHT]),
+            ["revise"],
+        ),
+        (
+            {"num_candidates": 3, "max_revise_rounds": 1},
+            script(generate=BROKEN, revise=RIGHT),
+            ["revise"],
+        ),
+        # What comes next depends on the answers.
+        ({"max_revise_rounds": 0}, script(), []),
+        ({"num_candidates": 1, "max_revise_rounds": 2}, script(generate=BROKEN, revise=RIGHT), []),
+        (
+            {"num_candidates": 2, "max_revise_rounds": 1},
+            script(generate=[BROKEN, OTHER], revise=RIGHT, unit_tests="[]"),
+            [],
+        ),
+    ):
+        async with agent_for(path, scripts, **options) as (agent, server):
+            await agent.answer(QUESTION)
+        told = finals(server)
+        assert [stage for stage, final in told if final] == last, options
+        assert all(final for _, final in told[len(told) - len(last) :])
+
+
 async def test_rows_beat_an_error_without_any_test(path: Path) -> None:
     scripts = script(generate=[BROKEN, BROKEN, RIGHT], revise="no idea")
     async with agent_for(path, scripts, num_candidates=3) as (agent, server):

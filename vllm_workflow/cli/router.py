@@ -20,6 +20,10 @@ from vllm_workflow.router.app import Router, serve
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.logs import configure
 
+_KEPT_DESCRIPTORS = 48
+"""For what is no call: probes, files, the operators' port."""
+_FEW_CONNECTIONS = 1000
+"""Fewer are told of even if nobody has said how many there are to be."""
 _GC_THRESHOLDS = 20_000, 20, 20
 """Python's own 700 has it search a busy router for cycles many times a second. Without any
 collection a call took a tenth less CPU; this gets a good part of that, see docs/overhead.md."""
@@ -71,11 +75,11 @@ def add_parser(commands: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGINT or SIGTERM; return the exit status."""
     hangups = _Hangups()
-    config = read_config(args)
+    max_files = _allow_many_files()
+    config = _bounded(read_config(args), max_files)
     configure(config.log_level, config.log_format, log_calls=config.log_calls)
-    _allow_many_sockets()
     with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-        read = partial(read_config, args) if args.config else None
+        read = partial(_read_again, args, max_files) if args.config else None
         runner.run(_serve(config, read, hangups))
     return 0
 
@@ -154,17 +158,46 @@ async def _reload(router: Router) -> None:
         logging.getLogger(__name__).exception("reload: failed")
 
 
-def _allow_many_sockets() -> None:
-    """Each call takes two; the usual soft limit of 1,024 is there for programs using select()."""
+def _allow_many_files() -> int | None:
+    """Return how many files may be open at a time; None if nobody says so.
+
+    Each call takes two; the usual soft limit of 1,024 is there for programs using select().
+    """
     try:
         import resource
     except ModuleNotFoundError:  # not on Windows
-        return
-    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return None
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     except (OSError, ValueError) as e:  # an "unlimited" that the system does not mean
         logging.getLogger(__name__).warning("cannot raise the limit of open files: %s", e)
+        hard = soft
+    return None if hard == resource.RLIM_INFINITY else hard
+
+
+def _read_again(args: argparse.Namespace, max_files: int | None) -> RouterConfig:
+    return _bounded(read_config(args), max_files)
+
+
+def _bounded(config: RouterConfig, max_files: int | None) -> RouterConfig:
+    """Take no more connections than can be forwarded: clients that hold every file descriptor
+    would keep the router from reaching any instance, and so from serving any of them."""
+    if max_files is None:
+        return config
+    most = max(1, (max_files - _KEPT_DESCRIPTORS) // 2)
+    if config.limits.max_connections <= most:
+        return config
+    is_asked_for = "max_connections" in config.limits.model_fields_set
+    logging.getLogger(__name__).log(
+        logging.WARNING if is_asked_for or most < _FEW_CONNECTIONS else logging.INFO,
+        "limits.max_connections: %d wanted, %d taken: %d files may be open at a time (ulimit -n)",
+        config.limits.max_connections,
+        most,
+        max_files,
+    )
+    limits = config.limits.model_copy(update={"max_connections": most})
+    return config.model_copy(update={"limits": limits})
 
 
 def _loop_factory() -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any, Final
 
 from vllm_workflow.core.errors import ConfigError
@@ -34,6 +34,38 @@ class Learned:
             "rests": self.remaining.to_rows(),
             "flows": [[*key, flow.to_mapping()] for key, flow in self.transitions.items()],
         }
+
+    def take_changed(self) -> Iterator[tuple[str, list[Any]]]:
+        """Yield the parts of `to_mapping` that have changed since this was last asked: the name of
+        the list, or of the only value, and a row of it. Begin with them all by `mark_changed`.
+
+        What is not changed is not looked at, so that a large memory costs no more than a small
+        one. A part is read when it is yielded; others may change in between.
+        """
+        lengths, rests, flows = self.lengths, self.remaining, self.transitions
+        of_lengths, lengths.changed = lengths.changed, set()
+        of_rests, rests.changed = rests.changed, set()
+        of_flows, flows.changed = flows.changed, set()
+        if of_lengths:
+            yield "tokens_per_byte", lengths.tokens_per_byte()
+        for key in of_lengths:
+            stage = lengths.get(key)
+            if stage is not None:
+                yield "lengths", [*key, stage.to_mapping()]
+        for state in of_rests:
+            row = rests.row(state)
+            if row is not None:
+                yield "rests", row
+        for of_run in of_flows:
+            flow = flows.get(of_run)
+            if flow is not None:
+                yield "flows", [*of_run, flow.to_mapping()]
+
+    def mark_changed(self) -> None:
+        """Have `take_changed` yield everything."""
+        self.lengths.mark_changed()
+        self.remaining.mark_changed()
+        self.transitions.mark_changed()
 
     @classmethod
     def from_mapping(cls, data: Mapping[str, Any], *, source: str) -> Learned:

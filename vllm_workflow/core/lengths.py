@@ -130,6 +130,8 @@ class Lengths:
 
     def __init__(self) -> None:
         self._stages: OrderedDict[StageKey, StageLengths] = OrderedDict()
+        self.changed: set[StageKey] = set()
+        """Of which something was learned since somebody emptied this."""
         self._declared: Mapping[tuple[str, str], float] = {}
         self._tokens_per_byte = Mean(PRIOR_TOKENS_PER_BYTE)
 
@@ -176,9 +178,10 @@ class Lengths:
             mean = Mean(0.0, weight=0.0) if declared is None else Mean(declared)
             stage = stages[key] = StageLengths(mean)
             if len(stages) > _MAX_STAGES:
-                stages.popitem(last=False)
+                self.changed.discard(stages.popitem(last=False)[0])
         else:
             stages.move_to_end(key)
+        self.changed.add(key)
         bucket = int(_position(num_prompt_tokens))
         stage.mean.add(output_tokens)
         near = stage.by_prompt.get(bucket)
@@ -204,6 +207,13 @@ class Lengths:
         if not (0.0 < float(value) < math.inf and 0.0 < float(weight) < math.inf):
             raise ValueError(f"expected two numbers above 0, got {value!r} and {weight!r}")
         self._tokens_per_byte = Mean(float(value), float(weight))
+
+    def get(self, key: StageKey) -> StageLengths | None:
+        return self._stages.get(key)
+
+    def mark_changed(self) -> None:
+        """Have all count as changed."""
+        self.changed.update(self._stages)
 
     def items(self) -> Iterator[tuple[StageKey, StageLengths]]:
         """What was learned, the stage longest without news first."""

@@ -76,6 +76,8 @@ class RemainingTime:
 
     def __init__(self, learn: Learn | None = None) -> None:
         self._rests: OrderedDict[State, _Rest] = OrderedDict()
+        self.changed: set[State] = set()
+        """Of which something was learned since somebody emptied this."""
         self._runs: OrderedDict[_RunKey, RunPath] = OrderedDict()
         self._num_calls = 0
         self._learn_run = learn
@@ -171,10 +173,15 @@ class RemainingTime:
         if rest is None:
             rest = self._rests[state] = _Rest(Histogram(), Mean(0.0, weight=0.0))
             if len(self._rests) > MAX_STAGES:
-                self._rests.popitem(last=False)
+                self.changed.discard(self._rests.popitem(last=False)[0])
         else:
             self._rests.move_to_end(state)
         rest.add(rest_s)
+        self.changed.add(state)
+
+    def mark_changed(self) -> None:
+        """Have all count as changed."""
+        self.changed.update(self._rests)
 
     def items(self) -> Iterator[tuple[State, Histogram]]:
         """What was learned, the state longest without news first."""
@@ -183,10 +190,14 @@ class RemainingTime:
 
     def to_rows(self) -> list[list[Any]]:
         """Return what `restore` takes, one row per state."""
-        return [
-            [*state, {**rest.values.to_mapping(), "mean": [rest.mean.value, rest.mean.weight]}]
-            for state, rest in self._rests.items()
-        ]
+        return [row for state in self._rests if (row := self.row(state)) is not None]
+
+    def row(self, state: State) -> list[Any] | None:
+        """Return the row of one state; None if nothing is known of it."""
+        rest = self._rests.get(state)
+        if rest is None:
+            return None
+        return [*state, {**rest.values.to_mapping(), "mean": [rest.mean.value, rest.mean.weight]}]
 
     def restore(self, state: State, row: Mapping[str, Any]) -> None:
         """Take in what an earlier process had learned.

@@ -148,6 +148,8 @@ class Transitions:
 
     def __init__(self) -> None:
         self._flows: OrderedDict[FlowKey, Flow] = OrderedDict()
+        self.changed: set[FlowKey] = set()
+        """Of which something was learned since somebody emptied this."""
 
     def learn(self, tenant: str, workflow: str, run: RunPath) -> None:
         """Count a run that is over."""
@@ -159,9 +161,14 @@ class Transitions:
         else:
             self._flows.move_to_end(key)
         flow.learn(run)
+        self.changed.add(key)
 
     def get(self, key: FlowKey) -> Flow | None:
         return self._flows.get(key)
+
+    def mark_changed(self) -> None:
+        """Have all count as changed."""
+        self.changed.update(self._flows)
 
     def items(self) -> Iterator[tuple[FlowKey, Flow]]:
         """The workflow longest without a run first."""
@@ -171,7 +178,7 @@ class Transitions:
         """Take in what an earlier process had learned."""
         self._flows[key] = flow
         if len(self._flows) > MAX_WORKFLOWS:
-            self._flows.popitem(last=False)
+            self.changed.discard(self._flows.popitem(last=False)[0])
 
 
 def _ratio(one: float, other: float) -> float:

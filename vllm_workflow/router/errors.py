@@ -51,8 +51,9 @@ class LostError(UpstreamError):
     """An attempt ended before the client got anything of an answer.
 
     `reason` is `refused` (no connection, so nothing was sent), `closed` (a kept connection was
-    closed without an answer, as servers do with idle ones), `disconnected`, `hung` or `aborted`
-    (the engine itself gave it up, as when it is told to stop).
+    closed without an answer, as servers do with idle ones), `disconnected`, `hung`, `aborted` (the
+    engine itself gave it up, as when it is told to stop) or `unauthorized` (the key that the
+    router has for that instance is not right any more; the client's own is no matter of it).
     """
 
     def __init__(self, reason: str) -> None:

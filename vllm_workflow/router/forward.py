@@ -30,6 +30,8 @@ from vllm_workflow.router.upstream import Upstream
 from vllm_workflow.router.upstreams import Upstreams
 from vllm_workflow.router.usage import MAX_USAGE_BYTES
 
+_UNAUTHORIZED = 401
+_SUSPICIOUS = frozenset({"closed", "disconnected", "aborted", "unauthorized"})
 _OUT_OF_SOCKETS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS})
 """The router's own shortage, which no instance is to blame for."""
 
@@ -85,6 +87,8 @@ class Forwarder:
                 kept = not (fresh or connection.has_head)
                 raise LostError("closed" if kept else "disconnected") from None
             first = connection.taken()
+            if connection.status == _UNAUTHORIZED and upstream.own_headers:
+                raise LostError("unauthorized")
             if is_refusal(connection.status):
                 refusal = await read_refusal(attempt.instance_id, connection, first)
                 if refusal.status == MISSING:
@@ -112,7 +116,7 @@ class Forwarder:
             if passing is None:
                 raise LostError("hung") from None
         except LostError as e:
-            if e.reason in {"closed", "disconnected", "aborted"}:
+            if e.reason in _SUSPICIOUS:
                 self._upstreams.suspect(attempt.instance_id)
             raise
         finally:

@@ -3,20 +3,28 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.router.store import Store, StoreReader
+from vllm_workflow.core.learned import Learned
+from vllm_workflow.router.store import Store, StoreReader, part_of
 
 KEEP_EVERY_S = 0.25
 """With what the store's writer adds, a killed router loses less than a second."""
+_MAX_KEEP_EVERY_S = 0.4
 _MAX_SHARE = 0.02
-"""Of the event loop's time that may go into this: much that was learned is written less often."""
+"""Of the event loop's time that is to go into this: much that is learned is written less often."""
+_PARTS_AT_A_TIME = 32
+"""Calls are let in between: about 2 ms."""
 WORKFLOWS = "workflows"
 SPEEDS = "speeds"
+_ONLY = "tokens_per_byte"
+"""The part of what was learned of workflows that is no list."""
 _logger = logging.getLogger(__name__)
 
 
@@ -40,13 +48,46 @@ class Keeper:
         """
         try:
             with StoreReader(self._store.path) as reader:
-                workflows, speeds = reader.learned(WORKFLOWS), reader.learned(SPEEDS)
-            if workflows is not None:
-                self._dispatcher.predictor.restore(workflows, source=str(self._store.path))
+                whole, speeds = reader.learned(WORKFLOWS), reader.learned(SPEEDS)
+                parts = reader.learned_parts(WORKFLOWS)
+            if whole is not None or parts:
+                self._restore_workflows(whole, parts)
             if speeds is not None:
                 self._restore_speeds(speeds.get("instances"))
         except ConfigError as e:
             _logger.error("store: what was learned is not used: %s", e)
+
+    def _restore_workflows(
+        self, whole: Mapping[str, Any] | None, parts: list[tuple[str, Mapping[str, Any]]]
+    ) -> None:
+        """Take over what was kept in parts, and before that in one piece by earlier versions.
+
+        Raises:
+            ConfigError: The piece cannot be used.
+        """
+        source, predictor = str(self._store.path), self._dispatcher.predictor
+        if whole:
+            predictor.restore(whole, source=source)
+            self._store.keep(WORKFLOWS, {})
+        data = predictor.learned.to_mapping()
+        for name, part in parts:
+            kind = name.partition("/")[0]
+            if kind not in data:
+                _logger.error("store: left out: %s: %s: unknown", source, name)
+                continue
+            row = part.get("row")
+            try:
+                Learned.from_mapping(_mapping_of(kind, row), source=f"{source}: {name}")
+            except ConfigError as e:
+                _logger.error("store: left out: %s", e)
+                continue
+            if kind == _ONLY:
+                data[kind] = row
+            else:
+                data[kind].append(row)
+        predictor.restore(data, source=source)
+        if whole:
+            predictor.learned.mark_changed()
 
     def _restore_speeds(self, instances: Any) -> None:
         if not isinstance(instances, dict):
@@ -67,20 +108,43 @@ class Keeper:
 
     async def run(self) -> None:
         """Keep what is new, now and then, until cancelled; then once more."""
-        pause_s = KEEP_EVERY_S
+        pause_s, news = KEEP_EVERY_S, self._news()
         try:
             while True:
                 await asyncio.sleep(pause_s)
-                pause_s = max(KEEP_EVERY_S, self.keep() / _MAX_SHARE)
+                took_s, begin, news = 0.0, time.perf_counter(), self._news()
+                for number, part in enumerate(news):
+                    self._store.keep(*part)
+                    if number % _PARTS_AT_A_TIME == _PARTS_AT_A_TIME - 1:
+                        took_s += time.perf_counter() - begin
+                        await asyncio.sleep(0)
+                        begin = time.perf_counter()
+                took_s += time.perf_counter() - begin
+                pause_s = min(max(KEEP_EVERY_S, took_s / _MAX_SHARE), _MAX_KEEP_EVERY_S)
         finally:
+            for part in news:
+                self._store.keep(*part)
             self.keep()
 
-    def keep(self) -> float:
-        """Hand what is new to the store; returns the seconds that it took."""
+    def keep(self) -> None:
+        """Hand what is new to the store."""
+        for part in self._news():
+            self._store.keep(*part)
+
+    def _news(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
+        """Yield what has changed: under which name it is kept, and what it is."""
         if self._dispatcher.num_settled == self._num_kept:
-            return 0.0
-        begin = time.perf_counter()
+            return
         self._num_kept = self._dispatcher.num_settled
-        self._store.keep(WORKFLOWS, self._dispatcher.predictor.learned.to_mapping())
-        self._store.keep(SPEEDS, {"instances": self._dispatcher.fleet.speeds()})
-        return time.perf_counter() - begin
+        yield SPEEDS, {"instances": self._dispatcher.fleet.speeds()}
+        for kind, row in self._dispatcher.predictor.learned.take_changed():
+            key = "" if kind == _ONLY else json.dumps(row[:-1])
+            yield part_of(WORKFLOWS, f"{kind}/{key}"), {"row": row}
+
+
+def _mapping_of(kind: str, row: Any) -> dict[str, Any]:
+    """Return what one row alone would be of `Learned.to_mapping`."""
+    data = Learned().to_mapping()
+    if kind == _ONLY:
+        return data | {kind: row}
+    return data | {kind: [row]}

@@ -174,7 +174,10 @@ class Protocol(web.RequestHandler):
             body = self._messages[-1][1]
         elif self._current_request is not None:
             body = self._current_request.content
-        progress = self._request_count, -1 if body is None else body.total_bytes
+        num_body_bytes: int = -1
+        if body is not None:  # as they came, where aiohttp can tell: one may decompress to nothing
+            num_body_bytes = getattr(body, "total_raw_bytes", body.total_bytes)
+        progress = self._request_count, num_body_bytes
         is_thrown_away = body is None and not is_free
         if progress != self._progress or is_thrown_away:
             self._progress, self._num_head_bytes = progress, 0

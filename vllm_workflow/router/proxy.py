@@ -187,7 +187,14 @@ class Proxy:
             _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         if self._binder.is_gone(body.model):
             fleet = self._dispatcher.fleet
-            served = sorted({model for instance in fleet for model in instance.models})
+            served = sorted(
+                {
+                    model
+                    for instance in fleet
+                    for model in instance.models
+                    if caller is None or caller.may_ask_for(model)
+                }
+            )
             raise RequestError(
                 f"model: {body.model!a:.256} is not served here; served are {served}",
                 status=404,

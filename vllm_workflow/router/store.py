@@ -29,6 +29,8 @@ _PRUNE_S = 60.0
 _DAY_S = 86_400.0
 _MAX_PRUNED = 5_000
 """Rows removed at a time: the writer is not to be kept from writing."""
+_MAX_LEARNED = 20_000
+"""Parts of what was learned; who learns them forgets the oldest far below that."""
 _logger = logging.getLogger(__name__)
 
 
@@ -195,6 +197,11 @@ class Store:
             ((last or 0) - keep.max_events, _MAX_PRUNED),
         )
         self._connection.execute("DELETE FROM usage WHERE day < ?", (_day(oldest),))
+        self._connection.execute(
+            "DELETE FROM learned WHERE kind IN "
+            "(SELECT kind FROM learned ORDER BY time DESC LIMIT -1 OFFSET ?)",
+            (_MAX_LEARNED,),
+        )
 
 
 def _add(batch: _Batch, kind: str, at: float, value: Any) -> None:
@@ -274,6 +281,26 @@ class StoreReader:
         rows = list(self._rows("SELECT value FROM learned WHERE kind = ?", kind))
         return self._members(rows[0][0], f"learned: {kind}") if rows else None
 
+    def learned_parts(self, kind: str) -> list[tuple[str, Mapping[str, Any]]]:
+        """Return what was kept under `part_of(kind, …)`, that longest without news first.
+
+        What cannot be read is left out, and the log says so.
+        """
+        first, last = part_of(kind, ""), part_of(kind, chr(0x10FFFF))
+        parts = []
+        for name, value in list(
+            self._rows(
+                "SELECT kind, value FROM learned WHERE kind > ? AND kind < ? ORDER BY time",
+                first,
+                last,
+            )
+        ):
+            try:
+                parts.append((name.removeprefix(first), self._members(value, name)))
+            except ConfigError as e:
+                _logger.error("store: left out: %s", e)
+        return parts
+
     def events(self) -> Generator[str]:
         """Yield the lines of the decision log, in order."""
         for (value,) in self._rows("SELECT value FROM events ORDER BY number"):
@@ -323,6 +350,11 @@ class StoreReader:
                 yield from cursor
         except sqlite3.Error as e:
             raise ConfigError(f"{self._path}: cannot read store: {e}") from None
+
+
+def part_of(kind: str, part: str) -> str:
+    """Return the kind under which one of very many parts of something learned is kept."""
+    return f"{kind}/{part}"
 
 
 def is_store(path: Path) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import sqlite3
 import time
 from contextlib import closing
@@ -50,7 +51,7 @@ def opened(path: Path) -> sqlite3.Connection:
     try:
         return _migrated(path)
     except (NotOursError, sqlite3.DatabaseError) as e:
-        if isinstance(e, sqlite3.OperationalError) and not _is_about_content(e):
+        if isinstance(e, sqlite3.OperationalError) and not _is_about_content(e, path):
             raise ConfigError(f"store: cannot use {path}: {e}") from None
         aside = moved_aside(path)
         _logger.error("store: %s cannot be used: %s; moved to %s, starting anew", path, e, aside)
@@ -60,10 +61,13 @@ def opened(path: Path) -> sqlite3.Connection:
         raise ConfigError(f"store: cannot use {path}: {e}") from None
 
 
-def _is_about_content(error: sqlite3.OperationalError) -> bool:
+def _is_about_content(error: sqlite3.OperationalError, path: Path) -> bool:
     """Whether an error is not one of the folder, a lock, or the disk: these have codes of their
-    own."""
-    return error.sqlite_errorcode & 0xFF == sqlite3.SQLITE_ERROR
+    own. A file that may be written, and is not to be, says so itself."""
+    code = error.sqlite_errorcode & 0xFF
+    if code == sqlite3.SQLITE_READONLY:
+        return os.access(path, os.W_OK) and os.access(path.parent, os.W_OK)
+    return code == sqlite3.SQLITE_ERROR
 
 
 def moved_aside(path: Path) -> Path:
@@ -148,6 +152,8 @@ def _migrated(path: Path) -> sqlite3.Connection:
         connection.execute("PRAGMA synchronous = NORMAL")
         for number, script in enumerate(MIGRATIONS[version:], start=version + 1):
             connection.executescript(f"BEGIN; {script} PRAGMA user_version = {number}; COMMIT;")
+        # If it cannot be written, this says so, and not each write from then on.
+        connection.execute(f"PRAGMA user_version = {max(version, len(MIGRATIONS))}")
     except BaseException:
         connection.close()
         raise

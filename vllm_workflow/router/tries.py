@@ -96,9 +96,10 @@ class Tries:
             return  # the connection was stale: the same instance once more, by a new one
         # Or it was not, and the process has gone since.
         was_killed = reason == "refused" and self._maybe_stale == instance_id
-        self._num_risky += reason != "refused" or was_killed
-        if reason != "refused":
-            self._left_time = None  # one had taken it
+        is_taken = reason not in {"refused", "unauthorized"}
+        self._num_risky += is_taken or was_killed
+        if is_taken:
+            self._left_time = None
         self._exclude(instance_id, now + self._pause_s())
 
     def refused(self, refusal: Refusal, now: float, *, is_risky: bool) -> None:

@@ -204,14 +204,17 @@ class _OneRun:
 
     async def _generate(self, task: Task) -> list[SqlCandidate]:
         """Ask for all candidates at once, in turns from the two templates."""
+        options = self.options
+        is_last = not options.max_revise_rounds and not self._may_test(options.num_candidates)
         texts = await _all(
             self.caller.ask(
                 Stage.GENERATE,
                 self.prompts.generate(task, index % 2),
                 index=index,
-                temperature=0.0 if index == 0 else self.options.temperature,
+                temperature=0.0 if index == 0 else options.temperature,
+                final=is_last,
             )
-            for index in range(self.options.num_candidates)
+            for index in range(options.num_candidates)
         )
         answered = [text for text in texts if text is not None]
         statements = [sql for sql in map(self.prompts.parse_sql, answered) if sql]
@@ -243,8 +246,15 @@ class _OneRun:
             }
             if not failing:
                 return candidates, num_rounds
+            # Candidates that are the same stay so, whatever becomes of them.
+            num_distinct = len({candidate.sql for candidate in candidates})
+            is_last = num_rounds + 1 == self.options.max_revise_rounds and not self._may_test(
+                num_distinct
+            )
             texts = await _all(
-                self.caller.ask(Stage.REVISE, self.prompts.revise(task, candidate), index=index)
+                self.caller.ask(
+                    Stage.REVISE, self.prompts.revise(task, candidate), index=index, final=is_last
+                )
                 for index, candidate in enumerate(failing.values())
             )
             tried |= failing.keys()
@@ -254,6 +264,10 @@ class _OneRun:
             by_old = dict(zip(fixes, fixed, strict=True))
             candidates = [_better(by_old.get(old.sql, old), old) for old in candidates]
         return candidates, self.options.max_revise_rounds
+
+    def _may_test(self, num_statements: int) -> bool:
+        """Whether so many statements may have to be told apart by tests."""
+        return num_statements > 1 and self.options.num_unit_tests > 0
 
     async def _test(self, task: Task, shown: list[SqlCandidate]) -> list[UnitTest]:
         """Write unit tests and judge `shown` by them; by machine where that is possible."""

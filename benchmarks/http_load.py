@@ -17,7 +17,14 @@ from vllm_workflow.core.errors import UpstreamError
 NUM_RUNS = 50
 """Runs, sessions or Programs that calls belong to, in turn."""
 _WORDS = "select name from customers where city is unknown "
-PROMPT = (_WORDS * 50)[:2000]
+PROMPT_BYTES = 2_000
+
+
+def prompt(num_bytes: int) -> str:
+    return (_WORDS * (num_bytes // len(_WORDS) + 1))[:num_bytes]
+
+
+PROMPT = prompt(PROMPT_BYTES)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,13 +58,22 @@ class Load:
         url: Root of a router.
         pid: Its process, or the parent of it.
         identity: `headers` as this project's client sends, `session` as other routers take.
+        prompt: Of each request.
     """
 
-    def __init__(self, session: aiohttp.ClientSession, url: str, pid: int, identity: str) -> None:
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        url: str,
+        pid: int,
+        identity: str,
+        prompt: str = PROMPT,
+    ) -> None:
         self._session = session
         self._url = f"{url}/v1/chat/completions"
         self._pid = pid
         self._identity = identity
+        self._prompt = prompt
         self._numbers = itertools.count()
 
     async def closed(self, num_requests: int, concurrency: int, *, num_chunks: int = 0) -> Spent:
@@ -109,7 +125,7 @@ class Load:
     async def _call(self, num_chunks: int, *, gap_ms: float = 0.0) -> float:
         body: dict[str, object] = {
             "model": "m",
-            "messages": [{"role": "user", "content": PROMPT}],
+            "messages": [{"role": "user", "content": self._prompt}],
             "max_tokens": num_chunks or 16,
         }
         if num_chunks:

@@ -12,6 +12,7 @@ from urllib.parse import quote
 import vllm_workflow
 from vllm_workflow.bench.system_fleet import free_ports
 from vllm_workflow.cluster.process import ManagedProcess
+from vllm_workflow.core.errors import ConfigError
 
 BACKEND = str(Path(__file__).with_name("http_backend.py"))
 _START_TIMEOUT_S = 60.0
@@ -45,20 +46,26 @@ async def started_servers(stack: AsyncExitStack, number: int, folder: Path) -> l
 
 async def started_router(
     stack: AsyncExitStack,
-    policy: str,
+    name: str,
     urls: list[str],
     folder: Path,
-    package_in: Path | None = None,
 ) -> ManagedProcess:
     """Start this project's router before servers.
 
     Args:
         stack: Ends it.
-        policy: That it decides by.
+        name: The policy that it decides by; or `POLICY@FOLDER`, of the package in that folder,
+            `out/compiled` or the work tree of another version.
         urls: Of the servers.
         folder: For its configuration and its log.
-        package_in: Folder with the package that is to run; None: the one that runs here.
+
+    Raises:
+        ConfigError: There is no package in that folder.
     """
+    policy, _, folder_of = name.partition("@")
+    package_in = Path(folder_of) if folder_of else Path(vllm_workflow.__file__).parents[1]
+    if not (package_in / "vllm_workflow").is_dir():
+        raise ConfigError(f"{name}: expected a package in {package_in}, got none")
     (port,) = free_ports(1)
     config = {
         "port": port,
@@ -70,7 +77,6 @@ async def started_router(
     path.write_text(json.dumps(config), encoding="utf-8")  # which is YAML
     command = [sys.executable, "-P", "-m", "vllm_workflow.cli.main", "router"]
     command += ["--config", str(path)]
-    package_in = package_in or Path(vllm_workflow.__file__).parents[1]
     env = {"PYTHONPATH": str(package_in.resolve())}
     return await started(
         stack, f"{policy}-{port}", command, f"http://127.0.0.1:{port}", folder, env

@@ -18,9 +18,10 @@ from typing import NamedTuple
 
 from vllm_workflow.bench.compare import Options
 from vllm_workflow.bench.compare_jobs import Setting, find_capacity, inputs_of
+from vllm_workflow.core.call_events import Submitted
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Event, Submitted
+from vllm_workflow.core.events import Event
 from vllm_workflow.sim.bounds import rest_after_s
 from vllm_workflow.sim.simulator import simulate
 

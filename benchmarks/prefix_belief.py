@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 import aiohttp
 
-from vllm_workflow.core.events import Polled, Settled, Submitted
+from vllm_workflow.core.call_events import Polled, Settled, Submitted
 from vllm_workflow.core.metrics import mean, percentile
 from vllm_workflow.router.app import serve
 from vllm_workflow.router.config import RouterConfig

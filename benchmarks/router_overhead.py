@@ -19,7 +19,7 @@ from contextlib import AsyncExitStack
 from pathlib import Path
 
 import aiohttp
-from http_load import Load
+from http_load import PROMPT_BYTES, Load, prompt
 from http_processes import BACKEND, started, started_router, started_servers
 from tqdm import tqdm
 
@@ -42,6 +42,9 @@ def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     flags.add_argument("--rounds", type=int, default=5, help="of each router (%(default)s)")
     flags.add_argument("--requests", type=int, default=3000, help="per round (%(default)s)")
+    flags.add_argument(
+        "--prompt-bytes", type=int, default=PROMPT_BYTES, help="of each request (%(default)s)"
+    )
     flags.add_argument("--routers", nargs="+", default=[*OURS, *PEERS, PLAIN, DIRECT])
     flags.add_argument("--peers-dir", type=Path, default=Path(".cache/peers"))
     flags.add_argument("--json", type=Path, metavar="FILE")
@@ -71,13 +74,14 @@ async def _measure(args: argparse.Namespace) -> list[dict[str, object]]:
             )
         )
         loads: dict[str, Load] = {}
+        text = prompt(args.prompt_bytes)
         for name in args.routers:
             if name == DIRECT:
-                loads[name] = Load(session, urls[0], os.getpid(), "headers")
+                loads[name] = Load(session, urls[0], os.getpid(), "headers", text)
                 continue
             process = await _router(stack, name, urls, args.peers_dir, folder)
             identity = "session" if name in peers.PEERS else "headers"
-            loads[name] = Load(session, process.url, process.pid, identity)
+            loads[name] = Load(session, process.url, process.pid, identity, text)
         return await _rounds(args, loads)
 
 
@@ -85,11 +89,7 @@ async def _router(
     stack: AsyncExitStack, name: str, urls: list[str], peers_dir: Path, folder: Path
 ) -> ManagedProcess:
     if name not in peers.PEERS and name != PLAIN:
-        policy, _, package_in = name.partition("@")
-        package = Path(package_in) if package_in else None
-        if package is not None and not (package / "vllm_workflow").is_dir():
-            raise ConfigError(f"--routers: expected a package in {package}, got none")
-        return await started_router(stack, policy, urls, folder, package)
+        return await started_router(stack, name, urls, folder)
     port, metrics_port = free_ports(2)
     if name == PLAIN:
         command = [sys.executable, BACKEND, "proxy", str(port), *urls]

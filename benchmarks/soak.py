@@ -40,14 +40,16 @@ def main() -> int:
     flags = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     flags.add_argument("--requests", type=int, default=1_000_000, help="in all (%(default)s)")
     flags.add_argument("--concurrency", type=int, default=48, help="(%(default)s)")
-    flags.add_argument("--policy", default="workflow", help="(%(default)s)")
+    flags.add_argument(
+        "--policy", default="workflow", help="or POLICY@FOLDER, of the package there (%(default)s)"
+    )
     flags.add_argument("--json", type=Path, metavar="FILE")
     args = flags.parse_args()
     try:
         writable(args.json)
+        report = asyncio.run(_soak(args))
     except ConfigError as e:
         flags.error(str(e))
-    report = asyncio.run(_soak(args))
     print(json.dumps({key: value for key, value in report.items() if key != "samples"}, indent=1))
     if args.json:
         args.json.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")

@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "vllm_workflow"
 CORE = (
-    *("account", "admission", "admissions", "backlog", "choice", "deadline", "dispatch"),
-    *("dispatcher", "fleet", "handover", "histogram", "holders", "instances", "latency", "learned"),
-    *("lengths", "pace", "predictor", "preemption", "prefix", "remaining", "rooms", "run_path"),
-    *("runs", "tenant_account", "tenant_admission", "tenant_ledger", "tenant_queue", "tenant_room"),
-    *("transitions", "types", "value", "waiting_room"),
+    *("account", "admission", "admissions", "backlog", "call_events", "choice", "deadline"),
+    *("dispatch", "dispatcher", "fleet", "handover", "histogram", "holders", "instances"),
+    *("latency", "learned", "lengths", "pace", "predictor", "preemption", "prefix", "remaining"),
+    *("rooms", "run_path", "runs", "tenant_account", "tenant_admission", "tenant_ledger"),
+    *("tenant_queue", "tenant_room", "transitions", "types", "value", "waiting_room"),
 )
 SIM = (
     *("batch", "decode_batch", "engine", "kernel", "live", "prefix_cache", "results"),
@@ -39,7 +39,17 @@ SIM = (
 # What each call passes; what inherits from a class of another library is left as it is.
 ROUTER = (
     *("answer", "attempt", "auth", "binder", "board", "body", "call", "connection", "dialects"),
-    *("exchange", "forward", "head", "limits", "metrics", "once", "plain", "plain_connection"),
+    *(
+        "exchange",
+        "forward",
+        "head",
+        "headers",
+        "limits",
+        "metrics",
+        "once",
+        "plain",
+        "plain_connection",
+    ),
     *("pool", "prefixes", "proxy", "runs", "series", "spelling", "tries", "usage", "watch", "wire"),
 )
 MODULES = [

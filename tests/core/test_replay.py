@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import FAST, SLOW, dispatcher, instance, outcome, stage_request, workflow
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.config import DISPATCH_POLICIES, PolicyConfig
 from vllm_workflow.core.dispatch import UNDRAWN_COST
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -17,12 +18,8 @@ from vllm_workflow.core.events import (
     Event,
     Evicted,
     Marked,
-    Polled,
     Removed,
-    Settled,
-    Submitted,
     Swapped,
-    Withdrawn,
     from_json,
     to_json,
 )

@@ -178,6 +178,18 @@ def test_the_head_of_a_prompt_is_the_same_whatever_follows() -> None:
     assert head_of({"messages": longer})[: len(head) - 1] == head[:-1]
 
 
+def test_the_head_of_a_prompt_of_parts_and_texts_is_the_same_whatever_follows() -> None:
+    text = {"role": "user", "content": "x" * 3_000}
+    parts = {"role": "user", "content": [{"type": "text", "text": "y" * 3_000}]}
+    messages = [text, parts, text, *[parts] * 20]
+
+    for number in range(1, len(messages)):
+        head = head_of({"messages": messages[:number]})
+        assert head_of({"messages": messages})[: len(head) - 1] == head[:-1]
+    other = [{**text, "role": "tool"}, *messages[1:]]
+    assert head_of({"messages": other})[0] != head_of({"messages": messages})[0]
+
+
 def test_of_a_huge_prompt_only_the_beginning_is_looked_at() -> None:
     assert len(head_of({"prompt": list(range(1_000_000))})) == 256
     assert len(head_of({"prompt": "x" * 5_000_000})) == 256

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.builders import candidate, stage_request
-from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdrawn
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
+from vllm_workflow.core.events import Event
 from vllm_workflow.core.types import Decision, Outcome
 from vllm_workflow.router import board as module
 from vllm_workflow.router.board import MAX_CALLS, MAX_RUNS, MAX_WAITING, REFRESH_S, Board

@@ -11,26 +11,26 @@ from typing import Any
 import openai
 import pytest
 from aiohttp import web
-from multidict import CIMultiDict
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
 from vllm_workflow.client import attach
 from vllm_workflow.router.answer import MAX_HELD_BYTES
 from vllm_workflow.router.exchange import Answer, Reply
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.once import Key, Once
 from vllm_workflow.router.plain import PlainExchange
 
 pytestmark = pytest.mark.anyio
 
 KEY = {"Idempotency-Key": "k"}
-ANSWER = Answer(200, CIMultiDict(), b"answer")
+ANSWER = Answer(200, Headers(), b"answer")
 
 
 def client() -> PlainExchange:
     """A client of whose connection nothing is asked."""
     nothing: Any = None
-    return PlainExchange(nothing, CHAT, CIMultiDict({"Content-Length": "0"}))
+    return PlainExchange(nothing, CHAT, Headers.of([("Content-Length", "0")]))
 
 
 async def until_waiting(client: Client, num_waiting: int) -> None:
@@ -323,7 +323,7 @@ async def test_a_long_answer_goes_to_nobody_who_has_just_left() -> None:
         return ANSWER._replace(body=None)
 
     nothing: Any = None
-    first, second = (Noting(nothing, CHAT, CIMultiDict({"Content-Length": "0"})) for _ in "ab")
+    first, second = (Noting(nothing, CHAT, Headers.of([("Content-Length", "0")])) for _ in "ab")
     calls = []
     for exchange in (first, second):
         call = asyncio.ensure_future(once.answer(key, b"", exchange, long, again=True))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import pytest
-from multidict import CIMultiDict
 
 from vllm_workflow.router.attempt import Refusal
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.tries import Tries
 
 
@@ -20,7 +20,7 @@ class Instances:
 
 
 def refusal(status: int, **headers: str) -> Refusal:
-    named = CIMultiDict({name.replace("_", "-"): value for name, value in headers.items()})
+    named = Headers.of((name.replace("_", "-"), value) for name, value in headers.items())
     return Refusal("a", status, named, b"")
 
 

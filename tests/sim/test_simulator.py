@@ -9,9 +9,10 @@ from dataclasses import replace
 import pytest
 
 from tests.sim.builders import LATENCY, parts, sim_instance, trace_call, trace_run
+from vllm_workflow.core.call_events import Submitted
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import Event, Submitted
+from vllm_workflow.core.events import Event
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.core.workflow import StageProfile, WorkflowProfile
 from vllm_workflow.sim.bounds import call_s, critical_path_s, with_slo_scale

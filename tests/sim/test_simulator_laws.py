@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 
 from tests.sim.builders import trace_call, trace_run
 from tests.sim.strategies import fleets, policies, runs
+from vllm_workflow.core.call_events import Submitted
 from vllm_workflow.core.config import PolicyConfig
-from vllm_workflow.core.events import Event, Submitted
+from vllm_workflow.core.events import Event
 from vllm_workflow.sim.bounds import call_s, critical_path_s
 from vllm_workflow.sim.engine import EventEngine
 from vllm_workflow.sim.fleet import SimInstance

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,18 +10,11 @@ import pytest
 
 from tests.builders import candidate, stage_request
 from vllm_workflow.bench.analysis_sharing import sharing
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import (
-    Event,
-    Polled,
-    Settled,
-    Started,
-    Submitted,
-    Withdrawn,
-    to_json,
-)
+from vllm_workflow.core.events import Event, Started, to_json
 from vllm_workflow.core.fleet import Fleet, Instance
 from vllm_workflow.core.prefix import Chain, Segment
 from vllm_workflow.core.types import Decision, Outcome
@@ -242,7 +234,7 @@ def test_a_call_that_waited_in_the_router_ends_from_when_it_was_forwarded(tmp_pa
     decision = submitted("a", 0.0).decision
     assert decision is not None
     events = [
-        replace(submitted("a", 0.0), decision=None),
+        submitted("a", 0.0)._replace(decision=None),
         Polled(now=4.0, decisions=(decision,)),
         settled("a", 1.0),  # until 5
         submitted("b", 5.5),
@@ -259,7 +251,7 @@ def test_a_call_given_up_while_it_waited_is_left_out(tmp_path: Path) -> None:
     events = [
         submitted("a", 0.0),
         settled("a"),
-        replace(submitted("b", 1.0), decision=None),
+        submitted("b", 1.0)._replace(decision=None),
         Withdrawn(request_id="b"),
     ]
 

@@ -12,22 +12,12 @@ from collections.abc import Collection, Iterable, Sequence
 
 from vllm_workflow.core.admission import Demand
 from vllm_workflow.core.backlog import Waiting
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.deadline import slack_s
 from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import NoInstanceError
-from vllm_workflow.core.events import (
-    Added,
-    Apportioned,
-    Marked,
-    Polled,
-    Record,
-    Settled,
-    Started,
-    Submitted,
-    Swapped,
-    Withdrawn,
-)
+from vllm_workflow.core.events import Added, Apportioned, Marked, Record, Started, Swapped
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.instances import Instances
 from vllm_workflow.core.latency import shared_out
@@ -205,15 +195,7 @@ class Dispatcher(Instances):
             decision = self._bind(request, candidates, costs, best, now, num_prompt_bytes)
         self.predictor.began(request)
         if self._record is not None:
-            self._record(
-                Submitted(
-                    now=now,
-                    request=request,
-                    num_prompt_bytes=num_prompt_bytes,
-                    exclude=excluded,
-                    decision=decision,
-                )
-            )
+            self._record(Submitted(now, request, num_prompt_bytes, excluded, decision))
         return decision
 
     def _placed(
@@ -247,7 +229,7 @@ class Dispatcher(Instances):
         if decisions:
             self._due.clear()
         if self._record is not None and (looked or decisions):
-            self._record(Polled(now=now, decisions=tuple(decisions)))
+            self._record(Polled(now, tuple(decisions)))
         return decisions
 
     def withdraw(self, request_id: str, *, refused: bool = False) -> bool:
@@ -264,7 +246,7 @@ class Dispatcher(Instances):
         if self.tenants is not None:
             self.tenants.left(request)
         if self._record is not None:
-            self._record(Withdrawn(request_id=request_id, refused=refused))
+            self._record(Withdrawn(request_id, refused))
         return True
 
     def _bind_waiting(
@@ -338,7 +320,7 @@ class Dispatcher(Instances):
         if sent is None:
             return
         if self._record is not None:
-            self._record(Settled(outcome=outcome))
+            self._record(Settled(outcome))
         instance_id = sent.decision.chosen.instance_id
         # Without a first byte the prompt may never have been computed.
         ran = outcome.ok or not math.isnan(outcome.ttft_s)

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.fleet import Instance
@@ -105,42 +106,6 @@ class Restored:
     drift: float
     num_observed: int
     hit_share: float
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Submitted:
-    """A call came, and was bound to an instance or began to wait."""
-
-    now: float
-    request: StageRequest
-    num_prompt_bytes: int
-    exclude: tuple[str, ...]
-    decision: Decision | None
-    """None: it waits."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Polled:
-    """Calls that had waited were bound to instances."""
-
-    now: float
-    decisions: tuple[Decision, ...]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Withdrawn:
-    """A call that waited was given up."""
-
-    request_id: str
-    refused: bool = False
-    """By the router, and its run with it; else its client left."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
-    """A call ended, well or not."""
-
-    outcome: Outcome
 
 
 Event = (

@@ -150,7 +150,10 @@ class Fleet:
 
     def serves(self, model: str) -> bool:
         """Whether any instance, healthy or not, serves `model`."""
-        return any(instance.serves(model) for instance in self)
+        for instance_id, account in self._accounts.items():
+            if account.instance.serves(model) and instance_id not in self._leaving:
+                return True
+        return False
 
     def candidates(
         self,
@@ -216,7 +219,8 @@ class Fleet:
         def able(accounts: Iterable[Account]) -> list[Account]:
             return [a for a in accounts if a.can_start(need) and a.is_eligible(need, exclude)]
 
-        fitting = list(self._rooms.at_least(need.num_own_tokens))
+        groups = self._rooms.at_least(need.num_own_tokens)
+        fitting = [account for group in groups for account in group.values()]
         found = able(_spread(fitting)) or able(fitting)[:LARGE_FLEET]
         if not found:
             everyone = self._everyone()
@@ -234,9 +238,10 @@ class Fleet:
         """Whether a healthy instance of a model can start a further call, if it is a small one."""
         if not model and not exclude:
             return len(self._rooms) > 0
-        for account in self._rooms.at_least(0.0):
-            if account.instance.serves(model) and account.instance.instance_id not in exclude:
-                return True
+        for group in self._rooms.at_least(0.0):
+            for account in group.values():
+                if account.instance.serves(model) and account.instance.instance_id not in exclude:
+                    return True
         return False
 
     def serves_now(self, model: str, exclude: Collection[str] = ()) -> bool:
@@ -251,9 +256,10 @@ class Fleet:
     def can_start(self, request: StageRequest, exclude: Collection[str] = ()) -> bool:
         """Whether any healthy instance has a seat and KV blocks for `request` now."""
         need = self._need_of(request)
-        for account in self._rooms.at_least(need.num_own_tokens):
-            if account.can_start(need) and account.is_eligible(need, exclude):
-                return True
+        for group in self._rooms.at_least(need.num_own_tokens):
+            for account in group.values():
+                if account.can_start(need) and account.is_eligible(need, exclude):
+                    return True
         return False
 
     def own_wait_s(self, request: StageRequest, candidate: Candidate, now: float) -> float:

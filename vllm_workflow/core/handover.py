@@ -60,8 +60,16 @@ class Handover(Value):
 
     def xargs(self) -> dict[str, int]:
         """As members of `vllm_xargs`."""
-        named = [(f"wf_{name}", getattr(self, name)) for name in _HANDOVER_FIELDS]
-        return {name: ms for name, ms in named if ms is not None}
+        said = {"wf_rest_ms": self.rest_ms, "wf_service_ms": self.service_ms}
+        if self.budget_ms is not None:
+            said["wf_budget_ms"] = self.budget_ms
+        if self.age_ms is not None:
+            said["wf_age_ms"] = self.age_ms
+        if self.attained_ms is not None:
+            said["wf_attained_ms"] = self.attained_ms
+        if self.attained_path_ms is not None:
+            said["wf_attained_path_ms"] = self.attained_path_ms
+        return said
 
 
 def handover(request: StageRequest, *, service_s: float, now: float) -> Handover:

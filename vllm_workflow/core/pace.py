@@ -10,7 +10,7 @@ from vllm_workflow.core.types import Candidate, StageRequest
 
 _INF: Final = math.inf
 
-MAX_IDLE_RUNS: Final = 8_192
+MAX_IDLE_RUNS: Final = 4_096
 """Runs without a call under way that are remembered: their names come from clients."""
 MAX_IDLE_S: Final = 60.0
 """A run without a call for this long is taken to be over, and forgotten."""

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from itertools import zip_longest
 
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import ConfigError
@@ -16,15 +17,11 @@ from vllm_workflow.core.events import (
     Event,
     Evicted,
     Marked,
-    Polled,
     Removed,
     Reported,
     Restored,
-    Settled,
     Started,
-    Submitted,
     Swapped,
-    Withdrawn,
 )
 from vllm_workflow.core.fleet import Fleet
 from vllm_workflow.core.types import Decision

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from typing import Final
 
 from vllm_workflow.core.account import Account
@@ -15,10 +14,12 @@ _IDLE: Final = 1 << 10
 class Rooms:
     """The instances that can start a further call, by the power of two of their free KV tokens."""
 
-    __slots__ = ("_by_size", "_size_of")
+    __slots__ = ("_by_size", "_size_of", "_sizes")
 
     def __init__(self) -> None:
         self._by_size: dict[int, dict[str, Account]] = {}
+        self._sizes: list[int] = []
+        """The largest first."""
         self._size_of: dict[str, int] = {}
 
     def note(self, account: Account) -> None:
@@ -35,19 +36,21 @@ class Rooms:
             del accounts[instance_id]
             if not accounts:
                 del self._by_size[before]
+                self._sizes.remove(before)
         if size >= 0:
             self._size_of[instance_id] = size
-            self._by_size.setdefault(size, {})[instance_id] = account
+            if size not in self._by_size:
+                self._by_size[size] = {}
+                self._sizes.append(size)
+                self._sizes.sort(reverse=True)
+            self._by_size[size][instance_id] = account
         else:
             del self._size_of[instance_id]
 
-    def at_least(self, num_tokens: float) -> Iterator[Account]:
-        """Yield the instances that may have so many free tokens, the roomiest first."""
+    def at_least(self, num_tokens: float) -> list[dict[str, Account]]:
+        """Return the instances that may have so many free tokens: groups, the roomiest first."""
         least = _size(num_tokens)
-        for size in sorted(self._by_size, reverse=True):
-            if size < least:
-                return
-            yield from self._by_size[size].values()
+        return [self._by_size[size] for size in self._sizes if size >= least]
 
     def __len__(self) -> int:
         return len(self._size_of)

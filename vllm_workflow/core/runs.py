@@ -12,7 +12,7 @@ from typing import Final, final
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.core.value import Value
 
-MAX_RUNS: Final = 8_192
+MAX_RUNS: Final = 4_096
 """Runs remembered at most: their names come from clients, and many never say that they end."""
 
 _RunKey = tuple[str, str]

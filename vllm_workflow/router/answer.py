@@ -11,14 +11,12 @@ import asyncio
 import json
 import re
 import time
-from collections.abc import Mapping
-
-from multidict import CIMultiDict
 
 from vllm_workflow.router.attempt import Attempt, Refusal
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import BrokenOffError, LostError, error_json
 from vllm_workflow.router.exchange import Answer, Reply
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.tries import is_refusal
 from vllm_workflow.router.watch import TICK_S, Silence
 
@@ -35,7 +33,7 @@ _MAX_EVENT_BYTES = 1 << 20
 _LAST_WORDS_S = 1.0
 
 
-def held_bytes(status: int, headers: Mapping[str, str]) -> float:
+def held_bytes(status: int, headers: Headers) -> float:
     """Bytes of such an answer up to which nobody looks at it before its end."""
     return 0 if is_refusal(status) or is_event_stream(headers) else MAX_HELD_BYTES
 
@@ -59,7 +57,7 @@ def check_whole(upstream: Connection, body: bytes) -> None:
     if is_aborted(body):
         raise LostError("aborted")
     headers = upstream.headers
-    if body and "Content-Length" not in headers and "Transfer-Encoding" not in headers:
+    if body and "content-length" not in headers and "transfer-encoding" not in headers:
         try:
             json.loads(body)
         except ValueError:
@@ -163,12 +161,12 @@ class Passing:
         self._reply.close()
 
 
-def is_event_stream(headers: Mapping[str, str]) -> bool:
+def is_event_stream(headers: Headers) -> bool:
     """Whether an answer is a stream of server-sent events."""
-    return headers.get("Content-Type", "").startswith("text/event-stream")
+    return headers.get("content-type").startswith("text/event-stream")
 
 
-def error_at_start(instance_id: str, first: bytes, headers: Mapping[str, str]) -> Refusal | None:
+def error_at_start(instance_id: str, first: bytes, headers: Headers) -> Refusal | None:
     """Return the error that a stream begins with, if it is the engine's: nothing is lost yet."""
     if not first.startswith(_ERROR_EVENT):
         return None
@@ -180,7 +178,6 @@ def error_at_start(instance_id: str, first: bytes, headers: Mapping[str, str]) -
     if not isinstance(code, int) or not 500 <= code < 600:
         return None
     status = 503 if code == 503 else 500
-    kept = CIMultiDict(headers)
-    kept.popall("Content-Length", None)
-    kept["Content-Type"] = "application/json"
+    kept = headers.copy()
+    kept.set("Content-Type", "application/json")
     return Refusal(instance_id, status, kept, event)

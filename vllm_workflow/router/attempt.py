@@ -7,11 +7,10 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from multidict import CIMultiDict
-
 from vllm_workflow.core.types import Decision, Outcome, StageRequest
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import BrokenOffError, LostError
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.usage import Usage
 
 BUSY = frozenset({429, 503})
@@ -30,7 +29,7 @@ class Refusal:
 
     instance_id: str
     status: int
-    headers: CIMultiDict[str]
+    headers: Headers
     body: bytes
 
 

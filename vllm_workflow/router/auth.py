@@ -9,6 +9,7 @@ from typing import Any
 from vllm_workflow.router.access_config import ANY_TENANT, AuthConfig
 from vllm_workflow.router.credentials import KeyHash, key_id
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.wire import RunInfo, claimed_tenants
 
 _MAX_KEY_LENGTH = 512
@@ -54,15 +55,15 @@ class Access:
                 others.append((hashed, caller))
         self._config, self._by_id, self._others = config, by_id, others
 
-    def caller(self, headers: Mapping[str, str]) -> Caller | None:
-        """Return who calls; None if nobody needs a key.
+    def caller(self, authorization: str) -> Caller | None:
+        """Return who calls, by the header `Authorization`; None if nobody needs a key.
 
         Raises:
             RequestError: 401: no key, or none that is known.
         """
         if self._config is None:
             return None
-        key = bearer(headers)
+        key = bearer(authorization)
         number = key_id(key)
         entries = [self._by_id[number]] if number in self._by_id else self._others
         for hashed, caller in entries:
@@ -87,17 +88,17 @@ class KeyCheck:
         Raises:
             RequestError: 401.
         """
-        if not self.key.matches(bearer(headers)):
+        if not self.key.matches(bearer(headers.get("Authorization", ""))):
             raise unauthorized("the operators' key is another one")
 
 
-def bearer(headers: Mapping[str, str]) -> str:
-    """Return the key in `Authorization`.
+def bearer(authorization: str) -> str:
+    """Return the key in the header `Authorization`.
 
     Raises:
         RequestError: 401: there is none.
     """
-    kind, _, key = headers.get("Authorization", "").partition(" ")
+    kind, _, key = authorization.partition(" ")
     key = key.strip()
     if kind.lower() != "bearer" or not 0 < len(key) <= _MAX_KEY_LENGTH:
         raise unauthorized("expected header Authorization: Bearer API_KEY, got none of that form")
@@ -114,7 +115,7 @@ def unauthorized(message: str) -> RequestError:
 def admitted(
     caller: Caller | None,
     info: RunInfo,
-    headers: Mapping[str, str],
+    headers: Headers,
     body: Mapping[str, Any],
     model: str,
 ) -> RunInfo:

@@ -96,43 +96,75 @@ class Binder:
         self._dispatcher.settle(outcome)
         self.poll()
 
-    async def bind(self, request: StageRequest, *, num_prompt_bytes: int, tries: Tries) -> Decision:
-        """Return where a call goes, as soon as it can start there; `settle` must follow.
+    def submit(
+        self, request: StageRequest, *, num_prompt_bytes: int, tries: Tries
+    ) -> tuple[Decision | None, bool]:
+        """Return where a call goes if it can start there at once; `settle` must follow.
 
         Args:
             request: The call.
             num_prompt_bytes: Size of its prompt.
-            tries: Where it is not to go, and how long it waits if it can go nowhere.
+            tries: Where it is not to go.
+
+        Returns:
+            Without a decision `bind` must follow; whether the call waits for room.
 
         Raises:
-            NoInstanceError: It could go nowhere for so long, or none had room in time.
             OverloadedError: It is the first of a run that would begin too late.
             QuotaExceededError: Its tenant has no tokens for it before its deadline.
         """
-        while True:
-            has_instance = True
-            try:
-                decision = self._dispatcher.submit(
-                    request,
-                    now=time.monotonic(),
-                    num_prompt_bytes=num_prompt_bytes,
-                    exclude=tries.excluded(time.monotonic()),
-                )
-            except NoInstanceError:
-                has_instance = False
-            if not has_instance:
-                await self._wait_for_instance(request, tries)
-                continue
-            if decision is not None:
-                self.poll()
-                return decision
+        now = time.monotonic()
+        try:
+            decision = self._dispatcher.submit(
+                request,
+                now=now,
+                num_prompt_bytes=num_prompt_bytes,
+                exclude=tries.excluded(now),
+            )
+        except NoInstanceError:
+            return None, False
+        if decision is None:
             try:
                 self._dispatcher.waiting.check(request)
             except OverloadedError:
                 self._dispatcher.withdraw(request.request_id, refused=True)
                 self.poll()
                 raise
-            decision = await self._wait_for_room(request, tries)
+            return None, True
+        self.poll()
+        return decision, False
+
+    async def bind(
+        self,
+        request: StageRequest,
+        *,
+        num_prompt_bytes: int,
+        tries: Tries,
+        waits: bool | None = None,
+    ) -> Decision:
+        """Return where a call goes, as soon as it can start there; `settle` must follow.
+
+        Args:
+            request: The call.
+            num_prompt_bytes: Size of its prompt.
+            tries: Where it is not to go, and how long it waits if it can go nowhere.
+            waits: What `submit` has returned; None if it is still to be asked.
+
+        Raises:
+            NoInstanceError: It could go nowhere for so long, or none had room in time.
+            OverloadedError: It is the first of a run that would begin too late.
+            QuotaExceededError: Its tenant has no tokens for it before its deadline.
+        """
+        decision: Decision | None = None
+        while True:
+            if waits:
+                decision = await self._wait_for_room(request, tries)
+            elif waits is not None:
+                await self._wait_for_instance(request, tries)
+            if decision is None:
+                decision, waits = self.submit(
+                    request, num_prompt_bytes=num_prompt_bytes, tries=tries
+                )
             if decision is not None:
                 return decision
 

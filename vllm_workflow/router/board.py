@@ -10,12 +10,12 @@ import math
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any
 
-from vllm_workflow.core.events import Event, Polled, Settled, Submitted, Withdrawn
-from vllm_workflow.core.types import Decision, Outcome, StageRequest
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
+from vllm_workflow.core.events import Event
+from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.metrics import Capped
 from vllm_workflow.router.runs import IDLE_TTL_S, over_at
 
@@ -34,42 +34,56 @@ _SHARE_S = WINDOW_S / 60.0
 _Key = tuple[str, str]
 
 
-@dataclass(slots=True)
 class _Call:
-    stage: str
-    arrival: float
-    start: float = math.nan
-    """Instant at which it was bound to an instance; `nan` while it waits."""
-    end: float = math.nan
-    instance: str = ""
-    ok: bool | None = None
-    """None until it has ended."""
+    """A call of a run; no dataclass, which takes several times as long to make when compiled."""
+
+    __slots__ = ("arrival", "end", "instance", "ok", "stage", "start")
+
+    def __init__(self, stage: str, arrival: float) -> None:
+        self.stage = stage
+        self.arrival = arrival
+        self.start = math.nan
+        """Instant at which it was bound to an instance; `nan` while it waits."""
+        self.end = math.nan
+        self.instance = ""
+        self.ok: bool | None = None
+        """None until it has ended."""
 
 
-@dataclass(slots=True)
 class _Run:
-    key: _Key
-    name: str
-    tenant: str
-    workflow: str
-    arrival: float
-    deadline: float
-    number: int
-    """Of the run's latest change."""
-    calls: deque[_Call] = field(default_factory=lambda: deque(maxlen=MAX_CALLS))
-    num_calls: int = 0
-    num_open: int = 0
-    last: float = 0.0
-    last_ok: bool = True
-    is_final: bool = False
-    """Whether a call that said to be its last one has ended well."""
-    met: bool | None = None
-    """None while it goes on, or where nothing was promised."""
-    ended: bool = False
-    is_counted: bool = False
-    """Whether it has been counted as met or missed."""
-    told: tuple[float, int, str] = (math.nan, 0, "")
-    """When, of which change, and what was told of it last."""
+    """A run; its names as they are shown."""
+
+    __slots__ = (
+        *("arrival", "calls", "deadline", "ended", "is_counted", "is_final", "key", "last"),
+        *("last_ok", "met", "name", "num_calls", "num_open", "number", "tenant", "told"),
+        "workflow",
+    )
+
+    def __init__(
+        self, key: _Key, name: str, tenant: str, workflow: str, arrival: float, deadline: float
+    ) -> None:
+        self.key = key
+        self.name = name
+        self.tenant = tenant
+        self.workflow = workflow
+        self.arrival = arrival
+        self.deadline = deadline
+        self.number = 0
+        """Of the run's latest change."""
+        self.calls: deque[_Call] = deque(maxlen=MAX_CALLS)
+        self.num_calls = 0
+        self.num_open = 0
+        self.last = 0.0
+        self.last_ok = True
+        self.is_final = False
+        """Whether a call that said to be its last one has ended well."""
+        self.met: bool | None = None
+        """None while it goes on, or where nothing was promised."""
+        self.ended = False
+        self.is_counted = False
+        """Whether it has been counted as met or missed."""
+        self.told: tuple[float, int, str] = (math.nan, 0, "")
+        """When, of which change, and what was told of it last."""
 
 
 class Board:
@@ -96,18 +110,18 @@ class Board:
 
     def record(self, event: Event) -> None:
         """Take an event of the dispatcher."""
-        match event:
-            case Submitted(request=request, decision=decision):
-                self._began(request, self._clock())
-                if decision is not None:
-                    self._bound(decision, self._clock())
-            case Polled(decisions=decisions):
-                for decision in decisions:
-                    self._bound(decision, self._clock())
-            case Withdrawn(request_id=request_id):
-                self._ended_call(request_id, self._clock(), ok=False)
-            case Settled(outcome=outcome):
-                self._settled(outcome)
+        if isinstance(event, Submitted):
+            now = self._clock()
+            self._began(event.request, now)
+            if event.decision is not None:
+                self._bound(event.decision, now)
+        elif isinstance(event, Polled):
+            for decision in event.decisions:
+                self._bound(decision, self._clock())
+        elif isinstance(event, Settled):
+            self._ended_call(event.outcome.request_id, self._clock(), ok=event.outcome.ok)
+        elif isinstance(event, Withdrawn):
+            self._ended_call(event.request_id, self._clock(), ok=False)
 
     def gave_up(self, tenant_id: str, request_id: str) -> None:
         """Note that a call without a run's id failed for good: its run, which it is, has ended.
@@ -130,13 +144,12 @@ class Board:
             self._forget(key)
             self._make_room()
             run = self._runs[key] = _Run(
-                key=key,
-                name=request.workflow_id or request.request_id,
-                tenant=self._tenant(request.tenant_id),
-                workflow=request.workflow,
-                arrival=now if math.isnan(request.run_arrival_time) else request.run_arrival_time,
-                deadline=request.deadline,
-                number=0,
+                key,
+                key[1],
+                self._tenant(request.tenant_id),
+                request.workflow,
+                now if math.isnan(request.run_arrival_time) else request.run_arrival_time,
+                request.deadline,
             )
         call = _Call(request.stage, now)
         run.calls.append(call)
@@ -170,9 +183,6 @@ class Board:
             call.start = now
             call.instance = decision.chosen.instance_id
             self._changed(run, now)
-
-    def _settled(self, outcome: Outcome) -> None:
-        self._ended_call(outcome.request_id, self._clock(), ok=outcome.ok)
 
     def _ended_call(self, request_id: str, now: float, *, ok: bool) -> None:
         found = self._open.pop(request_id, None)

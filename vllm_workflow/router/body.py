@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import msgspec
 
@@ -24,6 +24,8 @@ MAX_VALUES = 1_000_000
 """A prompt of token ids has one for each."""
 _LOOKED_INTO_BYTES = 1 << 20
 """A smaller body is decoded at once: what it can become is small enough to be counted then."""
+_SMALL_BYTES = 4_096
+"""What is in so few need not be counted to the last one."""
 VALUE_BYTES = 64
 """What a value takes in memory beside its bytes, about."""
 _STRING = re.compile(rb'"[^"\\]*+(?:\\.[^"\\]*+)*+(?:"|\\?\Z)', re.DOTALL)
@@ -36,6 +38,7 @@ def _no_number(text: str) -> None:
 
 _DECODER = json.JSONDecoder(parse_constant=_no_number)
 _fast = msgspec.json.Decoder()
+_encode = msgspec.json.Encoder().encode
 _dumps = json.JSONEncoder(separators=(",", ":")).encode
 _BLANKS = " \t\r\n"
 _MAX_TOKENS = 1 << 53
@@ -43,23 +46,20 @@ _MAX_TOKENS = 1 << 53
 _TOKEN_LIMITS = ("max_completion_tokens", "max_tokens", "max_output_tokens")
 
 
-class Body(NamedTuple):
+class Body:
     """A JSON object as it arrived, and its members."""
 
-    raw: bytes
-    members: Mapping[str, Any]
-    """The last of repeated keys counts, as in every JSON reader of Python."""
-    num_values: int = 0
-    """Values in it, at any depth."""
+    __slots__ = ("members", "model", "num_values", "raw", "stream")
 
-    @property
-    def model(self) -> str:
+    def __init__(self, raw: bytes, members: dict[str, Any], num_values: int) -> None:
+        self.raw = raw
+        self.members = members
+        """The last of repeated keys counts, as in every JSON reader of Python."""
+        self.num_values = num_values
+        """Values in it, at any depth; at most, in a small body."""
+        self.model: str = members.get("model") or ""
         """The model asked for; empty if there is none, which a server of one model allows."""
-        return self.members.get("model") or ""
-
-    @property
-    def stream(self) -> bool:
-        return self.members.get("stream") is True
+        self.stream = members.get("stream") is True
 
     @property
     def max_tokens(self) -> int | None:
@@ -89,6 +89,10 @@ def parse(raw: bytes) -> Body:
     model = members.get("model")
     if not (model is None or isinstance(model, str)):
         raise RequestError(f"model: expected a string, got {model!a:.80}", param="model")
+    if len(raw) <= _SMALL_BYTES:
+        num_containers = raw.count(b"{") + raw.count(b"[")
+        if num_containers <= MAX_DEPTH:  # those in text count, too: there are no more values
+            return Body(raw, members, num_containers + raw.count(b","))
     return Body(raw, members, _num_values(members))
 
 
@@ -175,7 +179,7 @@ def with_additions(
     theirs = body.members.get("vllm_xargs")
     if "vllm_xargs" not in body.members:
         if xargs:
-            additions.append(b'"vllm_xargs":' + msgspec.json.encode(xargs))
+            additions.append(b'"vllm_xargs":' + _encode(xargs))
     elif (theirs is None and xargs) or (
         isinstance(theirs, dict) and (xargs or agentic_context(body.members))
     ):
@@ -183,7 +187,7 @@ def with_additions(
     if priority is not None and "priority" not in body.members:
         additions.append(b'"priority":%d' % priority)
     if session_id is not None:
-        additions.append(b'"session_id":' + msgspec.json.encode(session_id))
+        additions.append(b'"session_id":' + _encode(session_id))
     if not additions:
         return raw
     end = raw.rindex(b"}")

@@ -2,38 +2,20 @@
 
 from __future__ import annotations
 
+import itertools
 import random
-from collections.abc import Mapping
-
-from multidict import CIMultiDict, MultiMapping, istr
 
 from vllm_workflow.core.handover import handover
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision, StageRequest
 from vllm_workflow.router.body import Body, with_additions
 from vllm_workflow.router.errors import RequestError
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.wire import RunInfo, is_label
 
-_HOP_BY_HOP = frozenset(
-    istr(name)
-    for name in (
-        "connection",
-        "keep-alive",
-        "proxy-authenticate",
-        "proxy-authorization",
-        "proxy-connection",
-        "te",
-        "trailer",
-        "transfer-encoding",
-        "upgrade",
-    )
-)
-# The body is read whole and decoded here; the client library writes what belongs to its own.
-_NOT_FORWARDED = _HOP_BY_HOP | {
-    istr(name) for name in ("host", "content-length", "content-encoding", "expect")
-}
-_CONNECTION, _REQUEST_ID = istr("Connection"), istr("X-Request-Id")
-_PRIORITY = istr("X-Vllm-Priority")
+# Ids of two routers differ, and those of two calls of one.
+_PROCESS = f"{random.getrandbits(96):024x}"
+_numbers = itertools.count(1)
 _MAX_INT64 = (1 << 63) - 1
 
 
@@ -55,7 +37,7 @@ class Call:
     def __init__(
         self,
         path: str,
-        headers: CIMultiDict[str],
+        headers: Headers,
         body: Body,
         info: RunInfo,
         *,
@@ -97,31 +79,22 @@ class Call:
         return self.request
 
 
-def end_to_end(headers: Mapping[str, str], dropped: frozenset[istr]) -> CIMultiDict[str]:
-    """Return the headers that are not for one hop only."""
-    named = headers.get(_CONNECTION, "")
-    if "," in named or named.lower() not in {"", "keep-alive", "close"}:
-        dropped |= {istr(name.strip()) for name in named.split(",")}
-    result = CIMultiDict(headers)
-    for name in dropped:  # finding an `istr` takes a tenth of comparing a `str`
-        if name in result:
-            del result[name]
-    return result
-
-
-def request_headers(headers: MultiMapping[str]) -> tuple[CIMultiDict[str], str]:
+def request_headers(headers: Headers) -> tuple[Headers, str]:
     """Return the headers to forward, and the request id in them.
 
     Raises:
         RequestError: A value that is not text; it could not be sent on unchanged.
     """
-    forwarded = end_to_end(headers, _NOT_FORWARDED)
-    for name, value in forwarded.items():
-        if not value.isascii():
-            _check_text(name, value)
-    request_id = headers.get(_REQUEST_ID, "")
+    forwarded = headers.copy()
+    if not headers.is_usual:
+        forwarded.remove("content-encoding")  # the body is decoded here
+        for name, value in forwarded.items():
+            if not value.isascii():
+                _check_text(name, value)
+    request_id = headers.get("x-request-id")
     if not is_label(request_id):
-        request_id = forwarded[_REQUEST_ID] = f"{random.getrandbits(128):032x}"
+        request_id = f"{_PROCESS}{next(_numbers)}"
+        forwarded.set("X-Request-Id", request_id)
     return forwarded, request_id
 
 
@@ -130,11 +103,6 @@ def _check_text(name: str, value: str) -> None:
         value.encode()
     except UnicodeEncodeError:
         raise RequestError(f"header {name}: expected UTF-8, got other bytes", param=name) from None
-
-
-def response_headers(headers: Mapping[str, str]) -> CIMultiDict[str]:
-    """Return the headers of an upstream's answer that the client gets."""
-    return end_to_end(headers, _HOP_BY_HOP)
 
 
 def forwarded_body(
@@ -163,7 +131,7 @@ def forwarded_body(
     if info.names_run or request.has_deadline:
         xargs = _xargs(info, request, decision, now)
     priority = info.priority
-    if _PRIORITY in call.headers:
+    if "x-vllm-priority" in call.headers:
         priority = None
     elif ordering is not None:
         placed = request._replace(service_s=decision.chosen.service_s)
@@ -197,14 +165,16 @@ def priority_of(key: float, level: int = 0) -> int:
 def _xargs(
     info: RunInfo, request: StageRequest, decision: Decision, now: float
 ) -> dict[str, str | int]:
-    labels = {
-        "wf_id": info.workflow_id,
-        "wf_name": request.workflow,
-        "wf_stage": info.stage,
-        "wf_tenant": info.tenant_id,
-    }
-    xargs: dict[str, str | int] = {name: label for name, label in labels.items() if label}
-    xargs |= handover(request, service_s=decision.chosen.service_s, now=now).xargs()
+    xargs: dict[str, str | int] = {}
+    if info.workflow_id:
+        xargs["wf_id"] = info.workflow_id
+    if request.workflow:
+        xargs["wf_name"] = request.workflow
+    if info.stage:
+        xargs["wf_stage"] = info.stage
+    if info.tenant_id:
+        xargs["wf_tenant"] = info.tenant_id
+    xargs.update(handover(request, service_s=decision.chosen.service_s, now=now).xargs())
     if info.final:
         xargs["wf_final"] = 1
     return xargs

@@ -7,13 +7,14 @@ this one costs a fraction of it. llhttp, by `httptools`, judges what is HTTP.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping
-from typing import cast
+from collections.abc import Callable
+from http import HTTPStatus
+from typing import Final, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpResponseParser
-from multidict import CIMultiDict
 
 from vllm_workflow.router.errors import BrokenOffError
+from vllm_workflow.router.headers import Headers, read
 
 MAX_HEAD_BYTES = 64 << 10
 """Of an answer, interim ones included; a server that says more is not listened to."""
@@ -21,11 +22,18 @@ _HIGH_WATER_BYTES = 128 << 10
 """Beyond what is to be held, before the server is made to wait."""
 _PIECE_BYTES = 256 << 10
 """A request body larger than this is written in such pieces, as the server takes them."""
-_MAX_REQUEST_AT_ONCE_BYTES = 64 << 10
-"""Head and body up to this size go out as one."""
+_SMALL_REQUEST_BYTES = 8 << 10
+"""A body up to this size is copied behind its head; a larger one goes out beside it."""
 
-HowMuchToHold = Callable[[int, Mapping[str, str]], float]
+HowMuchToHold = Callable[[int, Headers], float]
 """Bytes of an answer of such a status and headers that its reader is not woken for."""
+
+_STATUS_LINES: Final[dict[bytes, int]] = {
+    f"HTTP/1.1 {status.value} {status.phrase}".encode(): status.value
+    for status in HTTPStatus
+    if status >= 200 and status not in {204, 205, 304}
+}
+"""Those that say nothing out of the ordinary, of answers that have a body."""
 
 
 class Connection:
@@ -41,6 +49,7 @@ class Connection:
         "_chunks",
         "_drained",
         "_error",
+        "_fields",
         "_has_head",
         "_heard",
         "_held",
@@ -49,8 +58,10 @@ class Connection:
         "_is_sent",
         "_is_write_paused",
         "_keeps",
+        "_loop",
         "_num_bytes",
         "_num_head_bytes",
+        "_num_missing",
         "_parser",
         "_reason",
         "_transport",
@@ -62,15 +73,17 @@ class Connection:
         "status",
     )
 
-    def __init__(self) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self._loop = loop
         self.idle_since = 0.0
-        """On the loop's clock, for whoever keeps it."""
+        """Instant, for whoever keeps it."""
         self.is_lost = False
         """Whether nothing can be sent on it any more."""
         self.is_complete = True
         """Whether the whole of the last answer has come."""
         self.status = 0
-        self.headers: CIMultiDict[str] = CIMultiDict()
+        self.headers = Headers()
+        self._fields: list[tuple[str, str]] = []
         self._parser: HttpResponseParser | None = HttpResponseParser(self)
         self._transport: asyncio.Transport | None = None
         self._waiter: asyncio.Future[None] | None = None
@@ -83,7 +96,9 @@ class Connection:
         """Whether the server does not end the connection with the answer."""
         self._held = 0.0
         self._num_bytes = self._num_head_bytes = 0
-        """Of the body and not read yet; received before there was a head."""
+        """Of the body and not read yet; given to the parser before there was a head."""
+        self._num_missing = -1
+        """Of a body whose head was read without the parser; negative for others."""
         self._reason = b""
         self._error: Exception | None = None
         self._chunks: list[bytes] = []
@@ -111,16 +126,17 @@ class Connection:
         self.is_complete = self._has_head = False
         self.status = self._num_bytes = self._num_head_bytes = 0
         self._held = 0.0
+        self._num_missing = -1
         self._reason = b""
-        self.headers = CIMultiDict()
+        self._fields = []
         self._heard, self._hold = heard, hold
         self._is_sent = len(body) <= _PIECE_BYTES
-        if len(body) <= _MAX_REQUEST_AT_ONCE_BYTES:
+        if len(body) <= _SMALL_REQUEST_BYTES:
             self._transport.write(head + body)
+        elif self._is_sent:
+            self._transport.writelines((head, body))
         else:
             self._transport.write(head)
-            if self._is_sent:
-                self._transport.write(body)
 
     @property
     def is_sent(self) -> bool:
@@ -134,7 +150,7 @@ class Connection:
             self._transport.write(rest[:_PIECE_BYTES])
             rest = rest[_PIECE_BYTES:]
             if self._is_write_paused and self._error is None:
-                self._drained = asyncio.get_running_loop().create_future()
+                self._drained = self._loop.create_future()
                 try:
                     await self._drained
                 finally:
@@ -171,7 +187,10 @@ class Connection:
             TimeoutError: By `abandon`.
         """
         if not self._is_due():
-            await self._wait()
+            try:
+                await self._until_due()
+            finally:
+                self._waiter = None
         if self._error is not None and (self._num_bytes <= self._held or not self._has_head):
             raise self._error
 
@@ -184,7 +203,10 @@ class Connection:
         """
         self._held = 0.0
         if not self._is_due():
-            await self._wait()
+            try:
+                await self._until_due()
+            finally:
+                self._waiter = None
         if self._chunks:
             return self.taken()
         if self._error is not None:
@@ -206,12 +228,10 @@ class Connection:
         """End the wait for an answer that will not come, by `TimeoutError`."""
         self._fail(TimeoutError("the answer was given up"))
 
-    async def _wait(self) -> None:
-        self._waiter = asyncio.get_running_loop().create_future()
-        try:
-            await self._waiter
-        finally:
-            self._waiter = None
+    def _until_due(self) -> asyncio.Future[None]:
+        waiter: asyncio.Future[None] = self._loop.create_future()
+        self._waiter = waiter
+        return waiter
 
     def _is_due(self) -> bool:
         return self.is_complete or self._error is not None or self._num_bytes > self._held
@@ -225,24 +245,71 @@ class Connection:
         if self.is_complete:  # it was not asked for
             self.close()
             return
-        parser, num_bytes = self._parser, self._num_bytes
+        num_bytes = self._num_bytes
+        if self._num_missing >= 0:
+            self._take(data)
+        elif self._num_head_bytes or not self._begin(data):
+            self._parse(data)
+            if not self._has_head:
+                return
+        if self._num_bytes > num_bytes or self.is_complete:
+            self._heard()
+            self._wake()
+        if self._num_bytes > self._held + _HIGH_WATER_BYTES and not self.is_complete:
+            self._pause()
+
+    def _begin(self, data: bytes) -> bool:
+        """Take the first bytes of an answer if they have a usual head, and tell its length."""
+        end = data.find(b"\r\n\r\n") + 4
+        status = _STATUS_LINES.get(data[: data.find(b"\r\n")], 0)
+        if not status or not 4 <= end <= MAX_HEAD_BYTES:
+            return False
+        headers = read(data if end == len(data) else data[:end])
+        if headers is None:
+            return False
+        length = headers.get("content-length")
+        if not 0 < len(length) <= 15 or not length.isdecimal():
+            return False
+        self.headers = headers
+        self._reason = data[13 : data.find(b"\r\n")]
+        self._num_missing = int(length)
+        self._keeps = headers.get("connection").lower() != "close"
+        self._headed(status)
+        self._take(data[end:])
+        return True
+
+    def _take(self, data: bytes) -> None:
+        """Take bytes of a body of known length."""
+        num_over = len(data) - self._num_missing
+        if num_over > 0:  # more than was asked for
+            data = data[: self._num_missing]
+        self._num_missing -= len(data)
+        if data:
+            self.on_body(data)
+        if not self._num_missing:
+            self.is_complete = True
+        if num_over > 0:
+            self.close()
+
+    def _headed(self, status: int) -> None:
+        self.status, self._has_head = status, True
+        self._held = self._hold(status, self.headers)
+        self._go_on_sending()
+
+    def _parse(self, data: bytes) -> None:
+        """Have llhttp look at bytes of an answer."""
+        parser = self._parser
         assert parser is not None
+        if not self._has_head:
+            self._num_head_bytes += len(data)
         try:
             parser.feed_data(data)
         except (HttpParserError, HttpParserUpgrade) as e:
             if not self.is_complete:
                 self._fail(BrokenOffError(f"expected HTTP/1.1, got an error: {e}"))
             self.close()
-        if not self._has_head:
-            self._num_head_bytes += len(data)
-            if self._num_head_bytes > MAX_HEAD_BYTES:
-                self._fail(BrokenOffError(f"expected headers of at most {MAX_HEAD_BYTES} bytes"))
-            return
-        if self._num_bytes > num_bytes or self.is_complete:
-            self._heard()
-            self._wake()
-        if self._num_bytes > self._held + _HIGH_WATER_BYTES and not self.is_complete:
-            self._pause()
+        if not self._has_head and self._num_head_bytes > MAX_HEAD_BYTES:
+            self._fail(BrokenOffError(f"expected headers of at most {MAX_HEAD_BYTES} bytes"))
 
     def _pause(self) -> None:
         if not self._is_paused and self._transport is not None and not self.is_lost:
@@ -267,8 +334,8 @@ class Connection:
         return (
             self._has_head
             and self._error is None
-            and "Content-Length" not in headers
-            and "Transfer-Encoding" not in headers
+            and "content-length" not in headers
+            and "transfer-encoding" not in headers
         )
 
     def _fail(self, error: Exception) -> None:
@@ -289,15 +356,14 @@ class Connection:
 
     def on_header(self, name: bytes, value: bytes) -> None:
         if not self._has_head:  # else a trailer
-            self.headers.add(name.decode(), value.decode("utf-8", "surrogateescape"))
+            self._fields.append((name.decode(), value.decode("utf-8", "surrogateescape")))
 
     def on_headers_complete(self) -> None:
         assert self._parser is not None
         status = self._parser.get_status_code()
         if status >= 200:
-            self.status, self._has_head = status, True
-            self._held = self._hold(status, self.headers)
-            self._go_on_sending()
+            self.headers = Headers.of(self._fields)
+            self._headed(status)
         elif status == 101:
             raise BrokenOffError("another protocol was not asked for")
 
@@ -308,7 +374,7 @@ class Connection:
     def on_message_complete(self) -> None:
         if not self._has_head:  # 100 Continue and the like
             self._reason = b""
-            self.headers.clear()
+            self._fields = []
             return
         assert self._parser is not None
         self.is_complete = True

@@ -25,6 +25,7 @@ from collections.abc import Mapping
 from typing import Any
 from urllib.parse import unquote
 
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.wire import MAX_MS, RunInfo, is_label, read_own
 
 _MAX_PRIORITY = 1 << 31
@@ -36,11 +37,11 @@ _BAGGAGE: Mapping[str, str] = {
 }
 
 
-def read_run(headers: Mapping[str, str], body: Mapping[str, Any]) -> RunInfo:
+def read_run(headers: Headers, body: Mapping[str, Any]) -> RunInfo:
     """Return what a request says of its run, from the source that counts.
 
     Args:
-        headers: Case-insensitive.
+        headers: Of the request.
         body: The JSON object of the request.
 
     Raises:
@@ -48,15 +49,28 @@ def read_run(headers: Mapping[str, str], body: Mapping[str, Any]) -> RunInfo:
     """
     found = read_own(headers, body)
     context = agentic_context(body)
-    if not found.keys() - {"tenant_id"}:
+    if len(found) == ("tenant_id" in found):
         found |= (
             _from_agentic_context(context)
-            or _from_label("workflow_id", headers.get("X-Session-ID"))
+            or _from_label("workflow_id", headers.get("x-session-id"))
             or _from_baggage(headers.get("baggage"))
             or _from_sessions(headers)
         )
     hints = _hints(context, 1, "expected_output_length") if context else {}
-    return RunInfo(**found, **(hints or _nvext(body)))
+    if not hints and "nvext" in body:
+        hints = _nvext(body)
+    return RunInfo(
+        found.get("workflow_id", ""),
+        found.get("workflow", ""),
+        found.get("stage", ""),
+        found.get("tenant_id", ""),
+        found.get("slo_ms"),
+        found.get("budget_ms"),
+        found.get("attained_ms"),
+        found.get("final", False),
+        hints.get("priority"),
+        hints.get("expected_output_tokens"),
+    )
 
 
 def agentic_context(body: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -92,14 +106,14 @@ def _hints(hints: Mapping[str, Any], sign: int, length: str) -> dict[str, Any]:
     return found
 
 
-def _from_sessions(headers: Mapping[str, str]) -> dict[str, Any]:
+def _from_sessions(headers: Headers) -> dict[str, Any]:
     for name in _SESSION_HEADERS:
         if found := _from_label("workflow_id", headers.get(name)):
             return found
     return {}
 
 
-def _from_baggage(header: str | None) -> dict[str, Any]:
+def _from_baggage(header: str) -> dict[str, Any]:
     """Read `key=value;property,…` with percent-encoded values."""
     found: dict[str, Any] = {}
     for member in header.split(",") if header else ():

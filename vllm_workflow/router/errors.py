@@ -6,10 +6,10 @@ import json
 from collections.abc import Mapping
 
 from aiohttp import web
-from multidict import CIMultiDict
 
 from vllm_workflow.core.errors import UpstreamError, WorkflowError
 from vllm_workflow.router.exchange import Answer, response_of
+from vllm_workflow.router.headers import Headers
 
 _MAX_SHOWN = 80
 
@@ -86,9 +86,8 @@ def error_answer(
     headers: Mapping[str, str] | None = None,
 ) -> Answer:
     body = error_json(status, message, param=param, code=code)
-    return Answer(
-        status, CIMultiDict({"Content-Type": "application/json"} | dict(headers or {})), body
-    )
+    named = {"Content-Type": "application/json", **(headers or {})}
+    return Answer(status, Headers.of(named.items()), body)
 
 
 def error_response(

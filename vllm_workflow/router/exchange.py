@@ -6,14 +6,16 @@ from collections.abc import Awaitable, Callable
 from typing import NamedTuple, Protocol
 
 from aiohttp import web
-from multidict import CIMultiDict, MultiMapping
+from multidict import CIMultiDict
+
+from vllm_workflow.router.headers import Headers
 
 
 class Answer(NamedTuple):
     """What a client gets."""
 
     status: int
-    headers: CIMultiDict[str]
+    headers: Headers
     body: bytes | None
     """None: it has been written piece by piece."""
     reason: str = ""
@@ -46,8 +48,7 @@ class Exchange(Reply, Protocol):
     by whoever handles the request. A client that leaves cancels the task that handles it.
     """
 
-    headers: MultiMapping[str]
-    """Case-insensitive."""
+    headers: Headers
     path: str
     """As it was sent, with its query."""
     content_length: int | None
@@ -67,7 +68,7 @@ class AiohttpExchange:
     """A request that aiohttp has read."""
 
     def __init__(self, request: web.Request) -> None:
-        self.headers: MultiMapping[str] = request.headers
+        self.headers = Headers.of(request.headers.items())
         self.path = request.rel_url.raw_path_qs
         self.content_length = request.content_length
         self._request = request
@@ -85,8 +86,10 @@ class AiohttpExchange:
 
     async def begin(self, answer: Answer) -> None:
         self._response = web.StreamResponse(
-            status=answer.status, reason=answer.reason or None, headers=answer.headers
+            status=answer.status, reason=answer.reason or None, headers=_written(answer.headers)
         )
+        if length := answer.headers.get("content-length"):
+            self._response.content_length = int(length)
         await self._response.prepare(self._request)
 
     async def write(self, data: bytes) -> None:
@@ -106,12 +109,19 @@ class AiohttpExchange:
 
 
 def response_of(answer: Answer) -> web.Response:
-    return web.Response(
+    response = web.Response(
         status=answer.status,
         reason=answer.reason or None,
-        headers=answer.headers,
+        headers=_written(answer.headers),
         body=answer.body,
     )
+    if answer.headers.get("connection") == "close":
+        response.force_close()
+    return response
+
+
+def _written(headers: Headers) -> CIMultiDict[str]:
+    return CIMultiDict(headers.items())
 
 
 def by_aiohttp(handle: Handle) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

@@ -6,10 +6,8 @@ import asyncio
 import errno
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-
-from multidict import CIMultiDict
 
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.router.answer import (
@@ -21,7 +19,7 @@ from vllm_workflow.router.answer import (
     is_event_stream,
 )
 from vllm_workflow.router.attempt import MISSING, Attempt, Refusal, read_refusal
-from vllm_workflow.router.call import Call, forwarded_body, response_headers
+from vllm_workflow.router.call import Call, forwarded_body
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import BrokenOffError, LostError, RequestError
 from vllm_workflow.router.exchange import Answer, Reply
@@ -80,14 +78,26 @@ class Forwarder:
             connection = None if fresh else pool.kept()
             if connection is None:
                 connection = await self._connected(pool, attempt)
-            await self._asked(connection, upstream, pool, call, attempt, fresh=fresh)
+            try:
+                rest = self._ask(connection, upstream, call, attempt)
+                if not connection.is_sent:
+                    await connection.send_rest(rest)
+                await connection.begun()
+            except BrokenOffError:
+                kept = not (fresh or connection.has_head)
+                raise LostError("closed" if kept else "disconnected") from None
             first = connection.taken()
             if connection.status == _UNAUTHORIZED and upstream.own_headers:
                 raise LostError("unauthorized")
-            if refusal := await _refusal(attempt, connection, first):
+            if is_refusal(connection.status):
+                refusal = await read_refusal(attempt.instance_id, connection, first)
                 if refusal.status == MISSING:
                     self._upstreams.suspect(attempt.instance_id)
                 return refusal
+            if is_event_stream(connection.headers) and (
+                error := error_at_start(attempt.instance_id, first, connection.headers)
+            ):
+                return error
             if connection.is_complete and held_bytes(connection.status, connection.headers):
                 check_whole(connection, first)
                 attempt.ok = 200 <= connection.status < 300
@@ -143,21 +153,10 @@ class Forwarder:
             self._upstreams.refused(attempt.instance_id)
             raise LostError("refused") from None
 
-    async def _asked(
-        self,
-        connection: Connection,
-        upstream: Upstream,
-        pool: Pool,
-        call: Call,
-        attempt: Attempt,
-        *,
-        fresh: bool,
-    ) -> None:
-        """Send the call, and wait until its answer is whole, or is to be passed on.
-
-        Raises:
-            LostError: It did not come.
-        """
+    def _ask(
+        self, connection: Connection, upstream: Upstream, call: Call, attempt: Attempt
+    ) -> bytes:
+        """Begin to send the call; returns its body, which `send_rest` may have to send."""
         body = forwarded_body(
             call,
             attempt.decision,
@@ -166,49 +165,28 @@ class Forwarder:
             unix_time=time.time(),
             has_session=bool(upstream.config.kv_events),
         )
-        head = pool.head(call.path, upstream.headers(call.headers), len(body))
+        head = upstream.pool.head(call.path, upstream.headers(call.headers), len(body))
         attempt.give_up = connection.abandon
-        try:
-            heard = partial(upstream.silence.heard, attempt)
-            connection.send(head, body, heard=heard, hold=held_bytes)
-            if not connection.is_sent:
-                await connection.send_rest(body)
-            await connection.begun()
-        except BrokenOffError:
-            kept = not (fresh or connection.has_head)
-            raise LostError("closed" if kept else "disconnected") from None
+        heard = partial(upstream.silence.heard, attempt)
+        connection.send(head, body, heard=heard, hold=held_bytes)
+        return body
 
     def _answer(
         self, call: Call, attempt: Attempt, upstream: Connection, body: bytes | None
     ) -> Answer:
-        headers = self._headers(upstream.headers, call, attempt)
-        return Answer(upstream.status, headers, body, upstream.reason)
-
-    def _headers(
-        self, headers: Mapping[str, str], call: Call, attempt: Attempt
-    ) -> CIMultiDict[str]:
-        result = response_headers(headers)
-        decision = attempt.decision
-        result["X-Request-Id"] = call.request_id
-        result["X-Workflow-Instance"] = decision.chosen.instance_id
+        headers, decision = upstream.headers, attempt.decision
+        headers.remove("connection")  # of the hop behind
+        headers.set("X-Request-Id", call.request_id)
+        headers.set("X-Workflow-Instance", decision.chosen.instance_id)
         queue_s = attempt.start_time - call.request.arrival_time
-        result["X-Workflow-Queue-Ms"] = f"{1000.0 * queue_s:.1f}"
+        headers.set("X-Workflow-Queue-Ms", f"{1000.0 * queue_s:.1f}")
         if math.isfinite(decision.slack_s):
-            result["X-Workflow-Slack-Ms"] = f"{1000.0 * decision.slack_s:.0f}"
-        return result
+            headers.set("X-Workflow-Slack-Ms", f"{1000.0 * decision.slack_s:.0f}")
+        return Answer(upstream.status, headers, body, upstream.reason)
 
 
 def _end(patience: asyncio.Timeout) -> None:
     patience.reschedule(asyncio.get_running_loop().time())
-
-
-async def _refusal(attempt: Attempt, upstream: Connection, first: bytes) -> Refusal | None:
-    """Return the answer if it is one after which another instance is asked."""
-    if is_refusal(upstream.status):
-        return await read_refusal(attempt.instance_id, upstream, first)
-    if is_event_stream(upstream.headers):
-        return error_at_start(attempt.instance_id, first, upstream.headers)
-    return None
 
 
 def _ends_with_done(call: Call, upstream: Connection) -> bool:

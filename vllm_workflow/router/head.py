@@ -3,33 +3,23 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
 from email.utils import formatdate
 
-
-class HeadError(ValueError):
-    """A head in which a line would end early: more would be read from it than was meant."""
+from vllm_workflow.router.headers import Headers
 
 
-def head(first: Sequence[str], headers: Mapping[str, str], *others: str) -> bytes:
+def head(first: str, headers: Headers, others: str) -> bytes:
     """Return the head of a message, with the empty line that ends it.
 
     Args:
-        first: Its first lines.
-        headers: Of it.
-        others: Further lines.
-
-    Raises:
-        HeadError: There is a line break, or a zero, where none may be.
+        first: Its first lines, with their ends.
+        headers: Of it; nothing in them can end a line.
+        others: Further lines, with their ends.
     """
-    lines = [*first]
-    lines += [f"{name}: {value}" for name, value in headers.items()]
-    lines += others
-    text = "\r\n".join(lines) + "\r\n\r\n"
-    num_breaks = len(lines) + 1
-    if text.count("\n") != num_breaks or text.count("\r") != num_breaks or "\0" in text:
-        raise HeadError("headers: expected none with a line break, got one")
-    return text.encode("utf-8", "surrogateescape")
+    lines = headers.lines
+    text = "\r\n".join(lines)
+    end = "\r\n" if lines else ""
+    return f"{first}{text}{end}{others}\r\n".encode("utf-8", "surrogateescape")
 
 
 class _Clock:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Annotated, Self
+from typing import Annotated
 
 from aiohttp import web
 from pydantic import Field
@@ -57,10 +57,6 @@ class Bodies:
         """Held by calls under way."""
         return self._num_bytes
 
-    def held(self) -> BodyReader:
-        """Return what one body is read with, within a block at whose end its memory is free."""
-        return BodyReader(self)
-
     def take(self, reader: BodyReader, num_bytes: int) -> None:
         """Count bytes of a body for a reader.
 
@@ -112,17 +108,11 @@ class Bodies:
 
 
 class BodyReader:
-    """Reads one body."""
+    """Reads one body; `Bodies.let_go` must follow."""
 
     def __init__(self, bodies: Bodies) -> None:
         self._bodies = bodies
         self.num_bytes = 0
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *exc_info: object) -> None:
-        self._bodies.let_go(self)
 
     def hold(self, num_bytes: int) -> None:
         """Count what was made of the body, too.
@@ -132,19 +122,26 @@ class BodyReader:
         """
         self._bodies.hold(self, num_bytes)
 
+    def whole(self, request: Exchange) -> bytes | None:
+        """Return the body, decompressed, if all of it is here, as mostly; else `read` must follow.
+
+        Raises:
+            RequestError: 413 or 429.
+        """
+        self._bodies.check_length(request.content_length)
+        body = request.whole()
+        if body is not None:
+            self._bodies.take(self, len(body))
+        return body
+
     async def read(self, request: Exchange) -> bytes:
-        """Return the body, decompressed.
+        """Wait for the body, and return it, decompressed.
 
         Raises:
             RequestError: 413, 429 or 408; 400 for one that is not framed or compressed as its
                 headers say.
         """
         bodies = self._bodies
-        bodies.check_length(request.content_length)
-        body = request.whole()
-        if body is not None:  # most are here already
-            bodies.take(self, len(body))
-            return body
         chunks: list[bytes] = []
         try:
             async with asyncio.timeout(bodies.timeout_s):

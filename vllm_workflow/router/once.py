@@ -8,18 +8,14 @@ with the `x-stainless-retry-count` of OpenAI's SDKs.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from hashlib import blake2b
 from typing import NamedTuple
 
-from multidict import istr
-
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.exchange import Answer, Exchange, Reply
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.wire import is_label
-
-_IDEMPOTENCY_KEY, _AUTHORIZATION = istr("Idempotency-Key"), istr("Authorization")
-_RETRY_COUNT, _REQUEST_ID = istr("x-stainless-retry-count"), istr("X-Request-Id")
 
 
 class Key(NamedTuple):
@@ -112,26 +108,24 @@ class Running:
         self._to().abort()
 
 
-def key_of(
-    headers: Mapping[str, str], *, tenant_id: str, workflow_id: str
-) -> tuple[Key, bool] | None:
+def key_of(headers: Headers, *, tenant_id: str, workflow_id: str) -> tuple[Key, bool] | None:
     """Return by what a call is known again, and whether it is sent again; None if by nothing.
 
     Args:
-        headers: Case-insensitive.
+        headers: Of the request.
         tenant_id: Tenants do not meet each other's calls.
         workflow_id: Runs neither.
     """
-    key = headers.get(_IDEMPOTENCY_KEY, "")
+    key = headers.get("idempotency-key")
     if is_label(key):
-        who = tenant_id, headers.get(_AUTHORIZATION, ""), workflow_id
+        who = tenant_id, headers.get("authorization"), workflow_id
         return Key(*who, "Idempotency-Key", key), True
-    count = headers.get(_RETRY_COUNT, "")
+    count = headers.get("x-stainless-retry-count")
     if not count:
         return None
-    request_id = headers.get(_REQUEST_ID, "")
+    request_id = headers.get("x-request-id")
     if is_label(request_id):
-        who = tenant_id, headers.get(_AUTHORIZATION, ""), workflow_id
+        who = tenant_id, headers.get("authorization"), workflow_id
         return Key(*who, "X-Request-Id", request_id), count != "0"
     return None
 

@@ -6,13 +6,10 @@ import asyncio
 from http import HTTPStatus
 from typing import Protocol
 
-from multidict import CIMultiDict, MultiMapping, istr
-
 from vllm_workflow.router.exchange import Answer
 from vllm_workflow.router.head import head, http_date
+from vllm_workflow.router.headers import Headers
 
-CONNECTION, LENGTH = istr("Connection"), istr("Content-Length")
-_DATE = istr("Date")
 _WITHOUT_BODY = frozenset({204, 304})
 _PHRASES = {int(status): status.phrase for status in HTTPStatus}
 
@@ -60,13 +57,16 @@ class PlainExchange:
         "path",
     )
 
-    def __init__(self, connection: Connection, path: str, headers: CIMultiDict[str]) -> None:
-        self.headers: MultiMapping[str] = headers
+    def __init__(self, connection: Connection, path: str, headers: Headers) -> None:
+        self.headers = headers
         self.path = path
-        self.missing = int(headers[LENGTH])
+        self.missing = int(headers.get("content-length"))
         """Bytes of the body that have not come."""
         self.content_length: int | None = self.missing
-        self.closes = any(each.lower() == "close" for each in headers.getall(CONNECTION, ()))
+        self.closes = False
+        for each in headers.values("connection"):
+            if each.lower() == "close":
+                self.closes = True
         """Whether the connection ends with the answer; it does if some of the body is missing."""
         self.has_begun = False
         self.is_chunked = False
@@ -97,9 +97,12 @@ class PlainExchange:
 
     async def begin(self, answer: Answer) -> None:
         self.has_begun = True
-        self.is_chunked = not (LENGTH in answer.headers or answer.status in _WITHOUT_BODY)
-        framing = ("Transfer-Encoding: chunked",) if self.is_chunked else ()
-        self._connection.write(self._head(answer, *framing))
+        length = answer.headers.get("content-length")
+        self.is_chunked = not (length or answer.status in _WITHOUT_BODY)
+        framing = "Transfer-Encoding: chunked\r\n" if self.is_chunked else ""
+        if length:
+            framing = f"Content-Length: {length}\r\n"
+        self._connection.write(self._head(answer, framing))
 
     async def write(self, data: bytes) -> None:
         connection = self._connection
@@ -113,25 +116,21 @@ class PlainExchange:
             if self.is_chunked:
                 self._connection.write(b"0\r\n\r\n")
         elif answer.status in _WITHOUT_BODY:
-            answer.headers.popall(LENGTH, None)
-            self._connection.write(self._head(answer))
+            self._connection.write(self._head(answer, ""))
         else:
-            answer.headers.popall(LENGTH, None)
-            length = f"Content-Length: {len(answer.body)}"
+            length = f"Content-Length: {len(answer.body)}\r\n"
             self._connection.write(self._head(answer, length) + answer.body)
 
-    def _head(self, answer: Answer, *framing: str) -> bytes:
+    def _head(self, answer: Answer, lines: str) -> bytes:
         headers = answer.headers
-        lines = framing
-        if _DATE not in headers:
-            lines += (f"Date: {http_date()}",)
-        if headers.get(CONNECTION, "").lower() == "close":
+        if "date" not in headers:
+            lines += f"Date: {http_date()}\r\n"
+        if headers.get("connection") == "close" or self.missing or self._connection.is_ending:
             self.closes = True
-        elif self.closes or self.missing or self._connection.is_ending:
-            self.closes = True
-            lines += ("Connection: close",)
+        if self.closes:
+            lines += "Connection: close\r\n"
         reason = answer.reason or _PHRASES.get(answer.status, "")
-        return head((f"HTTP/1.1 {answer.status} {reason}",), headers, *lines)
+        return head(f"HTTP/1.1 {answer.status} {reason}\r\n", headers, lines)
 
     def close(self) -> None:
         self._connection.close()

@@ -14,12 +14,11 @@ import socket
 from typing import TYPE_CHECKING, cast
 
 from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-from multidict import CIMultiDict, istr
 
 from vllm_workflow.router.errors import error_answer
 from vllm_workflow.router.exchange import Handle
-from vllm_workflow.router.head import HeadError
-from vllm_workflow.router.plain import CONNECTION, LENGTH, PlainExchange
+from vllm_workflow.router.headers import HeadError, Headers, read
+from vllm_workflow.router.plain import PlainExchange
 
 if TYPE_CHECKING:
     from vllm_workflow.router.protocol import Listener
@@ -30,13 +29,12 @@ LINGERING_S = 2.0
 MAX_AHEAD_BYTES = 64 << 10
 """Of requests that are sent before the one under way is answered. A client that sends more is cut
 off: one that is not read from would not be seen to leave, either."""
-_HOST = istr("Host")
-_ONCE = (istr("Content-Type"), istr("User-Agent"))
+_ONCE = ("host", "content-length", "content-type", "user-agent")
 """Whoever comes after the router might believe another one than it does, or refuse two."""
 _UNUSUAL = (
-    *map(istr, ("Transfer-Encoding", "Content-Encoding", "Expect", "Upgrade", "Trailer", "TE")),
+    *("transfer-encoding", "content-encoding", "expect", "upgrade", "trailer", "te"),
     # Of these, too, there may be one only.
-    *map(istr, ("Server", "ETag", "Max-Forwards", "Content-Location", "Content-Range")),
+    *("server", "etag", "max-forwards", "content-location", "content-range"),
 )
 _logger = logging.getLogger(__name__)
 
@@ -52,6 +50,7 @@ class PlainConnection:
         "_drained",
         "_exchange",
         "_fields",
+        "_handle",
         "_idle_since",
         "_idle_timer",
         "_is_lingering",
@@ -59,8 +58,8 @@ class PlainConnection:
         "_listener",
         "_loop",
         "_lost",
+        "_next",
         "_num_trusts",
-        "_parser",
         "_transport",
         "_write_timer",
         "is_write_paused",
@@ -70,15 +69,17 @@ class PlainConnection:
     def __init__(self, listener: Listener, loop: asyncio.AbstractEventLoop) -> None:
         self.is_write_paused = False
         self.task: asyncio.Task[None] | None = None
-        """Answers the request under way."""
+        """Answers one request after the other: to make one for each took longer."""
         self._listener = listener
         self._limits = listener.limits
         self._num_trusts = listener.num_trusts
         self._loop = loop
         self._transport: asyncio.Transport | None = None
-        self._parser: HttpRequestParser | None = HttpRequestParser(self)
         self._fields: list[tuple[str, str]] = []
         self._exchange: PlainExchange | None = None
+        self._handle: Handle | None = None
+        self._next: asyncio.Future[None] | None = None
+        """Until there is a request."""
         self._ahead = b""
         self._is_lingering = False
         self._drained: asyncio.Future[None] | None = None
@@ -118,15 +119,17 @@ class PlainConnection:
             self._lost.set_result(None)
         # A cancelled task knows where it was, so all that it had would stay until cycles are
         # looked for, bodies among it.
-        task, self.task, self._exchange = self.task, None, None
-        if task is not None:
+        task, self.task = self.task, None
+        if task is not None and self._exchange is not None:
             task.cancel()
+        self._exchange = None
 
     def _leave(self) -> None:
-        self._transport = self._parser = None
+        self._transport = None
         self._listener.plain.discard(self)
         self._listener.num_connections -= 1
         self._take_ahead()
+        self._wake()
         for timer in (self._idle_timer, self._write_timer):
             if timer is not None:
                 timer.cancel()
@@ -197,46 +200,53 @@ class PlainConnection:
         if handle is None or not 4 <= end <= self._limits.max_header_bytes:
             self._hand_over(data)
             return
-        headers = self._headers(data[:end])
-        if headers is None:
+        headers = self._headers(data if end == len(data) else data[:end])
+        if headers is None or not self._is_plain(headers):
             self._hand_over(data)
             return
         exchange = self._exchange = PlainExchange(
             self, data[5 : data.find(b" ", 5)].decode(), headers
         )
+        self._handle = handle
         if end < len(data):
             self._feed(exchange, data[end:])
-        self.task = self._loop.create_task(self._answer(exchange, handle))
+        if self.task is None:
+            self.task = self._loop.create_task(self._serve())
+        else:
+            self._wake()
 
-    def _headers(self, head: bytes) -> CIMultiDict[str] | None:
-        """Return the headers of a plain request; None if it is another one."""
-        assert self._parser is not None
+    def _headers(self, head: bytes) -> Headers | None:
+        """Return the headers of a request; None if it is no HTTP, or says what is not for here."""
+        headers = read(head)
+        if headers is not None:
+            return headers
         self._fields = []
         try:
-            self._parser.feed_data(head)
+            HttpRequestParser(self).feed_data(head)
         except (HttpParserError, HttpParserUpgrade):
             return None
-        headers = CIMultiDict(self._fields)
-        return headers if self._is_plain(headers) else None
-
-    def _is_plain(self, headers: CIMultiDict[str]) -> bool:
-        if len(headers) > self._limits.max_headers or len(headers.getall(_HOST, ())) != 1:
-            return False
-        lengths = headers.getall(LENGTH, ())
-        if len(lengths) != 1 or not lengths[0].isdecimal() or len(lengths[0]) > 7:
-            return False
-        if int(lengths[0]) > MAX_PLAIN_BODY_BYTES:
-            return False
+        headers = Headers.of(self._fields)
         for name in _UNUSUAL:
             if name in headers:
-                return False
+                return None
         for name in _ONCE:
-            if len(headers.getall(name, ())) > 1:
-                return False
-        for value in headers.getall(CONNECTION, ()):
+            if headers.has_several(name):
+                return None
+        for value in headers.values("connection"):
             if value.lower() not in {"keep-alive", "close"}:
-                return False
-        return True
+                return None
+        return headers
+
+    def _is_plain(self, headers: Headers) -> bool:
+        if headers.num_given > self._limits.max_headers or "host" not in headers:
+            return False
+        length = headers.get("content-length")
+        return (
+            0 < len(length) <= 7
+            and length.isascii()
+            and length.isdecimal()
+            and int(length) <= MAX_PLAIN_BODY_BYTES
+        )
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Called by the parser."""
@@ -252,8 +262,6 @@ class PlainConnection:
             if not exchange.missing:
                 self.close()
             return
-        assert self._parser is not None
-        self._parser.feed_data(data)
         exchange.feed(data)
 
     def _keep(self, data: bytes) -> None:
@@ -269,6 +277,34 @@ class PlainConnection:
         return data
 
     # Answers.
+
+    @property
+    def is_answering(self) -> bool:
+        """Whether there is a request that has not been answered."""
+        return self._exchange is not None
+
+    def _wake(self) -> None:
+        if self._next is not None and not self._next.done():
+            self._next.set_result(None)
+
+    async def _serve(self) -> None:
+        """Answer requests until there can be none any more."""
+        try:
+            while self._transport is not None:
+                exchange, handle = self._exchange, self._handle
+                if exchange is None or handle is None:
+                    self._next = self._loop.create_future()
+                    await self._next
+                    self._next = None
+                    continue
+                await self._answer(exchange, handle)
+                if self._exchange is exchange:  # the connection is about to end
+                    break
+        except Exception:
+            _logger.exception("a connection failed")
+            self.abort()
+        finally:
+            self.task = None
 
     async def _answer(self, exchange: PlainExchange, handle: Handle) -> None:
         try:
@@ -297,7 +333,6 @@ class PlainConnection:
         self._ended(exchange)
 
     def _ended(self, exchange: PlainExchange) -> None:
-        self.task = None
         if exchange.missing:
             self._is_lingering = True
             if self._idle_timer is not None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Sequence
+from functools import partial
 from typing import Any, cast
 
 from aiohappyeyeballs import AddrInfoType, start_connection
@@ -13,7 +15,8 @@ from yarl import URL
 
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import RequestError
-from vllm_workflow.router.head import HeadError, head
+from vllm_workflow.router.head import head
+from vllm_workflow.router.headers import Headers
 
 CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 3.0
@@ -39,7 +42,7 @@ class Pool:
         self._port = parsed.port or (443 if parsed.scheme == "https" else 80)
         self._tls = tls if parsed.scheme == "https" else None
         self._base = f"POST {parsed.raw_path.rstrip('/')}"
-        self._host_line = f"Host: {parsed.host_port_subcomponent}"
+        self._host_line = f"Host: {parsed.host_port_subcomponent}\r\n"
         self._kept: list[Connection] = []
         """The one used last at the end."""
         self._is_closed = False
@@ -47,31 +50,27 @@ class Pool:
         self._addresses: asyncio.Task[Sequence[AddrInfoType]] | None = None
         self._resolved_at = 0.0
 
-    def head(self, path: str, headers: Mapping[str, str], num_bytes: int) -> bytes:
+    def head(self, path: str, headers: Headers, num_bytes: int) -> bytes:
         """Return request line and headers of a POST.
 
         Args:
             path: With its query, below the root of the server.
-            headers: Without `Host` and those that say how long the body is.
+            headers: Those to be passed on.
             num_bytes: Of the body.
 
         Raises:
-            RequestError: A header that would end before its end.
+            RequestError: A path that would end before its end.
         """
-        try:
-            return head(
-                (f"{self._base}{path} HTTP/1.1", self._host_line),
-                headers,
-                f"Content-Length: {num_bytes}",
-            )
-        except HeadError as e:
-            raise RequestError(str(e)) from None
+        if "\n" in path or "\r" in path or "\0" in path:
+            raise RequestError("path: expected none with a line break, got one")
+        first = f"{self._base}{path} HTTP/1.1\r\n{self._host_line}"
+        return head(first, headers, f"Content-Length: {num_bytes}\r\n")
 
     def kept(self) -> Connection | None:
         """Return a connection that was kept; None if there is none that can be trusted."""
         if not self._kept:
             return None
-        now = asyncio.get_running_loop().time()
+        now = time.monotonic()
         while self._kept:
             connection = self._kept.pop()
             if connection.idle_since + KEEPALIVE_S < now:
@@ -87,16 +86,15 @@ class Pool:
         if self._is_closed or not connection.may_be_kept:
             connection.close()
             return
-        loop = asyncio.get_running_loop()
-        connection.idle_since = loop.time()
+        connection.idle_since = time.monotonic()
         self._kept.append(connection)
         if self._sweep is None:
-            self._sweep = loop.call_later(KEEPALIVE_S, self._sweep_now)
+            self._sweep = asyncio.get_running_loop().call_later(KEEPALIVE_S, self._sweep_now)
 
     def _sweep_now(self) -> None:
         self._sweep = None
         loop = asyncio.get_running_loop()
-        self._drop_old(loop.time())
+        self._drop_old(time.monotonic())
         if self._kept:
             self._sweep = loop.call_later(KEEPALIVE_S, self._sweep_now)
 
@@ -133,7 +131,7 @@ class Pool:
             try:
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 _, connection = await loop.create_connection(
-                    cast("type[Any]", Connection),
+                    cast("Any", partial(Connection, loop)),
                     sock=found,
                     ssl=self._tls,
                     server_hostname=self._host if self._tls is not None else None,

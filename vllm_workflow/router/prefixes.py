@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from hashlib import blake2b
 from typing import Any
 
 import msgspec
+from xxhash import xxh3_64_intdigest
 
 _PIECE_BYTES = 2048
 """About 500 tokens: a share of a prompt that is worth knowing of."""
 _MAX_BYTES = 256 * _PIECE_BYTES
 _ITEMS_AT_ONCE = 16
-"""Messages or token ids that are written at a time: a prefix must begin with the same bytes
-whatever follows it."""
+"""Token ids, or messages that are not only text, that are written at a time: a prefix must begin
+with the same bytes whatever follows it."""
 _dumps = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
 
 
@@ -26,14 +26,14 @@ def head_of(members: Mapping[str, Any]) -> tuple[tuple[int, int], ...]:
     """
     prompt = members.get("messages") or members.get("prompt") or members.get("input")
     text = _text(prompt)
-    chain = b""
+    chain = 0
     pieces: list[tuple[int, int]] = []
     for start in range(0, min(len(text), _MAX_BYTES), _PIECE_BYTES):
         piece = text[start : start + _PIECE_BYTES]
         if len(piece) < _PIECE_BYTES:
             break
-        chain = blake2b(piece, digest_size=8, key=chain).digest()
-        pieces.append((int.from_bytes(chain), _PIECE_BYTES))
+        chain = xxh3_64_intdigest(piece, chain)
+        pieces.append((chain, _PIECE_BYTES))
     return tuple(pieces)
 
 
@@ -45,12 +45,31 @@ def _text(prompt: Any) -> bytes:
         return b""
     parts: list[bytes] = []
     num_bytes = 0
-    for start in range(0, len(prompt), _ITEMS_AT_ONCE):
-        parts.append(_written(prompt[start : start + _ITEMS_AT_ONCE]))
-        num_bytes += len(parts[-1])
-        if num_bytes >= _MAX_BYTES:
-            break
+    at, end = 0, len(prompt)
+    while at < end and num_bytes < _MAX_BYTES:
+        part = _spoken(prompt[at])
+        if part is not None:
+            at += 1
+        else:
+            part = _written(prompt[at : at + _ITEMS_AT_ONCE])
+            at += _ITEMS_AT_ONCE
+        parts.append(part)
+        num_bytes += len(part)
     return b"".join(parts)
+
+
+def _spoken(item: Any) -> bytes | None:
+    """Return names and texts of a message that is nothing but text; None for others."""
+    if type(item) is not dict:
+        return None
+    texts: list[str] = []
+    for name, text in item.items():
+        if type(text) is not str:
+            return None
+        texts.append(name)
+        texts.append(text if len(text) <= _MAX_BYTES else text[:_MAX_BYTES])
+    texts.append("")
+    return "\0".join(texts).encode(errors="replace")
 
 
 def _written(items: list[Any]) -> bytes:

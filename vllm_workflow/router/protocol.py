@@ -390,7 +390,11 @@ class Listener:
         until = loop.time() + most_s
         for connection in list(self.plain):
             connection.end()
-        tasks = [connection.task for connection in self.plain if connection.task is not None]
+        tasks = [
+            connection.task
+            for connection in self.plain
+            if connection.task is not None and connection.is_answering
+        ]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=most_s)
             for task in late:

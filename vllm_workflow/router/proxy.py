@@ -6,25 +6,23 @@ import itertools
 import logging
 import math
 import time
-from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING
-
-from multidict import CIMultiDict
 
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.core.errors import NoInstanceError, OverloadedError, QuotaExceededError
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.core.types import Decision
 from vllm_workflow.router.attempt import BROKEN, BUSY, Attempt, Refusal
-from vllm_workflow.router.auth import Access, admitted
+from vllm_workflow.router.auth import Access, Caller, admitted
 from vllm_workflow.router.binder import Binder
 from vllm_workflow.router.body import VALUE_BYTES, parse
-from vllm_workflow.router.call import Call, request_headers, response_headers
+from vllm_workflow.router.call import Call, request_headers
 from vllm_workflow.router.dialects import read_run
 from vllm_workflow.router.errors import LostError, RequestError, error_answer
 from vllm_workflow.router.exchange import Answer, Exchange, Reply
 from vllm_workflow.router.forward import Forwarder
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.limits import Bodies, BodyReader
 from vllm_workflow.router.logs import calls
 from vllm_workflow.router.metrics import Metrics
@@ -119,30 +117,44 @@ class Proxy:
         """
         stage, instance_id, status = "", "", _CLIENT_LEFT
         call, begin = None, time.monotonic()
+        reader = BodyReader(self._bodies)
         try:
-            with self._bodies.held() as reader:
-                call = await self._read(exchange, reader, begin, takes_xargs=takes_xargs)
-                info = call.info
-                stage = info.stage
-                known = key_of(
-                    exchange.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id
-                )
-                if known is None:
-                    answer = await self._in_run(exchange, call)
-                else:
-                    answer = await self._once(exchange, call, known)
-            instance_id = answer.headers.get("X-Workflow-Instance", "")
+            # Who is refused for headers need not send a body.
+            caller = self._access.caller(exchange.headers.get("authorization"))
+            headers, request_id = request_headers(exchange.headers)
+            raw = reader.whole(exchange)
+            if raw is None:
+                raw = await reader.read(exchange)
+            call = self._read(
+                exchange,
+                caller,
+                headers,
+                request_id,
+                raw,
+                reader,
+                begin,
+                takes_xargs=takes_xargs,
+            )
+            info = call.info
+            stage = info.stage
+            known = key_of(exchange.headers, tenant_id=info.tenant_id, workflow_id=info.workflow_id)
+            if known is None:
+                answer = await self._in_run(exchange, call)
+            else:
+                answer = await self._once(exchange, call, known)
+            instance_id = answer.headers.get("x-workflow-instance")
         except RequestError as e:
             answer = e.answer()
             status = answer.status
         except ConnectionResetError:  # it left while the answer was written to it
-            return Answer(_CLIENT_LEFT, CIMultiDict(), b"")
+            return Answer(_CLIENT_LEFT, Headers(), b"")
         except Exception:
             status = 500
             raise
         else:
             status = answer.status
         finally:
+            self._bodies.let_go(reader)
             if status == _CLIENT_LEFT:
                 self._metrics.client_left()
             self._metrics.answered(instance_id, stage, status)
@@ -150,19 +162,27 @@ class Proxy:
                 _log_call(call, exchange.headers, instance_id, status, begin)
         return answer
 
-    async def _read(
-        self, request: Exchange, reader: BodyReader, now: float, *, takes_xargs: bool
+    def _read(
+        self,
+        request: Exchange,
+        caller: Caller | None,
+        headers: Headers,
+        request_id: str,
+        raw: bytes,
+        reader: BodyReader,
+        now: float,
+        *,
+        takes_xargs: bool,
     ) -> Call:
-        caller = self._access.caller(request.headers)
-        headers, request_id = request_headers(request.headers)
         if caller is not None:
             # For the router; instances have keys of their own. `Connection` may have named it.
-            headers.popall("Authorization", None)
-        body = parse(await reader.read(request))
+            headers.remove("authorization")
+        body = parse(raw)
         reader.hold(VALUE_BYTES * body.num_values)
         info = read_run(request.headers, body.members)
         info = admitted(caller, info, request.headers, body.members, body.model)
-        self._spelling.look(request.headers, body.members)
+        unusual = [] if request.headers.is_usual else request.headers.names()
+        self._spelling.look(unusual, body.members)
         if self.log_prompts:
             _prompts.info("%s %s: %s", request_id, info.tenant_id, body.raw.decode())
         if self._binder.is_gone(body.model):
@@ -257,10 +277,15 @@ class Proxy:
             partial(self._give_up_time, call), self.max_wait_s, self._upstreams.generation
         )
         while tries.may_go_on and not self._is_stopping:
+            num_prompt_bytes = len(call.body.raw)
             try:
-                decision = await self._binder.bind(
-                    call.request, num_prompt_bytes=len(call.body.raw), tries=tries
+                decision, waits = self._binder.submit(
+                    call.request, num_prompt_bytes=num_prompt_bytes, tries=tries
                 )
+                if decision is None:
+                    decision = await self._binder.bind(
+                        call.request, num_prompt_bytes=num_prompt_bytes, tries=tries, waits=waits
+                    )
             except NoInstanceError:
                 break
             except OverloadedError as e:
@@ -347,16 +372,17 @@ class Proxy:
                 headers={"X-Request-Id": call.request_id, "Retry-After": str(RETRY_AFTER_S)},
             )
         refusal = tries.refusal
-        headers = response_headers(refusal.headers)
-        headers["X-Request-Id"] = call.request_id
-        headers["X-Workflow-Instance"] = refusal.instance_id
-        if refusal.status in BUSY:
-            headers.setdefault("Retry-After", str(RETRY_AFTER_S))
+        headers = refusal.headers
+        headers.remove("connection")
+        headers.set("X-Request-Id", call.request_id)
+        headers.set("X-Workflow-Instance", refusal.instance_id)
+        if refusal.status in BUSY and "retry-after" not in headers:
+            headers.set("Retry-After", str(RETRY_AFTER_S))
         return Answer(refusal.status, headers, refusal.body)
 
 
 def _log_call(
-    call: Call | None, headers: Mapping[str, str], instance_id: str, status: int, begin: float
+    call: Call | None, headers: Headers, instance_id: str, status: int, begin: float
 ) -> None:
     """Log one call by what names it; `call` is None if it could not be read."""
     fields: dict[str, object] = {

@@ -7,7 +7,8 @@ from typing import Annotated
 
 from pydantic import Field
 
-from vllm_workflow.core.events import Event, Record, Settled, Submitted, Withdrawn
+from vllm_workflow.core.call_events import Settled, Submitted, Withdrawn
+from vllm_workflow.core.events import Event, Record
 from vllm_workflow.router.store import Retention, Store
 from vllm_workflow.yaml_config import Strict
 

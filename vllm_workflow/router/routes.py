@@ -78,7 +78,7 @@ class Routes:
         return app
 
     async def _models(self, request: web.Request) -> web.Response:
-        caller = self._access.caller(request.headers)
+        caller = self._access.caller(request.headers.get("Authorization", ""))
         cards = {
             card["id"]: card
             for upstream in self._upstreams

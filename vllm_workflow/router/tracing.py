@@ -21,7 +21,8 @@ from opentelemetry.sdk.trace.sampling import ParentBased, TraceIdRatioBased
 from opentelemetry.trace import Span, SpanKind, Status, StatusCode
 from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-from vllm_workflow.core.events import Event, Polled, Submitted
+from vllm_workflow.core.call_events import Polled, Submitted
+from vllm_workflow.core.events import Event
 from vllm_workflow.core.types import Decision
 from vllm_workflow.router.call import Call
 from vllm_workflow.router.exchange import Answer
@@ -29,6 +30,7 @@ from vllm_workflow.router.runs import Run
 
 _PREFIX = "vllm_workflow."
 _PROPAGATOR = TraceContextTextMapPropagator()
+_CONTEXT = ("traceparent", "tracestate")
 
 
 class Tracing:
@@ -61,7 +63,7 @@ class Tracing:
     @contextmanager
     def call(self, call: Call, run: Run) -> Iterator[CallSpan]:
         """Trace one call while the block runs; the headers to forward get its `traceparent`."""
-        parent = _PROPAGATOR.extract(call.headers)
+        parent = _PROPAGATOR.extract({name: call.headers.get(name) for name in _CONTEXT})
         has_parent = trace.get_current_span(parent).get_span_context().is_valid
         if call.info.workflow_id and run.span is None:
             run.span = self._tracer.start_span(
@@ -76,9 +78,12 @@ class Tracing:
             attributes=_call_attributes(call),
         )
         own = trace.set_span_in_context(span, otel_context.Context())
-        for name in ("traceparent", "tracestate"):
-            call.headers.popall(name, None)
-        _PROPAGATOR.inject(call.headers, own)
+        context: dict[str, str] = {}
+        _PROPAGATOR.inject(context, own)
+        for name in _CONTEXT:
+            call.headers.remove(name)
+        for name, value in context.items():
+            call.headers.set(name, value)
         key = call.request.request_id
         self._open[key] = span
         told = CallSpan(span)
@@ -133,7 +138,7 @@ class CallSpan:
     def answered(self, response: Answer, *, ok: bool) -> None:
         """Note what the client got."""
         self._span.set_attribute("http.response.status_code", response.status)
-        if instance := response.headers.get("X-Workflow-Instance"):
+        if instance := response.headers.get("x-workflow-instance"):
             self._span.set_attribute(f"{_PREFIX}instance", instance)
         if not ok:
             self._span.set_status(Status(StatusCode.ERROR))

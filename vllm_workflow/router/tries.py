@@ -69,6 +69,8 @@ class Tries:
 
     def excluded(self, now: float) -> list[str]:
         """Instances that the call is not sent to now."""
+        if not self._excluded:
+            return []
         for instance_id, exclusion in list(self._excluded.items()):
             back = self._generation(instance_id) != exclusion.generation
             if exclusion.until <= now or back:
@@ -129,5 +131,5 @@ def is_refusal(status: int) -> bool:
 
 
 def _retry_after_s(refusal: Refusal) -> float:
-    text = refusal.headers.get("Retry-After", "")
+    text = refusal.headers.get("retry-after")
     return min(float(text), _MAX_RETRY_AFTER_S) if text.isdecimal() else 0.0

@@ -6,8 +6,8 @@ import asyncio
 from typing import Any
 
 import aiohttp
-from multidict import CIMultiDict
 
+from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.reports import Others
@@ -96,12 +96,13 @@ class Upstream:
             self._pool.close()
             self._pool = None
 
-    def headers(self, headers: CIMultiDict[str]) -> CIMultiDict[str]:
+    def headers(self, headers: Headers) -> Headers:
         """Return the headers to send for a call that came with `headers`."""
         if not self.own_headers:
             return headers
         result = headers.copy()
-        result.update(self.own_headers)
+        for name, value in self.own_headers.items():
+            result.set(name, value)
         return result
 
     def has_answered(self) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections import deque
 
 _KEPT_CHUNKS = 4
 MAX_USAGE_BYTES = 16_384
 # A quote inside a JSON string is escaped, so no generated text can look like such a member.
 _COUNT = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*:\s*(\d{1,9})\b')
+_USAGE = b'"usage"'
+"""Where the counts mostly stand, so that little is searched."""
 _EVENT_END = b"\n\n"
 _DONE = b"data: [DONE]"
 
@@ -18,11 +19,14 @@ class Usage:
 
     def __init__(self, *, stream: bool) -> None:
         self._stream = stream
-        self._last: deque[bytes] = deque(maxlen=_KEPT_CHUNKS)
+        self._last: list[bytes] = []
         self._num_events = 0
 
     def add(self, chunk: bytes) -> None:
-        self._last.append(chunk)
+        last = self._last
+        if len(last) == _KEPT_CHUNKS:
+            del last[0]
+        last.append(chunk)
         if self._stream:
             self._num_events += chunk.count(_EVENT_END)
 
@@ -42,9 +46,12 @@ class Usage:
         A stream without usage has about one output token per event, beside the events that
         open and close it.
         """
-        tail = b"".join(self._last)[-MAX_USAGE_BYTES:]
+        last = self._last
+        tail = last[0] if len(last) == 1 else b"".join(last)
+        first = max(len(tail) - MAX_USAGE_BYTES, 0)
+        start = max(tail.rfind(_USAGE), first)
         num_prompt = num_cached = num_output = None
-        for prompt, output, number in _COUNT.findall(tail):
+        for prompt, output, number in _COUNT.findall(tail, start) or _COUNT.findall(tail, first):
             if prompt:
                 num_prompt = int(number)
             elif output:

@@ -20,10 +20,9 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from multidict import MultiMapping, istr
-
 from vllm_workflow.core.handover import XARGS
 from vllm_workflow.router.errors import RequestError, malformed
+from vllm_workflow.router.headers import Headers
 
 MAX_LABEL_LENGTH = 256
 MAX_MS = 1e11
@@ -120,37 +119,34 @@ def _flag(value: object, where: str) -> bool:
 @dataclass(frozen=True, slots=True)
 class _Field:
     name: str
-    header: istr
-    """Of this type it is found faster."""
+    header: str
     metadata: str
     xarg: str
     read: Callable[[object, str], Any]
 
 
 _FIELDS = (
-    _Field("workflow_id", istr("X-Workflow-Id"), "workflow_id", "wf_id", _label),
-    _Field("workflow", istr("X-Workflow-Name"), "workflow_name", "wf_name", _name),
-    _Field("stage", istr("X-Workflow-Stage"), "workflow_stage", "wf_stage", _name),
-    _Field(
-        "slo_ms", istr("X-Workflow-Slo-Ms"), "workflow_slo_ms", "wf_slo_ms", _positive_milliseconds
-    ),
+    _Field("workflow_id", "X-Workflow-Id", "workflow_id", "wf_id", _label),
+    _Field("workflow", "X-Workflow-Name", "workflow_name", "wf_name", _name),
+    _Field("stage", "X-Workflow-Stage", "workflow_stage", "wf_stage", _name),
+    _Field("slo_ms", "X-Workflow-Slo-Ms", "workflow_slo_ms", "wf_slo_ms", _positive_milliseconds),
     _Field(
         "budget_ms",
-        istr("X-Workflow-Budget-Ms"),
+        "X-Workflow-Budget-Ms",
         "workflow_budget_ms",
         "wf_budget_ms",
         _milliseconds,
     ),
     _Field(
         "attained_ms",
-        istr("X-Workflow-Attained-Ms"),
+        "X-Workflow-Attained-Ms",
         "workflow_attained_ms",
         "wf_attained_ms",
         _milliseconds,
     ),
-    _Field("final", istr("X-Workflow-Final"), "workflow_final", "wf_final", _flag),
+    _Field("final", "X-Workflow-Final", "workflow_final", "wf_final", _flag),
 )
-_TENANT = _Field("tenant_id", istr("X-Tenant-Id"), "tenant_id", "wf_tenant", _name)
+_TENANT = _Field("tenant_id", "X-Tenant-Id", "tenant_id", "wf_tenant", _name)
 OWN_HEADERS = tuple(field.header for field in (*_FIELDS, _TENANT))
 FIELD_NAMES: tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]] = (
     OWN_HEADERS,
@@ -164,6 +160,7 @@ class _Key(NamedTuple):
     """One of our fields in one of the sources."""
 
     key: str
+    """Of a header in lower case."""
     where: str
     """The same for who has to correct it."""
     name: str
@@ -173,18 +170,26 @@ class _Key(NamedTuple):
 
 def _keys(attribute: str, prefix: str) -> tuple[_Key, ...]:
     keys = [(getattr(field, attribute), field) for field in (*_FIELDS, _TENANT)]
-    return tuple([_Key(key, prefix + key, field.name, field.read) for key, field in keys])
+    is_header = attribute == "header"
+    return tuple(
+        [
+            _Key(key.lower() if is_header else key, prefix + key, field.name, field.read)
+            for key, field in keys
+        ]
+    )
 
 
 _IN_HEADERS = _keys("header", "header ")
 _IN_METADATA = _keys("metadata", "metadata.")
 _IN_XARGS = _keys("xarg", "vllm_xargs.")
 # What says of a run, and of its tenant.
-_SOURCES = tuple([(keys[:-1], keys[-1:]) for keys in (_IN_HEADERS, _IN_METADATA, _IN_XARGS)])
+_RUN_IN_HEADERS, _TENANT_IN_HEADERS = _IN_HEADERS[:-1], _IN_HEADERS[-1:]
+_RUN_IN_BODY = (_IN_METADATA[:-1], _IN_XARGS[:-1])
+_TENANT_IN_BODY = (_IN_METADATA[-1:], _IN_XARGS[-1:])
 _NOTHING: dict[str, Any] = {}
 
 
-def read_own(headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, Any]:
+def read_own(headers: Headers, body: Mapping[str, Any]) -> dict[str, Any]:
     """Return the fields of `RunInfo` that our own three sources give; the first source wins.
 
     An empty string counts as not given.
@@ -192,73 +197,87 @@ def read_own(headers: Mapping[str, str], body: Mapping[str, Any]) -> dict[str, A
     Raises:
         RequestError: A malformed value in the source that counts.
     """
-    sources = _sources(headers, body)
     found: dict[str, Any] = {}
-    for source, (of_run, _) in zip(sources, _SOURCES):
-        if source and not found:
-            found = _read(of_run, source)
-    for source, (_, of_tenant) in zip(sources, _SOURCES):
-        if source and "tenant_id" not in found:
-            found |= _read(of_tenant, source)
+    _read_headers(_RUN_IN_HEADERS, headers, found)
+    of_tenant: dict[str, Any] = {}
+    _read_headers(_TENANT_IN_HEADERS, headers, of_tenant)
+    if not (found and of_tenant):
+        for index, source in enumerate(_in_body(body)):
+            if source and not found:
+                _read(_RUN_IN_BODY[index], source, found)
+            if source and not of_tenant:
+                _read(_TENANT_IN_BODY[index], source, of_tenant)
+    found.update(of_tenant)
     return found
 
 
-def claimed_tenants(
-    headers: Mapping[str, str], body: Mapping[str, Any]
-) -> Iterator[tuple[str, str]]:
+def claimed_tenants(headers: Headers, body: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     """Yield every tenant that a request names: where, and which.
 
     Not only the one that counts: an engine that is told another one by a source that does not
     count here would believe it.
     """
-    for source, (_, of_tenant) in zip(_sources(headers, body), _SOURCES):
-        for tenant in _read(of_tenant, source).values():
-            yield of_tenant[0].where, tenant
+    found: dict[str, Any] = {}
+    _read_headers(_TENANT_IN_HEADERS, headers, found)
+    if found:
+        yield _TENANT_IN_HEADERS[0].where, found["tenant_id"]
+    for keys, source in zip(_TENANT_IN_BODY, _in_body(body)):
+        found = {}
+        _read(keys, source, found)
+        if found:
+            yield keys[0].where, found["tenant_id"]
 
 
-_LOGGED: Mapping[str, istr] = {
-    "request": istr("X-Request-Id"),
-    "run": istr("X-Workflow-Id"),
-    "workflow": istr("X-Workflow-Name"),
-    "stage": istr("X-Workflow-Stage"),
-    "tenant": istr("X-Tenant-Id"),
+_LOGGED: Mapping[str, str] = {
+    "request": "x-request-id",
+    "run": "x-workflow-id",
+    "workflow": "x-workflow-name",
+    "stage": "x-workflow-stage",
+    "tenant": "x-tenant-id",
 }
 
 
-def labels_of(headers: Mapping[str, str]) -> dict[str, str]:
+def labels_of(headers: Headers) -> dict[str, str]:
     """Return, by the names of a log's fields, what the headers of a refused call say of it.
 
     Nothing of it has been checked but that it is printable: the call may claim to be anyone's.
     """
-    said = {name: headers.get(header, "") for name, header in _LOGGED.items()}
+    said = {name: headers.get(header) for name, header in _LOGGED.items()}
     return {name: value if is_label(value) else "" for name, value in said.items()}
 
 
-def _sources(headers: Mapping[str, str], body: Mapping[str, Any]) -> tuple[Mapping[str, Any], ...]:
-    """Where our fields may stand, as in `_SOURCES`."""
-    return headers, _mapping(body.get("metadata")), _mapping(body.get("vllm_xargs"))
+def _in_body(body: Mapping[str, Any]) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
+    """Where in a body our fields may stand."""
+    return _mapping(body.get("metadata")), _mapping(body.get("vllm_xargs"))
 
 
-def _read(keys: tuple[_Key, ...], source: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a source gives of some fields.
+def _read_headers(keys: tuple[_Key, ...], headers: Headers, found: dict[str, Any]) -> None:
+    """Add what headers give of some fields.
 
     Raises:
-        RequestError: It is malformed, or a header that stands there twice: an engine might read
-            the other one.
+        RequestError: It is malformed, or one stands there twice: an engine might read the other.
     """
-    found: dict[str, Any] = {}
-    multi = source if isinstance(source, MultiMapping) else None
+    for key, where, name, read in keys:
+        value = headers.get(key)
+        if headers.has_several(key):
+            number = len(headers.values(key))
+            raise RequestError(
+                f"{where}: expected one such header, got {number} of them", param=where.split()[-1]
+            )
+        if value:
+            found[name] = read(value, where)
+
+
+def _read(keys: tuple[_Key, ...], source: Mapping[str, Any], found: dict[str, Any]) -> None:
+    """Add what a mapping of the body gives of some fields.
+
+    Raises:
+        RequestError: It is malformed.
+    """
     for key, where, name, read in keys:
         value = source.get(key)
-        if value is None:
-            continue
-        if multi is not None and len(values := multi.getall(key)) > 1:
-            raise RequestError(
-                f"{where}: expected one such header, got {len(values)} of them", param=key
-            )
-        if value != "":
+        if value is not None and value != "":
             found[name] = read(value, where)
-    return found
 
 
 def _mapping(value: object) -> Mapping[str, Any]:

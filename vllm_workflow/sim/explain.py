@@ -9,19 +9,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from vllm_workflow.core.call_events import Polled, Settled, Submitted, Withdrawn
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatch import build
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.core.events import (
-    Event,
-    Polled,
-    Settled,
-    Started,
-    Submitted,
-    Swapped,
-    Withdrawn,
-    from_json,
-)
+from vllm_workflow.core.events import Event, Started, Swapped, from_json
 from vllm_workflow.core.types import Candidate, Decision, Outcome, StageRequest
 from vllm_workflow.sim.fields import Place
 

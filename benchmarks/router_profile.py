@@ -22,7 +22,7 @@ from http_processes import started_router, started_servers
 
 from vllm_workflow.core.errors import UpstreamError
 
-SENDING = (
+SENDING = "sending, to the instance and to the client: system calls, and who is woken by them"
     "sending, to the instance and to the client: system calls, and turns of the CPU after them"
 )
 CORE = "core: prediction, policy, ledger, learning"

@@ -17,10 +17,10 @@ from vllm_workflow.router.background import beside
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.health import Health
+from vllm_workflow.router.listener import Listener
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.parts import Parts, build
 from vllm_workflow.router.pool import CONNECT_TIMEOUT_S, KEEPALIVE_S
-from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.records import recording
 from vllm_workflow.router.reload import Reloader

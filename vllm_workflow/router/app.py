@@ -78,13 +78,8 @@ async def serve(
         stack.push_async_callback(reload.end)
         admin_url = ""
         if config.admin and parts.operator:
-            listener = Listener(
-                _admin(parts, parts.operator, reload),
-                config.limits,
-                parts.bodies,
-                tls,
-                grace_s=config.shutdown_grace_s,
-            )
+            app = _admin(parts, parts.operator, reload)
+            listener = _for_operators(app, config, parts, tls)
             reload.listeners.append(listener)
             admin_url = await stack.enter_async_context(
                 listener.listening(
@@ -93,15 +88,7 @@ async def serve(
             )
         routes = _routes(parts)
         app = routes.build()
-        listener = Listener(
-            app,
-            config.limits,
-            parts.bodies,
-            tls,
-            grace_s=config.shutdown_grace_s,
-            calls=routes.calls(),
-            hand_over=parts.proxy.hand_over,
-        )
+        listener = _for_clients(app, routes, config, parts, tls)
         reload.listeners.append(listener)
         url = await stack.enter_async_context(listener.listening(config.host, config.port))
         yield Router(
@@ -115,6 +102,31 @@ async def serve(
             app,
             routes.health,
         )
+
+
+def _for_operators(
+    app: web.Application, config: RouterConfig, parts: Parts, tls: RenewableTls | None
+) -> Listener:
+    grace_s = config.shutdown_grace_s
+    return Listener(app, config.limits, parts.bodies, tls, grace_s=grace_s)
+
+
+def _for_clients(
+    app: web.Application,
+    routes: Routes,
+    config: RouterConfig,
+    parts: Parts,
+    tls: RenewableTls | None,
+) -> Listener:
+    return Listener(
+        app,
+        config.limits,
+        parts.bodies,
+        tls,
+        grace_s=config.shutdown_grace_s,
+        calls=routes.calls(),
+        hand_over=parts.proxy.hand_over,
+    )
 
 
 def _admin(parts: Parts, operator: KeyCheck, reload: Reloader) -> web.Application:

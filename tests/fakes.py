@@ -76,6 +76,8 @@ class FakeEngine:
     """Closes the connection after so many tokens."""
     last_words: bytes = b""
     """Sent just before it dies."""
+    pieces: tuple[bytes, ...] = ()
+    """Every stream, as it is sent piece by piece, in the place of the tokens."""
     compresses: bool = False
     location: str = ""
     """Redirects every call there."""
@@ -223,6 +225,11 @@ class FakeEngine:
         if self.early_headers:
             await response.prepare(request)
             await response.write(b"")
+        if self.pieces:
+            await response.prepare(request)
+            for piece in self.pieces:
+                await response.write(piece)
+            return response
         for i in range(self.num_tokens):
             if self.dies_after == i:
                 if self.last_words:

@@ -19,6 +19,7 @@ from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.health import Health
 from vllm_workflow.router.listener import Listener
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.names import Names
 from vllm_workflow.router.parts import Parts, build
 from vllm_workflow.router.pool import CONNECT_TIMEOUT_S, KEEPALIVE_S
 from vllm_workflow.router.proxy import Proxy
@@ -68,8 +69,9 @@ async def serve(
     """
     async with AsyncExitStack() as stack:
         records = await stack.enter_async_context(recording(config))
-        session = await stack.enter_async_context(_session())
-        parts = build(config, records, session)
+        names = Names()
+        session = await stack.enter_async_context(_session(names))
+        parts = build(config, records, session, names)
         stack.callback(parts.upstreams.close)
         await parts.begin()
         await stack.enter_async_context(beside(*parts.watchers()))
@@ -147,10 +149,12 @@ def _routes(parts: Parts) -> Routes:
     )
 
 
-def _session() -> aiohttp.ClientSession:
+def _session(names: Names) -> aiohttp.ClientSession:
     """Return what asks instances how they are; calls have connections of their own, see `Pool`."""
     return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S),
+        connector=aiohttp.TCPConnector(
+            limit=0, keepalive_timeout=KEEPALIVE_S, resolver=names, use_dns_cache=False
+        ),
         timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S),
         auto_decompress=False,
         cookie_jar=aiohttp.DummyCookieJar(),

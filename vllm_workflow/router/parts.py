@@ -96,7 +96,7 @@ def build(
         record=records.record,
         tenants=config.tenants_config(),
     )
-    binder = Binder(dispatcher)
+    binder = Binder(dispatcher, records.board.waits if records.board else None)
     metrics = _metrics(dispatcher, binder, records)
     upstreams = Upstreams(
         config.instances,
@@ -149,6 +149,8 @@ def _metrics(dispatcher: Dispatcher, binder: Binder, records: Records) -> Metric
     metrics.follow_tenants(dispatcher.tenants)
     if records.store:
         metrics.count_store(records.store)
+    if records.log:
+        metrics.count_decision_log(records.log)
     metrics.count_held(
         lambda: dispatcher.waiting.num_held, lambda: dispatcher.waiting.num_relegated
     )

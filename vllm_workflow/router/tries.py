@@ -59,6 +59,11 @@ class Tries:
     def may_go_on(self) -> bool:
         return self._num_risky < MAX_RISKY_ATTEMPTS
 
+    @property
+    def has_tried(self) -> bool:
+        """Whether an instance was asked."""
+        return bool(self.reasons) or self.refusal is not None
+
     def give_up_time(self, now: float) -> float:
         """Instant until which the call waits, now that no instance can take it."""
         if (until := self._give_up_time()) is not None:

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.builders import dispatcher, instance, outcome, stage_request
-from tests.core.test_tenants import QUOTAS, Step, brain, drive, steps, tenants
+from tests.core.tenant_builders import QUOTAS, Step, brain, drive, steps, tenants
 from vllm_workflow.core.admission import Demand, Held, run_key
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.dispatcher import Dispatcher

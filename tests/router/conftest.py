@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -88,3 +88,32 @@ def no_exception_stays() -> Iterator[None]:
 def routing() -> Routing:
     """Start a router in front of engines or URLs; at its end, no reservation may be left."""
     return _routing
+
+
+async def until(holds: Callable[[], bool | Awaitable[bool]]) -> None:
+    """Wait until something holds; the test's own timeout ends it."""
+    async with asyncio.timeout(60):
+        while True:
+            result = holds()
+            if result if isinstance(result, bool) else await result:
+                return
+            await asyncio.sleep(0.02)
+
+
+def healthy(client: Client) -> set[str]:
+    upstreams = client.router.upstreams
+    return {u.config.id for u in upstreams if upstreams.is_healthy(u)}
+
+
+def names(client: Client) -> set[str]:
+    return {upstream.config.id for upstream in client.router.upstreams}
+
+
+async def answered_by(client: Client, headers: dict[str, str] | None = None, **fields: Any) -> str:
+    async with client.post(headers=headers, **fields) as response:
+        assert response.status == 200, await response.text()
+        return str(response.headers["X-Workflow-Instance"])
+
+
+def port_of(engine: FakeEngine) -> int:
+    return int(engine.url.rpartition(":")[2])

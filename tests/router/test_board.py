@@ -205,7 +205,10 @@ def test_many_who_ask_cost_as_one(monkeypatch: pytest.MonkeyPatch):
 
 
 CALLS = st.lists(
-    st.tuples(st.sampled_from("abcd"), st.sampled_from(("submit", "poll", "settle", "withdraw"))),
+    st.tuples(
+        st.sampled_from("abcd"),
+        st.sampled_from(("submit", "wait", "poll", "settle", "withdraw", "give up")),
+    ),
     max_size=40,
 )
 
@@ -218,6 +221,12 @@ def test_any_order_of_events_leaves_a_state_that_can_be_shown(steps: list[tuple[
         if step == "submit" and name not in open_calls:
             made.record(submitted(name, run=name, instance=None))
             open_calls.add(name)
+        elif step == "wait":
+            made.waits(stage_request(request_id=name, workflow_id=name, arrival_time=1000.0))
+            open_calls.add(name)
+        elif step == "give up":
+            made.gave_up("", name, alone=False)
+            open_calls.discard(name)
         elif step == "poll":
             made.record(Polled(now=1000.0, decisions=(decision(name),)))
         elif step in {"settle", "withdraw"}:

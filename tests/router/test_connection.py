@@ -354,14 +354,23 @@ async def test_no_header_can_bring_another_one_along() -> None:
             pool.head(f"/v1?{value}", Headers(), 2)
 
 
-async def test_a_name_is_looked_up_once_for_all_who_connect_at_the_same_time() -> None:
+async def test_a_name_is_looked_up_once_for_all_who_connect_at_the_same_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    lookups = []
+    loop = asyncio.get_running_loop()
+    look_up = loop.getaddrinfo
+
+    async def noted(host: str, *args: Any, **kwargs: Any) -> Any:
+        lookups.append(host)
+        return await look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(loop, "getaddrinfo", noted)
     async with (server := Server(WITH_LENGTH)).serving() as pool:
         named = Pool(server.url.replace("127.0.0.1", "localhost"), True)
         connections = await asyncio.gather(*(named.connect() for _ in range(5)))
-        lookup = named._addresses
-        assert lookup is not None
         connections.append(await named.connect())
-        assert named._addresses is lookup
+        assert lookups == ["localhost"]
         for connection in connections:
             connection.close()
         named.close()
@@ -371,19 +380,20 @@ async def test_a_name_is_looked_up_once_for_all_who_connect_at_the_same_time() -
 async def test_a_connection_that_is_being_made_as_its_pool_is_closed_is_made(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    may_go_on = asyncio.Event()
+    is_asked, may_go_on = asyncio.Event(), asyncio.Event()
     loop = asyncio.get_running_loop()
     look_up = loop.getaddrinfo
 
     async def slow(*args: Any, **kwargs: Any) -> Any:
+        is_asked.set()
         await may_go_on.wait()
         return await look_up(*args, **kwargs)
 
     monkeypatch.setattr(loop, "getaddrinfo", slow)
-    async with Server(WITH_LENGTH).serving() as pool:
+    async with (server := Server(WITH_LENGTH)).serving():
+        pool = Pool(server.url.replace("127.0.0.1", "localhost"), True)
         connecting = asyncio.create_task(pool.connect())
-        while pool._addresses is None:
-            await asyncio.sleep(0)
+        await is_asked.wait()
         pool.close()
         may_go_on.set()
         connection = await connecting

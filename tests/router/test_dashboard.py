@@ -7,12 +7,15 @@ import os
 import re
 import shutil
 import tempfile
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import Client, Routing
+from vllm_workflow.router import board, runs
 
 pytestmark = pytest.mark.anyio
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -86,6 +89,42 @@ async def test_a_call_without_a_run_counts_once_and_at_once_as_in_the_metrics(
     assert state["tenants"] == [{"tenant": "", "running": 0, **counted}]
     assert counted == ({"met": 4, "missed": 0} if well else {"met": 0, "missed": 4})
     assert [run["met"] for run in state["runs"]] == [well] * 4
+    num_calls = sum(run["num_calls"] for run in state["runs"])
+    assert num_calls == len(bad.received) + len(other.received)
+
+
+@pytest.mark.parametrize("run", ["", "r"])
+async def test_a_call_that_reaches_no_instance_waits_and_is_missed_as_in_the_metrics(
+    routing: Routing, run: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runs, "IDLE_S", 0.0)
+    headers = {"X-Workflow-Slo-Ms": "1500"} | ({"X-Workflow-Id": run} if run else {})
+    async with FakeEngine(health=500).serving() as engine, routing(engine) as client:
+
+        async def state() -> dict[str, Any]:
+            async with client.get("/dashboard/state") as response:
+                return dict(await response.json())
+
+        async def status() -> int:
+            async with client.post(headers=headers) as response:
+                return int(response.status)
+
+        asking = asyncio.create_task(status())
+        while not await client.metric("requests_waiting"):
+            await asyncio.sleep(0.01)
+        waiting = await state()
+        assert await asking == 503
+        await asyncio.sleep(board.REFRESH_S)
+        client.router.proxy.runs.expire(time.monotonic() + 2.0)
+        ended = await state()
+        missed = await client.metric("runs_total", workflow="", outcome="missed")
+
+    assert engine.received == []
+    assert (waiting["num_waiting"], len(waiting["waiting"])) == (1, 1)
+    assert waiting["tenants"] == [{"tenant": "", "running": 1, "met": 0, "missed": 0}]
+    assert (ended["num_waiting"], ended["waiting"], missed) == (0, [], 1)
+    assert ended["tenants"] == [{"tenant": "", "running": 0, "met": 0, "missed": 1}]
+    assert [call[4:] for call in ended["runs"][0]["calls"]] == [["", False]]
 
 
 @pytest.mark.parametrize("since", ["", "-1", "1.5", "nan", "9" * 30, "%F0"])

@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import FakeEngine
-from tests.router.conftest import Routing
-from tests.router.test_admin import Operator, from_file, text_of
-from tests.router.test_discovery import Named, discovering, healthy, names, until, write
+from tests.router.conftest import Routing, healthy, names, until
+from tests.router.operators import Operator, from_file, text_of
+from tests.router.sources import Named, discovering, write
 from vllm_workflow.router.instance_config import InstanceConfig
 from vllm_workflow.router.upstream import POSTED
 

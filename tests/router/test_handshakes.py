@@ -12,9 +12,9 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Routing, _routing
-from tests.router.test_plain import BODY, post
 from tests.router.test_router_process import process
 from tests.router.test_tls import Certificates, certificates, trusting
+from tests.router.wires import BODY, post
 
 __all__ = ["certificates"]  # a fixture
 

@@ -8,11 +8,10 @@ from typing import Any
 import pytest
 
 from tests.fakes import FakeEngine
-from tests.router.conftest import Client, Routing
+from tests.router.conftest import Client, Routing, until
+from tests.router.operators import ADMIN
+from tests.router.operators import KEY as OPERATORS_KEY
 from tests.router.test_access import AUTH, KEY, bearer
-from tests.router.test_admin import ADMIN
-from tests.router.test_admin import KEY as OPERATORS_KEY
-from tests.router.test_discovery import until
 from vllm_workflow.router.health import package_version
 
 pytestmark = pytest.mark.anyio

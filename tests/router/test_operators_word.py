@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from tests.fakes import FakeEngine
-from tests.router.conftest import Client, Routing
-from tests.router.test_admin import ADMIN, Operator, from_file, text_of
-from tests.router.test_discovery import healthy, names, until, write
+from tests.router.conftest import Client, Routing, healthy, names, until
+from tests.router.operators import ADMIN, Operator, from_file, text_of
+from tests.router.sources import write
 
 pytestmark = pytest.mark.anyio
 

@@ -5,91 +5,31 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-import socket
-import ssl
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
+from contextlib import suppress
 from typing import Any
 
 import pytest
 
 from tests.fakes import FakeEngine
-from tests.router.conftest import CHAT, Client, Routing
+from tests.router.conftest import CHAT, Routing
 from tests.router.test_tls import Certificates, certificates
+from tests.router.wires import BODY, HEALTH, LINE, STREAM, listener_of, post, wire
 from vllm_workflow.router.call import Call
 from vllm_workflow.router.exchange import Answer, Exchange
+from vllm_workflow.router.listener import Listener
 from vllm_workflow.router.plain import PlainExchange
 from vllm_workflow.router.plain_connection import PlainConnection
-from vllm_workflow.router.protocol import Listener, Protocol
+from vllm_workflow.router.protocol import Protocol
 
 __all__ = ["certificates"]  # a fixture
 
 pytestmark = pytest.mark.anyio
 
-BODY = b'{"model":"m","messages":[]}'
-STREAM = b'{"model":"m","messages":[],"stream":true}'
 SINGLETONS = (
     *(b"Content-Length", b"Content-Location", b"Content-Range", b"Content-Type", b"ETag"),
     *(b"Host", b"Max-Forwards", b"Server", b"Transfer-Encoding", b"User-Agent"),
 )
 """Headers of which a request has one at most, by RFC 9110 and aiohttp."""
-LINE = f"POST {CHAT} HTTP/1.1".encode()
-HEALTH = b"GET /health HTTP/1.1\r\nHost: router\r\n\r\n"
-
-
-def post(body: bytes = BODY, *headers: bytes) -> bytes:
-    lines = [LINE, b"Host: router", *headers]
-    return b"\r\n".join([*lines, b"Content-Length: %d" % len(body), b"", body])
-
-
-class Answered:
-    """One answer, as it stood on the wire."""
-
-    def __init__(self, head: bytes, body: bytes) -> None:
-        first, *lines = head.decode().split("\r\n")
-        self.status = int(first.split()[1])
-        self.first = first
-        self.headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines if line)}
-        self.body = body
-
-
-class Wire:
-    """A connection to the router."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self.reader = reader
-        self.writer = writer
-
-    def send(self, data: bytes) -> None:
-        self.writer.write(data)
-
-    async def answer(self) -> Answered:
-        head = await self.reader.readuntil(b"\r\n\r\n")
-        answered = Answered(head.removesuffix(b"\r\n\r\n"), b"")
-        if "content-length" in answered.headers:
-            answered.body = await self.reader.readexactly(int(answered.headers["content-length"]))
-            return answered
-        while size := int(await self.reader.readline(), 16):
-            answered.body += (await self.reader.readexactly(size + 2))[:-2]
-        await self.reader.readexactly(2)
-        return answered
-
-
-@asynccontextmanager
-async def wire(client: Client, tls: ssl.SSLContext | None = None) -> AsyncIterator[Wire]:
-    host, _, port = client.router.url.partition("://")[2].partition(":")
-    async with asyncio.timeout(10):
-        reader, writer = await asyncio.open_connection(host, int(port), ssl=tls)
-        try:
-            yield Wire(reader, writer)
-        finally:
-            writer.close()
-
-
-def listener_of(client: Client) -> Listener:
-    """What takes the connections of a router's clients."""
-    (listener,) = [each for each in client.router.reload.listeners if each.handles]
-    return listener
 
 
 @pytest.fixture
@@ -256,97 +196,6 @@ async def test_what_is_not_plain_is_for_aiohttp_to_judge(
             assert response.status == 200
 
 
-async def test_what_is_sent_ahead_is_answered_in_its_turn(routing: Routing) -> None:
-    async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
-        async with wire(client) as sent:
-            sent.send(post(BODY) + post(b'{"model":"m","x":"%b"}' % (b"x" * 2_800)) * 20)
-            await engine.wait_for(received=1)
-            engine.release(21)
-            for _ in range(21):
-                assert (await sent.answer()).status == 200
-        assert client.router.reload.listeners[-1].bodies.num_bytes == 0
-
-
-CHUNKED = LINE + b"\r\nHost: router\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n%b\r\n0\r\n\r\n"
-
-
-@pytest.mark.parametrize(
-    ("first", "ahead"),
-    [
-        (post(BODY), post(b"x" * 70_000)),
-        (CHUNKED % (len(BODY), BODY), post(b"x" * 70_000)),
-        (CHUNKED % (len(BODY), BODY), HEALTH * 18),
-    ],
-    ids=["plain, many bytes", "by aiohttp, many bytes", "by aiohttp, many requests"],
-)
-@pytest.mark.parametrize("together", [True, False])
-async def test_who_sends_far_ahead_is_cut_off_and_so_is_seen_to_leave(
-    routing: Routing, first: bytes, ahead: bytes, together: bool
-) -> None:
-    async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
-        async with wire(client) as sent:
-            if not together:
-                sent.send(first)
-                await engine.wait_for(received=1)
-                sent.send(ahead)
-            else:
-                sent.send(first + ahead)
-            with suppress(ConnectionError):
-                assert await sent.reader.read(1) == b""
-        if not together:
-            await engine.wait_for(aborted=1)
-        async with asyncio.timeout(10):
-            while client.router.dispatcher.num_in_flight:
-                await asyncio.sleep(0.001)
-        assert client.router.reload.listeners[-1].bodies.num_bytes == 0
-
-
-async def test_requests_sent_ahead_of_one_for_aiohttp_are_answered_in_their_turn(
-    routing: Routing,
-) -> None:
-    async with FakeEngine(held=True).serving() as engine, routing(engine) as client:
-        async with wire(client) as sent:
-            sent.send(CHUNKED % (len(BODY), BODY) + HEALTH * 15 + post(b"x" * 60_000))
-            await engine.wait_for(received=1)
-            engine.release(1)
-            statuses = [(await sent.answer()).status for _ in range(17)]
-
-    assert statuses == [200] * 16 + [400]
-
-
-async def test_what_clients_send_ahead_counts_as_memory_of_bodies(routing: Routing) -> None:
-    limits = {"max_bodies_mb": 1}
-    ahead = post(b'{"model":"m","x":"%b"}' % (b"x" * 60_000))
-    async with FakeEngine(held=True).serving() as engine, routing(engine, limits=limits) as client:
-        bodies = client.router.reload.listeners[-1].bodies
-        async with AsyncExitStack() as stack:
-            wires = []
-            for number in range(1, 21):  # of each, 60 kB are kept
-                sent = await stack.enter_async_context(wire(client))
-                sent.send(post(BODY))
-                await engine.wait_for(received=number)
-                wires.append(sent)
-            ends = [asyncio.create_task(sent.reader.read(1)) for sent in wires]
-            most = 0
-            for sent in wires:
-                sent.send(ahead)
-            async with asyncio.timeout(20):
-                while not any(end.done() for end in ends):
-                    await asyncio.sleep(0)
-                    most = max(most, bodies.num_bytes)
-            for end in ends:
-                end.cancel()
-            await asyncio.gather(*ends, return_exceptions=True)
-        async with asyncio.timeout(20):
-            while bodies.num_bytes:
-                await asyncio.sleep(0.001)
-        engine.release(100)  # whatever those who have left took of it
-        async with client.post() as response:
-            assert response.status == 200
-
-    assert 500_000 < most <= 1_000_000
-
-
 @pytest.mark.parametrize("header", [b"X: plain", b"Idempotency-Key: k"])
 @pytest.mark.parametrize("body", [BODY, STREAM])
 async def test_of_a_call_whose_client_leaves_nothing_waits_for_the_garbage_collector(
@@ -438,96 +287,6 @@ async def test_bytes_stay_in_their_order_when_aiohttp_gets_a_connection_with_tls
 
     assert len(taken) == 1
     assert engine.received[-1].raw == large
-
-
-@asynccontextmanager
-async def slow_wire(
-    client: Client, monkeypatch: pytest.MonkeyPatch
-) -> AsyncIterator[tuple[socket.socket, PlainConnection]]:
-    """A connection on which little is under way at a time, and what reads it in the router."""
-    made: list[PlainConnection] = []
-    connection_made = PlainConnection.connection_made
-
-    def noted(self: PlainConnection, transport: asyncio.BaseTransport) -> None:
-        made.append(self)
-        taken: socket.socket = transport.get_extra_info("socket")
-        taken.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 8192)
-        connection_made(self, transport)
-
-    monkeypatch.setattr(PlainConnection, "connection_made", noted)
-    host, _, port = client.router.url.removeprefix("http://").partition(":")
-    with socket.socket() as sent:
-        sent.setblocking(False)
-        sent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 8192)
-        async with asyncio.timeout(20):
-            await asyncio.get_running_loop().sock_connect(sent, (host, int(port)))
-            while not made:
-                await asyncio.sleep(0)
-            yield sent, made[0]
-
-
-async def test_a_router_that_stops_lets_slow_clients_have_the_end_of_their_answers(
-    routing: Routing, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loop = asyncio.get_running_loop()
-    async with FakeEngine(num_tokens=60_000).serving() as engine, AsyncExitStack() as stack:
-        client = await stack.enter_async_context(routing(engine, shutdown_grace_s=15))
-        async with slow_wire(client, monkeypatch) as (sent, connection):
-            await loop.sock_sendall(sent, post(BODY))
-            while (
-                connection._transport is None or not connection._transport.get_write_buffer_size()
-            ):
-                await asyncio.sleep(0.001)
-            stopping = asyncio.create_task(stack.aclose())
-            while not connection.is_ending:
-                await asyncio.sleep(0.001)
-            received = bytearray()
-            while piece := await loop.sock_recv(sent, 4096):
-                received += piece
-            await stopping
-
-    head, _, body = bytes(received).partition(b"\r\n\r\n")
-    assert b"Content-Length: %d" % len(body) in head
-
-
-async def test_a_connection_that_is_made_when_the_router_stops_is_ended(routing: Routing) -> None:
-    loop = asyncio.get_running_loop()
-    engine = FakeEngine(held=True)
-    async with engine.serving(), routing(engine, shutdown_grace_s=30) as client:
-        listener = client.router.reload.listeners[-1]
-        async with wire(client) as sent:
-            sent.send(post(BODY))
-            await engine.wait_for(received=1)
-            stopping = asyncio.create_task(listener._end_connections())
-            while not listener.is_ending:
-                await asyncio.sleep(0)
-            # As one that was accepted already, of which the loop tells only now.
-            ours, theirs = socket.socketpair()
-            with ours, theirs:
-                ours.setblocking(False)
-                await loop.connect_accepted_socket(listener._protocol, theirs)
-                assert await loop.sock_recv(ours, 1) == b""
-                assert not stopping.done()
-            engine.release()
-            assert (await sent.answer()).status == 200
-            await stopping
-
-
-@pytest.mark.parametrize("header", [b"X: plain", b"TE: for-aiohttp"])
-async def test_a_client_that_does_not_take_its_last_answer_does_not_stay(
-    routing: Routing, monkeypatch: pytest.MonkeyPatch, header: bytes
-) -> None:
-    limits = {"write_timeout_s": 0.2}
-    loop = asyncio.get_running_loop()
-    async with (
-        FakeEngine(num_tokens=60_000).serving() as engine,
-        routing(engine, limits=limits) as client,
-        slow_wire(client, monkeypatch) as (sent, connection),
-    ):
-        await loop.sock_sendall(sent, post(BODY, b"Connection: close", header))
-        while client.router.reload.listeners[-1].num_connections:
-            assert not connection.is_write_paused
-            await asyncio.sleep(0.01)
 
 
 async def test_a_call_that_breaks_the_router_is_told_so(

@@ -10,15 +10,13 @@ import signal
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
 
 from tests.fakes import FakeEngine
-from tests.router.conftest import Client
-from tests.router.test_admin import ADMIN, KEY, Operator, from_file, text_of
-from tests.router.test_discovery import healthy, names, port_of, until
+from tests.router.conftest import answered_by, names, until
+from tests.router.operators import ADMIN, KEY, Operator, changed, from_file, text_of
 from tests.router.test_router_process import process
 from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.errors import ConfigError
@@ -34,19 +32,6 @@ T = {"X-Tenant-Id": "t"}
 RUN = {"X-Workflow-Name": "w", "X-Workflow-Stage": "first", "X-Workflow-Slo-Ms": "60000"}
 
 
-async def changed(client: Client) -> set[str]:
-    """Reload; returns the names of the fields that changed."""
-    status, answer = await Operator(client).ask("POST", "/admin/reload")
-    assert status == 200, answer
-    return set(answer["changed"])
-
-
-async def answered(client: Client, headers: dict[str, str] | None = None, **fields: Any) -> str:
-    async with client.post(headers=headers, **fields) as response:
-        assert response.status == 200, await response.text()
-        return str(response.headers["X-Workflow-Instance"])
-
-
 def assert_replays(log: Path) -> None:
     lines = log.read_text(encoding="utf-8").splitlines()
     assert all(now == then for then, now in replay(from_json(line) for line in lines))
@@ -60,13 +45,13 @@ async def test_another_policy_decides_from_the_next_call_on(tmp_path: Path) -> N
             return text_of(a, b, extra=f"policy: {policy}\ndecision_log: decisions.jsonl\n")
 
         async with from_file(tmp_path / "router.yaml", text("round-robin")) as (client, write):
-            assert {await answered(client) for _ in range(2)} == {"a", "b"}
+            assert {await answered_by(client) for _ in range(2)} == {"a", "b"}
             write(text("least-outstanding"))
             assert await changed(client) == {"policy"}
             wanted = PolicyConfig.from_name("least-outstanding", source="test").fingerprint
             async with client.get("/health") as response:
                 assert (await response.json())["policy"] == wanted
-            assert [await answered(client) for _ in range(3)] == ["a"] * 3
+            assert [await answered_by(client) for _ in range(3)] == ["a"] * 3
             assert await changed(client) == set()
 
     assert_replays(log)
@@ -146,19 +131,19 @@ async def test_tenants_come_change_and_go_while_their_calls_wait(tmp_path: Path)
         text = text_of(engine, extra="decision_log: decisions.jsonl\n")
         quota = "tenants: {{named: {{t: {{max_concurrent_calls: {}}}}}}}\n"
         async with from_file(tmp_path / "router.yaml", text) as (client, write):
-            calls = [asyncio.ensure_future(answered(client, T))]
+            calls = [asyncio.ensure_future(answered_by(client, T))]
             await engine.wait_for(received=1)
 
             write(text + quota.format(1))
             assert await changed(client) == {"tenants"}
-            calls.append(asyncio.ensure_future(answered(client, T)))
+            calls.append(asyncio.ensure_future(answered_by(client, T)))
             await until(lambda: len(client.router.dispatcher.waiting) == 1)
             assert await client.metric("tenant_requests_in_flight", tenant="t") == 1.0
 
             write(text + quota.format(2))
             await changed(client)
             await engine.wait_for(received=2)
-            calls.append(asyncio.ensure_future(answered(client, T)))
+            calls.append(asyncio.ensure_future(answered_by(client, T)))
             await until(lambda: len(client.router.dispatcher.waiting) == 1)
 
             write(text)
@@ -182,13 +167,13 @@ async def test_workflows_declared_anew_are_what_is_predicted_from_then_on(tmp_pa
     declared = f"workflows: [{{name: w, stages: [{stages}]}}]\n"
     async with FakeEngine().serving() as engine:
         async with from_file(tmp_path / "router.yaml", text_of(engine)) as (client, write):
-            await answered(client, RUN)
+            await answered_by(client, RUN)
             write(text_of(engine, extra=declared))
             assert await changed(client) == {"workflows"}
-            await answered(client, RUN)
+            await answered_by(client, RUN)
             write(text_of(engine))
             await changed(client)
-            await answered(client, RUN)
+            await answered_by(client, RUN)
 
     rests = [received.xargs["wf_rest_ms"] for received in engine.received]
     assert rests[0] == rests[2] == 0
@@ -211,10 +196,10 @@ async def test_how_long_calls_wait_for_an_instance_is_changed(tmp_path: Path) ->
 async def test_priorities_are_added_as_soon_as_the_file_says_so(tmp_path: Path) -> None:
     async with FakeEngine().serving() as engine:
         async with from_file(tmp_path / "router.yaml", text_of(engine)) as (client, write):
-            await answered(client, RUN)
+            await answered_by(client, RUN)
             write(text_of(engine, extra="set_priority: true\n"))
             assert await changed(client) == {"set_priority"}
-            await answered(client, RUN)
+            await answered_by(client, RUN)
 
     assert ["priority" in received.body for received in engine.received] == [False, True]
 
@@ -255,108 +240,6 @@ async def test_clients_keys_in_files_are_read_again(tmp_path: Path) -> None:
             for key, status in ((old, 401), (new, 200)):
                 async with client.post(headers={"Authorization": f"Bearer {key}"}) as response:
                     assert response.status == status
-
-
-async def test_a_key_for_an_instance_is_read_again_and_the_old_one_sent_no_more(
-    tmp_path: Path,
-) -> None:
-    file = tmp_path / "vllm.key"
-    file.write_text("old")
-    async with FakeEngine().serving() as engine:
-        text = f"port: 0\nadmin: {{port: 0, key_hash: '{ADMIN['key_hash']}'}}\n" + yaml.safe_dump(
-            {"instances": [{"id": "a", "url": engine.url, "api_key_file": "vllm.key"}]}
-        )
-        async with from_file(tmp_path / "router.yaml", text) as (client, _):
-            await answered(client)
-            file.write_text("new")
-            assert await changed(client) == {"instances"}
-            await answered(client)
-            assert await changed(client) == set()
-
-    assert [received.header("Authorization") for received in engine.received] == [
-        "Bearer old",
-        "Bearer new",
-    ]
-
-
-async def test_keys_of_instances_that_a_file_lists_are_read_again(tmp_path: Path) -> None:
-    key, path = tmp_path / "vllm.key", tmp_path / "instances.yaml"
-    key.write_text("old")
-    async with FakeEngine().serving() as engine:
-        path.write_text(f"[{{id: a, url: '{engine.url}', api_key_file: vllm.key}}]")
-        text = text_of(extra="discovery: {files: [{path: instances.yaml}]}\n")
-        async with from_file(tmp_path / "router.yaml", text) as (client, _):
-            await answered(client)
-            key.write_text("new")
-            await changed(client)
-            await answered(client)
-
-    assert engine.received[-1].header("Authorization") == "Bearer new"
-
-
-async def test_an_instance_that_changes_hands_is_sent_calls_throughout(tmp_path: Path) -> None:
-    path = tmp_path / "instances.yaml"
-    async with FakeEngine().serving() as engine:
-        instance_id = f"127.0.0.1:{port_of(engine)}"
-        path.write_text(f"[{{url: '{engine.url}'}}]")
-        static = text_of(extra="").replace("instances: []", f"instances: [{{url: '{engine.url}'}}]")
-        by_file = text_of(extra="discovery: {files: [{path: instances.yaml}]}\n")
-        dns = f"{{name: localhost, port: {port_of(engine)}}}"
-        by_name = text_of(extra=f"discovery: {{dns: [{dns}]}}\n")
-        async with from_file(tmp_path / "router.yaml", static) as (client, write):
-            upstream = client.router.upstreams[instance_id]
-            before = upstream.generation, upstream.num_moves
-            for text in (by_file, by_name, by_file, static, by_name, static):
-                write(text)
-                await changed(client)
-                assert healthy(client) == names(client) == {instance_id}
-                assert await answered(client) == instance_id
-            assert client.router.upstreams[instance_id] is upstream
-            assert (upstream.generation, upstream.num_moves) == before
-
-
-async def test_sources_are_added_changed_and_removed(tmp_path: Path) -> None:
-    async with (
-        FakeEngine().serving() as a,
-        FakeEngine(held=True).serving() as b,
-        FakeEngine().serving() as c,
-    ):
-        one, two = tmp_path / "one.yaml", tmp_path / "two.yaml"
-        two.write_text(f"[{{id: two, url: '{b.url}', models: [n]}}]")
-        both = "discovery: {files: [{path: one.yaml}, {path: two.yaml, every_s: 0.02}]}\n"
-        async with from_file(tmp_path / "router.yaml", text_of(a)) as (client, write):
-            write(text_of(a, extra=both))  # one of which cannot be read yet
-            assert await changed(client) == {"discovery"}
-            await until(lambda: healthy(client) == {"a", "two"})
-            one.write_text(f"[{{id: one, url: '{c.url}'}}]")
-            await until(lambda: healthy(client) == {"a", "one", "two"})
-
-            call = asyncio.ensure_future(answered(client, model="n"))
-            await b.wait_for(received=1)
-            write(text_of(a, extra="discovery: {files: [{path: one.yaml}]}\n"))
-            await changed(client)
-            assert healthy(client) == {"a", "one"}
-            b.release()
-            assert await call == "two"  # what was under way there ends there
-            await until(lambda: names(client) == {"a", "one"})
-            two.write_text(f"[{{id: three, url: '{b.url}'}}]")  # nobody looks any more
-            write(text_of(a))
-            await changed(client)
-            await until(lambda: names(client) == {"a"})
-
-
-async def test_a_source_that_does_not_answer_at_a_reload_keeps_its_instances(
-    tmp_path: Path,
-) -> None:
-    path = tmp_path / "instances.yaml"
-    async with FakeEngine().serving() as engine:
-        path.write_text(f"[{{id: a, url: '{engine.url}'}}]")
-        text = text_of(extra="discovery: {files: [{path: instances.yaml, every_s: {}}]}\n")
-        async with from_file(tmp_path / "router.yaml", text.replace("{}", "1")) as (client, write):
-            path.unlink()
-            write(text.replace("{}", "2"))
-            assert await changed(client) == {"discovery"}
-            assert healthy(client) == {"a"}
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ import pytest
 
 from tests.fakes import FakeEngine
 from tests.router.conftest import CHAT, Client, Routing
-from tests.router.test_hostile import exchange
+from tests.router.raw_http import exchange
 from tests.router.test_tracing import collecting
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router import logs

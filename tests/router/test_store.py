@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import signal
 import sqlite3
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -296,6 +298,50 @@ def test_old_events_go_and_the_latest_stay(tmp_path: Path, monkeypatch: pytest.M
     store.close()
 
     assert kept == [to_json(event(str(number))) for number in range(50, 100)]
+
+
+def test_a_file_of_a_router_that_runs_is_left_to_it(tmp_path: Path):
+    path = tmp_path / "state.db"
+    store = Store(path)
+    with pytest.raises(ConfigError, match=rf"store: {path} is in use by .* process {os.getpid()};"):
+        Store(path)
+    store.record(event("a"))
+    store.close()
+
+    Store(path).close()
+    assert not list(tmp_path.glob("*.unusable-*"))
+    with StoreReader(path) as reader:
+        assert list(reader.events()) == [to_json(event("a"))]
+
+
+def test_a_file_of_a_killed_router_is_free(tmp_path: Path):
+    path = tmp_path / "state.db"
+    with subprocess.Popen(
+        [sys.executable, "-c", WRITER, str(path)], stdout=subprocess.PIPE, text=True
+    ) as process:
+        assert process.stdout is not None
+        process.stdout.readline()
+        with pytest.raises(ConfigError, match=f"process {process.pid};"):
+            Store(path)
+        process.kill()
+        process.wait()
+
+    Store(path).close()
+
+
+def test_a_file_that_another_program_has_locked_is_not_moved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    path = tmp_path / "state.db"
+    Store(path).close()
+    with closing(sqlite3.connect(path, isolation_level=None)) as other:
+        other.execute("PRAGMA locking_mode = EXCLUSIVE")
+        other.execute("BEGIN EXCLUSIVE")
+        monkeypatch.setattr(sqlite3, "connect", partial(sqlite3.connect, timeout=0.05))
+        with pytest.raises(ConfigError, match=rf"store: cannot use {path}: database is locked"):
+            Store(path)
+    assert not list(tmp_path.glob("*.unusable-*"))
+    Store(path).close()
 
 
 def test_a_folder_that_cannot_be_written_is_an_error_at_the_start(tmp_path: Path):

@@ -15,9 +15,8 @@ import pytest
 import trustme
 
 from tests.fakes import FakeEngine
-from tests.router.conftest import CHAT
-from tests.router.test_admin import ADMIN, Operator, from_file
-from tests.router.test_discovery import healthy, until
+from tests.router.conftest import CHAT, healthy, until
+from tests.router.operators import ADMIN, Operator, from_file
 from tests.router.test_router_process import process
 from tests.router.test_tls import Certificates, certificates, serial, trusting
 

@@ -38,6 +38,14 @@ def test_one_that_lost_a_call_is_asked_again_after_a_pause_that_grows() -> None:
     assert tries.may_go_on
 
 
+def test_one_that_comes_back_and_is_lost_again_thousands_of_times_is_asked_again() -> None:
+    tries = Instances().tries()
+    for now in range(3_000):
+        tries.lost("a", "refused", now)
+
+    assert tries.next_time == 2_999 + 2.0
+
+
 def test_a_stale_connection_costs_no_pause_and_no_try_but_the_next_one_is_new() -> None:
     tries = Instances().tries()
     tries.lost("a", "closed", 0.0)

@@ -64,7 +64,10 @@ def simulated_by(path: Path) -> list[str]:
 
 
 # What talks to the router as clients do; others look inside it, or replace what is in it.
-ROUTER_TESTS = ("failover", "hostile", "once", "plain", "proxy", "slow_readers", "spelling")
+ROUTER_TESTS = (
+    *("failover", "hostile", "last_answers", "limits", "once", "plain", "proxy", "sent_ahead"),
+    *("slow_readers", "spelling"),
+)
 NOT_FOR_IT = (
     # It inherits from a class that is compiled.
     "tests/router/test_once.py::test_a_long_answer_goes_to_nobody_who_has_just_left",

@@ -3,79 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import time
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-from aiohttp import web
-from openai import AsyncOpenAI
 
-from tests.text2sql.builders import candidate, make_database
-from tests.text2sql.scripted_server import Answer, Request, Server, serving
+from tests.text2sql.agents import BROKEN, EMPTY, OTHER, QUESTION, RIGHT, agent_for, by_sql, script
+from tests.text2sql.scripted_server import Answer, Request, Server
 from vllm_workflow.core.errors import ConfigError
-from vllm_workflow.text2sql.agent import AgentOptions, NoCandidateError, Text2SqlAgent
-from vllm_workflow.text2sql.answer import Cluster
-from vllm_workflow.text2sql.database import Database
+from vllm_workflow.text2sql.agent import AgentOptions
 from vllm_workflow.text2sql.full import FullPrompts
-from vllm_workflow.text2sql.selection import choose, cluster, contenders
 from vllm_workflow.text2sql.types import Executor, SqlCandidate, Status, Task
 
 pytestmark = pytest.mark.anyio
-
-QUESTION = "How many shops are in Berlin?"
-RIGHT = "SELECT count(*) FROM shop JOIN city ON city.id = city_id WHERE city.name = 'Berlin'"
-OTHER = "SELECT count(*) FROM shop"
-EMPTY = "SELECT name FROM city WHERE name = 'Atlantis'"
-BROKEN = "SELECT nam FROM city"
-
-Scripts = dict[str, Callable[[Request], Answer] | list[Answer] | Answer]
-
-
-def script(**stages: Any) -> Callable[[Request], Answer]:
-    """Answer each stage with a text, with texts by number of the call, or with a function."""
-    defaults: Scripts = {"keywords": '["Berlin"]', "generate": RIGHT}
-    scripts = {**defaults, **stages}
-
-    def answer(request: Request) -> Answer:
-        given = scripts[str(request.stage)]
-        if callable(given):
-            return given(request)
-        return given[request.number % len(given)] if isinstance(given, list) else given
-
-    return answer
-
-
-@pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("db") / "shops.sqlite")
-
-
-@asynccontextmanager
-async def agent_for(
-    path: Path,
-    answer: Callable[[Request], Answer],
-    *,
-    prompts: FullPrompts | None = None,
-    response_headers: dict[str, str] | None = None,
-    timeout_s: float = 10.0,
-    **options: Any,
-) -> AsyncIterator[tuple[Text2SqlAgent, Server]]:
-    async with serving(answer, response_headers=response_headers) as server:
-        async with AsyncOpenAI(
-            base_url=server.base_url, api_key="none", timeout=timeout_s, max_retries=1
-        ) as client:
-            agent = Text2SqlAgent(
-                client,
-                Database(path),
-                prompts or FullPrompts(),
-                model="scripted",
-                options=AgentOptions(**options),
-            )
-            yield agent, server
 
 
 async def test_candidates_that_agree_need_no_tests(path: Path) -> None:
@@ -193,16 +134,6 @@ async def test_unit_tests_overrule_the_votes(path: Path) -> None:
     assert not any(test.by_machine for test in answer.tests)
 
 
-def by_sql(request: Request, passing: str) -> str:
-    """Let the candidate with the SQL `passing` pass, and all others fail."""
-    lines = []
-    shown = request.body["messages"][1]["content"].split("\n\nCandidate ")[1:]
-    for number, part in enumerate(shown, 1):
-        verdict = "Passed" if part.split("\n")[1] == passing else "Failed"
-        lines.append(f"Candidate {number}: [{verdict}]")
-    return "\n".join(lines)
-
-
 class CheckedPrompts(FullPrompts):
     """A prompt set whose tests a machine decides, all but those that ask."""
 
@@ -273,118 +204,6 @@ async def test_rows_beat_an_error_without_any_test(path: Path) -> None:
     assert not server.of("unit_tests")
 
 
-async def test_a_failed_call_drops_a_candidate_and_not_the_run(path: Path) -> None:
-    async with agent_for(path, script(generate=[RIGHT, 400, RIGHT]), num_candidates=3) as (
-        agent,
-        _,
-    ):
-        answer = await agent.answer(QUESTION)
-
-    assert len(answer.candidates) == 2
-    (failed,) = [call for call in answer.calls if call.error]
-    assert "scripted 400" in str(failed.error)
-
-
-async def test_a_retried_call_is_one_call_with_two_attempts(path: Path) -> None:
-    async with agent_for(path, script(generate=[503, RIGHT]), num_candidates=1) as (agent, _):
-        answer = await agent.answer(QUESTION)
-
-    assert [call.num_attempts for call in answer.calls] == [1, 2]
-    assert answer.calls[1].error is None
-
-
-@pytest.mark.parametrize("stage", ["keywords", "revise", "unit_tests", "evaluate"])
-async def test_any_other_stage_may_fail(path: Path, stage: str) -> None:
-    scripts: dict[str, Any] = {
-        "generate": [OTHER, BROKEN, RIGHT],
-        "revise": RIGHT,
-        "unit_tests": '["The query should filter"]',
-        "evaluate": lambda request: by_sql(request, RIGHT),
-        stage: 500,
-    }
-    async with agent_for(path, script(**scripts), num_candidates=3) as (agent, _):
-        answer = await agent.answer(QUESTION)
-
-    assert answer.sql in (OTHER, RIGHT)
-    assert [hit.value for hit in answer.hits] == ["Berlin"]
-    assert {call.stage for call in answer.calls if call.error} == {stage}
-
-
-async def test_the_error_says_why_there_is_no_candidate(path: Path) -> None:
-    async with agent_for(path, script(generate=[500, 500, "no idea"] * 2), num_candidates=3) as (
-        agent,
-        _,
-    ):
-        with pytest.raises(NoCandidateError) as raised:
-            await agent.answer(QUESTION, workflow_id="run-7")
-
-    assert "run run-7: none of 3 calls of the stage generate gave SQL" in str(raised.value)
-    assert "scripted 500" in str(raised.value)
-
-
-async def test_a_call_that_hangs_is_given_up(path: Path) -> None:
-    released = asyncio.Event()
-
-    def answer(request: Request) -> Answer:
-        return hanging(released) if request.stage == "keywords" else RIGHT
-
-    async with agent_for(path, answer, timeout_s=0.4, num_candidates=1) as (agent, _):
-        result = await agent.answer(QUESTION)
-        released.set()
-
-    assert result.sql == RIGHT
-    assert "APITimeoutError" in str(result.calls[0].error)
-
-
-def hanging(released: asyncio.Event) -> web.StreamResponse:
-    class Hanging(web.Response):
-        async def prepare(self, request: web.BaseRequest) -> Any:
-            await released.wait()
-            return await super().prepare(request)
-
-    return Hanging()
-
-
-@pytest.mark.parametrize(
-    "body", ["", "not json", "[]", "{}", '{"choices": []}', '{"choices": null}']
-)
-async def test_an_answer_that_is_no_completion_is_a_failed_call(path: Path, body: str) -> None:
-    def answer(request: Request) -> Answer:
-        if request.stage == "keywords":
-            return web.Response(text=body, content_type="application/json")
-        return RIGHT
-
-    async with agent_for(path, answer, num_candidates=1) as (agent, _):
-        result = await agent.answer(QUESTION)
-
-    assert result.sql == RIGHT
-    assert result.calls[0].error
-
-
-@pytest.mark.parametrize(
-    "sql",
-    [
-        "DROP TABLE shop",
-        "DELETE FROM shop",
-        "SELECT 1; DELETE FROM shop",
-        "WITH a AS (SELECT 1) DELETE FROM shop",
-        "PRAGMA writable_schema = ON",
-    ],
-)
-async def test_no_answer_of_a_model_changes_the_database(path: Path, sql: str) -> None:
-    before = digest(path)
-    fence = f"```sql\n{sql}\n```"
-    async with agent_for(path, script(generate=[fence, RIGHT], revise=fence)) as (agent, _):
-        answer = await agent.answer(QUESTION)
-
-    assert answer.sql == RIGHT
-    assert digest(path) == before
-
-
-def digest(path: Path) -> bytes:
-    return hashlib.sha256(path.read_bytes()).digest()
-
-
 async def test_schema_selection_narrows_what_generate_sees(path: Path) -> None:
     scripts = script(select_schema='{"city": ["name"]}', generate="SELECT name FROM city")
     prompts = FullPrompts(min_columns_to_select=1)
@@ -439,37 +258,3 @@ async def test_runs_in_flight_at_once_do_not_mix(path: Path) -> None:
 def test_options_out_of_range_are_named(field: str, value: int) -> None:
     with pytest.raises(ConfigError, match=field):
         AgentOptions(**{field: value})  # type: ignore[arg-type]
-
-
-def test_clusters_ignore_row_order_unless_the_statement_orders() -> None:
-    found = cluster(
-        [
-            candidate((1,), (2,), sql="SELECT a FROM t"),
-            candidate((2,), (1,), sql="SELECT a FROM t WHERE b"),
-            candidate((2,), (1,), sql="SELECT a FROM t ORDER BY a DESC"),
-        ]
-    )
-    assert [group.members for group in found] == [(0, 1), (2,)]
-
-
-def test_only_the_best_clusters_contend_and_the_largest_if_there_are_many() -> None:
-    candidates = [candidate((1,)), candidate(), candidate((2,)), candidate((2,)), candidate((3,))]
-    clusters = cluster(candidates)
-
-    assert contenders(clusters, candidates, limit=9) == (0, 2, 3)
-    assert contenders(clusters, candidates, limit=2) == (0, 2)
-
-
-def test_the_choice_prefers_rows_then_tests_then_votes_then_the_first() -> None:
-    candidates = [candidate(), candidate((1,)), candidate((2,)), candidate((3,)), candidate((3,))]
-    empty, one, two, three = (
-        Cluster(members=(0,), num_passed=9),
-        Cluster(members=(1,), num_passed=1),
-        Cluster(members=(2,), num_passed=1),
-        Cluster(members=(3, 4), num_passed=1),
-    )
-
-    assert choose([empty, one], candidates) == 1
-    assert choose([two, one], candidates) == 2
-    assert choose([one, two, three], candidates) == 3
-    assert choose([Cluster(members=(1,), num_passed=2), three], candidates) == 1

@@ -29,11 +29,6 @@ WHERE -- /* */ " ` [ VALUES ATTACH UNION RECURSIVE REPLACE VACUUM CREATE VIEW BE
 
 
 @pytest.fixture(scope="module")
-def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_database(tmp_path_factory.mktemp("db") / "shops.sqlite")
-
-
-@pytest.fixture(scope="module")
 def db(path: Path) -> Database:
     return Database(path)
 

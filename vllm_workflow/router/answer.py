@@ -11,6 +11,7 @@ import asyncio
 import json
 import re
 import time
+from enum import Enum
 
 from vllm_workflow.router.attempt import Attempt, Refusal
 from vllm_workflow.router.connection import Connection
@@ -30,7 +31,28 @@ _ABORT = b'"abort"'
 _ABORTED = re.compile(rb'"finish_reason"\s*:\s*"abort"')
 _EVENT_ENDS = (_EVENT_END, b"\r\n\r\n")
 _MAX_EVENT_BYTES = 1 << 20
+# An event names its type on a line of its own, or as the first or the last member of its data.
+# Text, of a user or generated, has neither such a line, for JSON escapes what breaks one, nor such
+# a member at these places.
+_FINAL = re.compile(
+    rb"\n(?:event: ?response\.(?:completed|incomplete|failed)\r?\n"
+    rb'|data: ?\{"type": ?"response\.(?:completed|incomplete|failed)")'
+    rb'|"type": ?"response\.(?:completed|incomplete|failed)"\}\r?\n'
+)
+_MAX_FINAL_BYTES = 64
 _LAST_WORDS_S = 1.0
+
+
+class Ending(Enum):
+    """What tells the end of an answer from a place where it broke off."""
+
+    FRAMING = 0
+    """Nothing beyond what HTTP says."""
+    DONE = 1
+    """`[DONE]`: a stream of completions."""
+    FINAL_EVENT = 2
+    """`response.completed`, `response.incomplete` or `response.failed`: a stream of a response,
+    which vLLM ends with the first of them and without `[DONE]`."""
 
 
 def held_bytes(status: int, headers: Headers) -> float:
@@ -67,7 +89,7 @@ def check_whole(upstream: Connection, body: bytes) -> None:
 class Passing:
     """An answer that is passed on as it comes."""
 
-    def __init__(self, attempt: Attempt, silence: Silence, reply: Reply) -> None:
+    def __init__(self, attempt: Attempt, silence: Silence, reply: Reply, ending: Ending) -> None:
         self.is_whole = False
         """Whether all of it has come, as far as its framing and its format say."""
         self._reply = reply
@@ -78,17 +100,18 @@ class Passing:
         self._is_aborted = False
         self._begun = b""
         """Of an event whose end has not come."""
+        self._ending = ending
+        self._awaits_final = ending is Ending.FINAL_EVENT
+        self._before = b"\n"
+        """The last bytes in which the final event has not been found."""
 
-    async def run(
-        self, answer: Answer, upstream: Connection, first: bytes, *, wants_done: bool
-    ) -> None:
+    async def run(self, answer: Answer, upstream: Connection, first: bytes) -> None:
         """Pass it on to its end, well or not.
 
         Args:
             answer: Its head.
             upstream: Gives the rest.
             first: What has come already.
-            wants_done: Whether it is a stream that ends with `[DONE]`.
         """
         has_events = is_event_stream(upstream.headers)
         await self._reply.begin(answer)
@@ -103,16 +126,34 @@ class Passing:
             except BrokenOffError:
                 return
         begun, self._begun = self._begun, b""
-        is_done = self._attempt.usage.is_done or begun.rstrip() == b"data: [DONE]"
-        if not self._has_error and (is_done or not wants_done):
+        if not self._has_error and self._has_ended(begun):
             self.is_whole = True
             await self._write(begun)
+
+    def _has_ended(self, begun: bytes) -> bool:
+        """Whether an answer whose framing is complete is so by its format.
+
+        Args:
+            begun: What it ends with, if that is no whole event.
+        """
+        if self._ending is Ending.DONE:
+            return self._attempt.usage.is_done or begun.rstrip() == b"data: [DONE]"
+        if self._ending is Ending.FINAL_EVENT:
+            return not (self._awaits_final or begun) and self._attempt.usage.ends_event
+        return True
+
+    def _look_for_final(self, data: bytes) -> None:
+        data = self._before + data
+        self._awaits_final = _FINAL.search(data) is None
+        self._before = data[-_MAX_FINAL_BYTES:]
 
     async def _write(self, data: bytes) -> None:
         attempt = self._attempt
         if not data:
             return
         attempt.usage.add(data)
+        if self._awaits_final:
+            self._look_for_final(data)
         attempt.is_reading = False
         begin = time.monotonic()
         await self._reply.write(data)

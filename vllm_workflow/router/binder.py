@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import math
 import time
+from collections.abc import Callable
 from typing import Any
 
 from vllm_workflow.core.dispatcher import Dispatcher
@@ -20,10 +21,18 @@ class Binder:
     """Hands each decision to the call that waits for it; owned by one event loop.
 
     Whatever may make room goes through here or is followed by `poll`.
+
+    Args:
+        dispatcher: Decides.
+        stranded: Told of each call that cannot go to any instance now, perhaps again and again: no
+            event tells of it.
     """
 
-    def __init__(self, dispatcher: Dispatcher) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, stranded: Callable[[StageRequest], None] | None = None
+    ) -> None:
         self._dispatcher = dispatcher
+        self._tell_stranded = stranded
         self._waiting: dict[str, asyncio.Future[Decision | None]] = {}
         self._stranded: dict[str, tuple[StageRequest, asyncio.Future[None]]] = {}
         self._look: asyncio.TimerHandle | None = None
@@ -174,6 +183,8 @@ class Binder:
         Raises:
             NoInstanceError: That will not help, or helps too late.
         """
+        if self._tell_stranded is not None and not tries.has_tried:
+            self._tell_stranded(request)  # even if it does not wait at all
         now = time.monotonic()
         serving = [i for i in self._dispatcher.fleet if i.serves(request.model)]
         is_hopeless = serving and all(tries.is_hopeless_on(i.instance_id) for i in serving)
@@ -182,6 +193,8 @@ class Binder:
         until = tries.give_up_time(now)
         if now >= until:
             raise NoInstanceError(f"no healthy instance serves model {request.model!r}")
+        if self._tell_stranded is not None:
+            self._tell_stranded(request)
         future: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._stranded[request.request_id] = request, future
         try:

@@ -112,7 +112,7 @@ class Board:
         """Take an event of the dispatcher."""
         if isinstance(event, Submitted):
             now = self._clock()
-            self._began(event.request, now)
+            self.waits(event.request)
             if event.decision is not None:
                 self._bound(event.decision, now)
         elif isinstance(event, Polled):
@@ -123,16 +123,29 @@ class Board:
         elif isinstance(event, Withdrawn):
             self._ended_call(event.request_id, self._clock(), ok=False)
 
-    def gave_up(self, tenant_id: str, request_id: str) -> None:
-        """Note that a call without a run's id failed for good: its run, which it is, has ended.
+    def waits(self, request: StageRequest) -> None:
+        """Note that a call waits, for an instance to come back if no event says so."""
+        if request.request_id not in self._open:
+            self._began(request, self._clock())
 
-        No event says so: after an attempt that failed another one may follow.
+    def gave_up(self, tenant_id: str, request_id: str, *, alone: bool) -> None:
+        """Note that a call failed for good.
+
+        No event says so: after an attempt that failed another one may follow, and one that waits
+        for an instance is in none.
+
+        Args:
+            tenant_id: Whose it is.
+            request_id: Names it.
+            alone: It is a run of its own, which has ended then.
         """
-        run = self._runs.get((tenant_id, request_id))
+        now = self._clock()
+        self._ended_call(request_id, now, ok=False)
+        run = self._runs.get((tenant_id, request_id)) if alone else None
         if run is not None and not run.num_open and not run.ended:
             self._number += 1
             run.number = self._number
-            self._end(run, self._clock())
+            self._end(run, now)
 
     def _began(self, request: StageRequest, now: float) -> None:
         key = (request.tenant_id, request.workflow_id or request.request_id)

@@ -25,7 +25,10 @@ class DecisionLog:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._events: list[Event] = []
-        self._num_dropped = 0
+        self.num_dropped = 0
+        """Events that were not written: the disk was too slow, or failed."""
+        self._num_told = 0
+        """Of them, those that the log has told of."""
         try:
             with path.open("a", encoding="utf-8"):
                 pass
@@ -37,7 +40,7 @@ class DecisionLog:
         if len(self._events) < MAX_WAITING:
             self._events.append(event)
         else:
-            self._num_dropped += 1
+            self.num_dropped += 1
 
     async def run(self) -> None:
         """Flush now and then until cancelled."""
@@ -51,16 +54,18 @@ class DecisionLog:
             except asyncio.CancelledError:
                 await writing  # a thread cannot be cancelled, and what follows must not overtake it
                 raise
+            self._count_lost(writing.result())
 
     def flush(self) -> None:
         """Write what is left; blocks, so for the end only."""
         self._tell_dropped()
         events, self._events = self._events, []
-        self._append(events)
+        self._count_lost(self._append(events))
 
     def _tell_dropped(self) -> None:
-        num_dropped, self._num_dropped = self._num_dropped, 0
+        num_dropped = self.num_dropped - self._num_told
         if num_dropped:
+            self._num_told = self.num_dropped
             _logger.error(
                 "dropped %d events of the decision log %s: the disk is too slow; a replay of what "
                 "follows is not of what was",
@@ -68,9 +73,16 @@ class DecisionLog:
                 self._path,
             )
 
-    def _append(self, events: list[Event]) -> None:
+    def _count_lost(self, num_events: int) -> None:
+        self.num_dropped += num_events
+        self._num_told += num_events
+
+    def _append(self, events: list[Event]) -> int:
+        """Write events; returns how many were lost, of which the log tells."""
         try:
             with self._path.open("a", encoding="utf-8") as file:
                 file.writelines(f"{to_json(event)}\n" for event in events)
         except OSError:
             _logger.exception("lost %d events of the decision log %s", len(events), self._path)
+            return len(events)
+        return 0

@@ -11,6 +11,7 @@ from functools import partial
 
 from vllm_workflow.core.ordering import OrderingPolicy
 from vllm_workflow.router.answer import (
+    Ending,
     Passing,
     check_whole,
     error_at_start,
@@ -107,11 +108,10 @@ class Forwarder:
                 raise LostError("aborted")
             answer = self._answer(call, attempt, connection, None)
             attempt.is_begun = True
-            passing = Passing(attempt, silence, reply)
-            wants_done = _ends_with_done(call, connection)
+            passing = Passing(attempt, silence, reply, _ending(call, connection))
             async with asyncio.timeout(None) as patience:
                 attempt.give_up = partial(_end, patience)
-                await passing.run(answer, connection, first, wants_done=wants_done)
+                await passing.run(answer, connection, first)
         except TimeoutError:
             if passing is None:
                 raise LostError("hung") from None
@@ -189,10 +189,10 @@ def _end(patience: asyncio.Timeout) -> None:
     patience.reschedule(asyncio.get_running_loop().time())
 
 
-def _ends_with_done(call: Call, upstream: Connection) -> bool:
-    return (
-        call.body.stream
-        and upstream.status == 200
-        and is_event_stream(upstream.headers)
-        and call.path.partition("?")[0].endswith("/completions")
-    )
+def _ending(call: Call, upstream: Connection) -> Ending:
+    if not call.body.stream or upstream.status != 200 or not is_event_stream(upstream.headers):
+        return Ending.FRAMING
+    path = call.path.partition("?")[0]
+    if path.endswith("/completions"):
+        return Ending.DONE
+    return Ending.FINAL_EVENT if path.endswith("/responses") else Ending.FRAMING

@@ -13,6 +13,7 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.policy_names import name_of
 from vllm_workflow.core.tenant_ledger import TenantLedger
 from vllm_workflow.core.types import Decision, Outcome
+from vllm_workflow.router.decision_log import DecisionLog
 from vllm_workflow.router.runs import Run
 from vllm_workflow.router.series import Distributions, SeriesCollector, Values
 from vllm_workflow.router.store import Store
@@ -56,6 +57,17 @@ class _StoreCollector(Collector):
             ),
         ):
             yield CounterMetricFamily(f"{_PREFIX}store_{name}", text, value)
+
+
+class _DecisionLogCollector(Collector):
+    """A counter that the decision log keeps itself."""
+
+    def __init__(self, log: DecisionLog) -> None:
+        self._log = log
+
+    def collect(self) -> Iterator[Metric]:
+        text = "Events lost to the decision log: its disk was too slow, or failed."
+        yield CounterMetricFamily(f"{_PREFIX}decision_log_dropped", text, self._log.num_dropped)
 
 
 class _PredictionCollector(Collector):
@@ -258,6 +270,10 @@ class Metrics:
     def count_store(self, store: Store) -> None:
         """Show how the store keeps up, asked whenever somebody looks."""
         self.registry.register(_StoreCollector(store))
+
+    def count_decision_log(self, log: DecisionLog) -> None:
+        """Show how the decision log keeps up, asked whenever somebody looks."""
+        self.registry.register(_DecisionLogCollector(log))
 
     def count_predictions(self, num_predicted: Mapping[tuple[str, str], int]) -> None:
         """Show what predictions were made from, looked at whenever somebody asks.

@@ -20,6 +20,7 @@ from vllm_workflow.router.keeper import Keeper
 from vllm_workflow.router.kv_events import KvEvents
 from vllm_workflow.router.limits import Bodies
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.names import Names
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.records import Records
 from vllm_workflow.router.tuner import Tuner
@@ -77,13 +78,16 @@ class Parts:
             self.proxy.runs.expire(time.monotonic())
 
 
-def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession) -> Parts:
+def build(
+    config: RouterConfig, records: Records, session: aiohttp.ClientSession, names: Names
+) -> Parts:
     """Put a router together.
 
     Args:
         config: Checked.
         records: Told of everything.
         session: Asks instances how they are.
+        names: Where they are.
     """
     dispatcher = Dispatcher(
         Fleet(),
@@ -92,7 +96,7 @@ def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession
         record=records.record,
         tenants=config.tenants_config(),
     )
-    binder = Binder(dispatcher)
+    binder = Binder(dispatcher, records.board.waits if records.board else None)
     metrics = _metrics(dispatcher, binder, records)
     upstreams = Upstreams(
         config.instances,
@@ -101,6 +105,7 @@ def build(config: RouterConfig, records: Records, session: aiohttp.ClientSession
         metrics,
         binder.instances_changed,
         reads_load=config.read_load,
+        names=names,
     )
     kv_events = KvEvents(dispatcher, upstreams, metrics.registry)
     access = Access(config.auth)
@@ -144,6 +149,8 @@ def _metrics(dispatcher: Dispatcher, binder: Binder, records: Records) -> Metric
     metrics.follow_tenants(dispatcher.tenants)
     if records.store:
         metrics.count_store(records.store)
+    if records.log:
+        metrics.count_decision_log(records.log)
     metrics.count_held(
         lambda: dispatcher.waiting.num_held, lambda: dispatcher.waiting.num_relegated
     )

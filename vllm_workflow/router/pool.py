@@ -6,23 +6,21 @@ import asyncio
 import socket
 import ssl
 import time
-from collections.abc import Sequence
 from functools import partial
 from typing import Any, cast
 
-from aiohappyeyeballs import AddrInfoType, start_connection
+from aiohappyeyeballs import start_connection
 from yarl import URL
 
 from vllm_workflow.router.connection import Connection
 from vllm_workflow.router.errors import RequestError
 from vllm_workflow.router.head import head
 from vllm_workflow.router.headers import Headers
+from vllm_workflow.router.names import Names
 
 CONNECT_TIMEOUT_S = 5.0
 KEEPALIVE_S = 3.0
 """Below the 5 s after which vLLM closes a kept connection, so that no call meets the closing."""
-_RESOLVED_S = 10.0
-"""For so long a name is not looked up again."""
 _HAPPY_EYEBALLS_S = 0.25
 """Until the next address of a name is tried beside one that does not answer (RFC 8305)."""
 
@@ -33,9 +31,10 @@ class Pool:
     Args:
         url: Its root.
         tls: For https; else not looked at.
+        names: Knows where servers are, beyond the life of a pool; None: nobody else asks.
     """
 
-    def __init__(self, url: str, tls: ssl.SSLContext | bool) -> None:
+    def __init__(self, url: str, tls: ssl.SSLContext | bool, names: Names | None = None) -> None:
         self.url = url
         parsed = URL(url)
         self._host = parsed.raw_host or ""
@@ -47,8 +46,7 @@ class Pool:
         """The one used last at the end."""
         self._is_closed = False
         self._sweep: asyncio.TimerHandle | None = None
-        self._addresses: asyncio.Task[Sequence[AddrInfoType]] | None = None
-        self._resolved_at = 0.0
+        self._name = (Names() if names is None else names)[self._host, self._port]
 
     def head(self, path: str, headers: Headers, num_bytes: int) -> bytes:
         """Return request line and headers of a POST.
@@ -126,7 +124,9 @@ class Pool:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             found = await start_connection(
-                list(await self._resolved()), happy_eyeballs_delay=_HAPPY_EYEBALLS_S, interleave=1
+                list(await self._name.addresses()),
+                happy_eyeballs_delay=_HAPPY_EYEBALLS_S,
+                interleave=1,
             )
             try:
                 found.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -141,17 +141,3 @@ class Pool:
                 raise
         made: Connection = connection
         return made
-
-    async def _resolved(self) -> Sequence[AddrInfoType]:
-        """Return the addresses of the server; a name that many ask for is looked up once."""
-        loop = asyncio.get_running_loop()
-        known = self._addresses
-        is_old = self._resolved_at + _RESOLVED_S < loop.time()
-        if known is None or (known.done() and (is_old or known.cancelled() or known.exception())):
-            self._resolved_at = loop.time()
-            known = self._addresses = loop.create_task(self._look_up())
-        return await asyncio.shield(known)
-
-    async def _look_up(self) -> Sequence[AddrInfoType]:
-        loop = asyncio.get_running_loop()
-        return await loop.getaddrinfo(self._host, self._port, type=socket.SOCK_STREAM)

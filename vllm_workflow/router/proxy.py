@@ -263,8 +263,8 @@ class Proxy:
             return response
         finally:
             self.runs.end(info, run, time.monotonic(), ok=ok)
-            if not ok and self._board is not None and not info.workflow_id:
-                self._board.gave_up(info.tenant_id, call.key)
+            if not ok and self._board is not None:
+                self._board.gave_up(info.tenant_id, call.key, alone=not info.workflow_id)
 
     def _run_ended(self, run: Run) -> None:
         self._metrics.run_ended(run)

@@ -21,6 +21,7 @@ from typing import Any
 
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.core.events import Event, to_json
+from vllm_workflow.router.file_lock import FileLock
 from vllm_workflow.router.store_schema import NotOursError, checked, moved_aside, opened
 
 COMMIT_S = 0.5
@@ -68,7 +69,7 @@ class Store:
         max_queued: Items that may wait to be written.
 
     Raises:
-        ConfigError: The folder cannot be written.
+        ConfigError: The folder cannot be written, or another router has the file.
     """
 
     def __init__(
@@ -80,7 +81,12 @@ class Store:
         self.num_written = 0
         self.retention = retention or Retention()
         """May be replaced."""
-        self._connection = opened(path)
+        self._lock = FileLock(path, what="store")
+        try:
+            self._connection = opened(path)
+        except BaseException:
+            self._lock.close()
+            raise
         self._queue: queue.Queue[tuple[str, float, Any] | None] = queue.Queue(max_queued)
         self._last_pruned = 0.0
         self._thread = threading.Thread(target=self._run, name="store", daemon=True)
@@ -117,6 +123,7 @@ class Store:
                 break
         self._thread.join()
         self._connection.close()
+        self._lock.close()
 
     def _put(self, kind: str, value: object) -> None:
         try:

@@ -52,12 +52,17 @@ class Tries:
         self._generation = generation
         self._excluded: dict[str, _Exclusion] = {}
         self._num_risky = 0
-        self._num_pauses = 0
+        self._next_pause_s = _FIRST_PAUSE_S
         self._maybe_stale = ""
 
     @property
     def may_go_on(self) -> bool:
         return self._num_risky < MAX_RISKY_ATTEMPTS
+
+    @property
+    def has_tried(self) -> bool:
+        """Whether an instance was asked."""
+        return bool(self.reasons) or self.refusal is not None
 
     def give_up_time(self, now: float) -> float:
         """Instant until which the call waits, now that no instance can take it."""
@@ -121,8 +126,9 @@ class Tries:
         self._excluded[instance_id] = _Exclusion(until, self._generation(instance_id))
 
     def _pause_s(self) -> float:
-        self._num_pauses += 1
-        return min(_FIRST_PAUSE_S * 2.0 ** (self._num_pauses - 1), _MAX_PAUSE_S)
+        pause_s = self._next_pause_s
+        self._next_pause_s = min(2.0 * pause_s, _MAX_PAUSE_S)
+        return pause_s
 
 
 def is_refusal(status: int) -> bool:

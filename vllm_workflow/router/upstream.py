@@ -9,6 +9,7 @@ import aiohttp
 
 from vllm_workflow.router.headers import Headers
 from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.names import Names
 from vllm_workflow.router.pool import Pool
 from vllm_workflow.router.reports import Others
 from vllm_workflow.router.watch import Silence, WatchClock
@@ -26,7 +27,8 @@ _MAX_ANSWER_BYTES = 16 << 20
 class Upstream:
     """One instance as an HTTP server."""
 
-    def __init__(self, config: InstanceConfig, clock: WatchClock) -> None:
+    def __init__(self, config: InstanceConfig, clock: WatchClock, names: Names) -> None:
+        self._names = names
         self._pool: Pool | None = None
         self.reconfigure(config)
         self.refuses_key = False
@@ -87,7 +89,7 @@ class Upstream:
         """Connections for calls, as it is configured now."""
         if self._pool is None or self._pool.url != self.url:
             self.close()
-            self._pool = Pool(self.url, self.ssl)
+            self._pool = Pool(self.url, self.ssl, self._names)
         return self._pool
 
     def close(self) -> None:

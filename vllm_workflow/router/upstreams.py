@@ -15,6 +15,7 @@ from vllm_workflow.core.account import Instance
 from vllm_workflow.core.dispatcher import Dispatcher
 from vllm_workflow.router.instance_config import InstanceConfig, Server
 from vllm_workflow.router.metrics import Metrics
+from vllm_workflow.router.names import Names
 from vllm_workflow.router.reports import Others, read_report
 from vllm_workflow.router.upstream import POSTED, Upstream, is_moving, read_body
 from vllm_workflow.router.watch import WatchClock, watch
@@ -51,7 +52,9 @@ class Upstreams:
         changed: Callable[[], None],
         *,
         reads_load: bool = True,
+        names: Names | None = None,
     ) -> None:
+        self._names = Names() if names is None else names
         self._dispatcher = dispatcher
         self._changed = changed
         self._reads_load = reads_load
@@ -74,7 +77,7 @@ class Upstreams:
         upstream = self._upstreams.get(config.id)
         moved = upstream is None or upstream.leaving or upstream.url != config.url
         if upstream is None:
-            upstream = self._upstreams[config.id] = Upstream(config, self._clock)
+            upstream = self._upstreams[config.id] = Upstream(config, self._clock, self._names)
         else:
             upstream.reconfigure(config)
         upstream.leaving = False

@@ -11,6 +11,7 @@ _COUNT = re.compile(rb'"(?:(prompt|input)|(completion|output)|cached)_tokens"\s*
 _USAGE = b'"usage"'
 """Where the counts mostly stand, so that little is searched."""
 _EVENT_END = b"\n\n"
+_EVENT_ENDS = (_EVENT_END, b"\r\n\r\n")
 _DONE = b"data: [DONE]"
 
 
@@ -33,7 +34,7 @@ class Usage:
     @property
     def ends_event(self) -> bool:
         """Whether the answer so far ends where an SSE event ends, or is empty."""
-        return not self._last or b"".join(self._last).endswith(_EVENT_END)
+        return not self._last or b"".join(self._last).endswith(_EVENT_ENDS)
 
     @property
     def is_done(self) -> bool:

@@ -42,6 +42,20 @@ class Received:
         return next((v for k, v in self.headers if k.lower() == name.lower()), None)
 
 
+@asynccontextmanager
+async def listening(
+    app: web.Application, port: int = 0, *, tls: ssl.SSLContext | None = None
+) -> AsyncIterator[str]:
+    """Have an application answer on this machine, on any port if it is 0; yields the url."""
+    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+    await runner.setup()
+    try:
+        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
+        yield "{}://{}:{}".format("https" if tls else "http", *runner.addresses[0][:2])
+    finally:
+        await runner.cleanup()
+
+
 @dataclass(kw_only=True)
 class FakeEngine:
     """Answers like an OpenAI-compatible server, as told by its fields.
@@ -118,15 +132,8 @@ class FakeEngine:
         app.router.add_get("/v1/models", self._on_models)
         app.router.add_get("/metrics", self._on_metrics)
         app.router.add_post("/v1/{endpoint:.*}", self._on_call)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", port, ssl_context=tls).start()
-        scheme = "https" if tls else "http"
-        self.url = "{}://{}:{}".format(scheme, *runner.addresses[0][:2])
-        try:
+        async with listening(app, port, tls=tls) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     @web.middleware
     async def _check_key(self, request: web.Request, handler: Any) -> web.StreamResponse:

@@ -11,6 +11,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.fakes import listening
+
 
 @dataclass(frozen=True)
 class Call:
@@ -96,14 +98,8 @@ class ReplayEngine:
         app.router.add_get("/metrics", self._on_metrics)
         app.router.add_post("/tokenize", self._on_tokenize)
         app.router.add_post("/v1/completions", self._on_call)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
-        try:
+        async with listening(app) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     def _gate(self, name: str) -> asyncio.Event:
         return self._gates.setdefault(name, asyncio.Event())

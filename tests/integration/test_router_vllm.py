@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -14,13 +13,12 @@ import aiohttp
 import openai
 import pytest
 
-from tests.integration.vllm_process import VllmServer
+from tests.integration.vllm_process import VllmServer, free_port
 from vllm_workflow.client import attach, stage, workflow
 
 pytestmark = pytest.mark.anyio
 
 VLLM_FLAGS = ("--scheduler", "workflow", "--max-num-seqs", "2")
-PORTS = range(18300, 18400)
 CONFIG = """
 host: 127.0.0.1
 port: {port}
@@ -35,17 +33,6 @@ workflows:
       - {{name: generate, prompt_tokens: 10, output_tokens: 20}}
       - {{name: judge, prompt_tokens: 10, output_tokens: 2000}}
 """
-
-
-def free_port() -> int:
-    for port in PORTS:
-        with socket.socket() as probe:
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return port
-    raise RuntimeError(f"no free port in {PORTS}")
 
 
 class Client:

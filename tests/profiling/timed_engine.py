@@ -11,6 +11,7 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.fakes import listening
 from vllm_workflow.core.latency import LatencyModel, prefill_attention
 
 METRICS = """\
@@ -60,18 +61,14 @@ class TimedEngine:
         app.router.add_get("/metrics", self._on_metrics)
         app.router.add_post("/tokenize", self._on_tokenize)
         app.router.add_post("/v1/completions", self._on_completion)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
-        engine = asyncio.create_task(self._run())
-        try:
-            yield self
-        finally:
-            engine.cancel()
-            with suppress(asyncio.CancelledError):
-                await engine
-            await runner.cleanup()
+        async with listening(app) as self.url:
+            engine = asyncio.create_task(self._run())
+            try:
+                yield self
+            finally:
+                engine.cancel()
+                with suppress(asyncio.CancelledError):
+                    await engine
 
     async def _run(self) -> None:
         loop = asyncio.get_running_loop()

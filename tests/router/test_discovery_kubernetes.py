@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, listening
 from tests.router.conftest import Routing, answered_by, healthy, names, port_of, until
 
 pytestmark = pytest.mark.anyio
@@ -30,14 +30,8 @@ class ApiServer:
     async def serving(self) -> AsyncIterator[ApiServer]:
         app = web.Application()
         app.router.add_get("/{path:.*}", self._answer)
-        runner = web.AppRunner(app)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        self.url = "http://{}:{}".format(*runner.addresses[0][:2])
-        try:
+        async with listening(app) as self.url:
             yield self
-        finally:
-            await runner.cleanup()
 
     async def _answer(self, request: web.Request) -> web.Response:
         labels = request.query.get("labelSelector", "")

@@ -12,7 +12,7 @@ import openai
 import pytest
 from aiohttp import web
 
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, listening
 from tests.router.conftest import CHAT, Client, Routing
 from vllm_workflow.client import attach
 from vllm_workflow.router.answer import MAX_HELD_BYTES
@@ -243,13 +243,8 @@ class Long:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_post(CHAT, self._answer)
-        runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            yield "http://{}:{}".format(*runner.addresses[0][:2])
-        finally:
-            await runner.cleanup()
+        async with listening(app) as url:
+            yield url
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()

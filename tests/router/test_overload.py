@@ -36,6 +36,24 @@ async def begin(client: Client, number: int, answers: list[tuple[int, Any, Any]]
         answers.append((response.status, await response.json(), response.headers))
 
 
+async def crowd(
+    client: Client,
+    engine: FakeEngine,
+    tasks: asyncio.TaskGroup,
+    answers: list[tuple[int, Any, Any]],
+) -> int:
+    """Let runs begin until one is refused; returns how many."""
+    num_runs = 0
+    while not answers:
+        assert num_runs < 90, "no run is refused"
+        tasks.create_task(begin(client, num_runs, answers))
+        num_runs += 1
+        async with asyncio.timeout(5):
+            while len(engine.received) + len(answers) < num_runs:
+                await asyncio.sleep(0.002)
+    return num_runs
+
+
 async def test_a_run_that_would_begin_too_late_is_told_when_to_come_again(
     routing: Routing,
 ) -> None:
@@ -45,14 +63,7 @@ async def test_a_run_that_would_begin_too_late_is_told_when_to_come_again(
         routing(engine, seats=500, policy=REJECTING) as client,
         asyncio.TaskGroup() as tasks,
     ):
-        num_runs = 0
-        while not answers:
-            assert num_runs < 90, "no run is refused"
-            tasks.create_task(begin(client, num_runs, answers))
-            num_runs += 1
-            async with asyncio.timeout(5):
-                while len(engine.received) + len(answers) < num_runs:
-                    await asyncio.sleep(0.002)
+        num_runs = await crowd(client, engine, tasks, answers)
         under_way = {"X-Workflow-Id": "run-0", "X-Workflow-Slo-Ms": SLO_MS}
         again = tasks.create_task(_status(client, under_way))
         ordinary = tasks.create_task(_status(client, {}))
@@ -81,14 +92,7 @@ async def test_a_workflow_that_is_refused_is_told_so_by_the_client_library(
         asyncio.TaskGroup() as tasks,
     ):
         answers: list[tuple[int, Any, Any]] = []
-        num_runs = 0
-        while not answers:
-            assert num_runs < 90, "no run is refused"
-            tasks.create_task(begin(client, num_runs, answers))
-            num_runs += 1
-            async with asyncio.timeout(5):
-                while len(engine.received) + len(answers) < num_runs:
-                    await asyncio.sleep(0.002)
+        num_runs = await crowd(client, engine, tasks, answers)
         agent = Text2SqlAgent(
             user.with_options(max_retries=0), Database(database), CompactPrompts(), model="m"
         )

@@ -16,9 +16,10 @@ from tests.router.test_tls import Certificates, certificates
 from tests.router.wires import BODY, HEALTH, LINE, STREAM, listener_of, post, wire
 from vllm_workflow.router.call import Call
 from vllm_workflow.router.exchange import Answer, Exchange
+from vllm_workflow.router.listener import Listener
 from vllm_workflow.router.plain import PlainExchange
 from vllm_workflow.router.plain_connection import PlainConnection
-from vllm_workflow.router.protocol import Listener, Protocol
+from vllm_workflow.router.protocol import Protocol
 
 __all__ = ["certificates"]  # a fixture
 

@@ -12,7 +12,7 @@ import aiohttp
 import pytest
 from aiohttp import web
 
-from tests.fakes import FakeEngine
+from tests.fakes import FakeEngine, listening
 from tests.router.conftest import CHAT
 from tests.router.test_router_process import process
 from vllm_workflow.router.app import serve
@@ -61,13 +61,8 @@ class Talker:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_post(CHAT, self._answer)
-        runner = web.AppRunner(app, handler_cancellation=True)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        try:
-            yield "http://{}:{}".format(*runner.addresses[0][:2])
-        finally:
-            await runner.cleanup()
+        async with listening(app) as url:
+            yield url
 
     async def _health(self, request: web.Request) -> web.Response:
         return web.Response()

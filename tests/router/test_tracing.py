@@ -14,7 +14,7 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 
-from tests.fakes import FakeEngine, Received
+from tests.fakes import FakeEngine, Received, listening
 from tests.router.conftest import Routing
 from vllm_workflow.core.errors import ConfigError
 from vllm_workflow.router.config import RouterConfig
@@ -51,14 +51,9 @@ async def collecting() -> AsyncIterator[Collector]:
     collector = Collector()
     app = web.Application()
     app.router.add_post("/v1/traces", collector._take)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    await web.TCPSite(runner, "127.0.0.1", 0).start()
-    collector.url = "http://{}:{}/v1/traces".format(*runner.addresses[0][:2])
-    try:
+    async with listening(app) as url:
+        collector.url = f"{url}/v1/traces"
         yield collector
-    finally:
-        await runner.cleanup()
 
 
 def attributes(span: Any) -> dict[str, Any]:

@@ -61,6 +61,16 @@ class Watched:
             self.sleep(every_s)
             self.silence.heard(attempt)
 
+    def hung_after_s(self) -> float:
+        """Send probes that nobody answers until it is condemned; returns how long that took."""
+        spent_s = 0.0
+        while not self.is_hung:
+            if self.wants_probe:
+                self.silence.probe_sent()
+            self.sleep(TICK_S)
+            spent_s += TICK_S
+        return spent_s
+
     @property
     def wants_probe(self) -> bool:
         return self.silence.wants_probe(self.fleet)
@@ -77,28 +87,16 @@ class Watched:
 def test_a_stopped_instance_is_condemned_within_two_seconds_even_if_nothing_is_overdue() -> None:
     watched = Watched()
     watched.attempt(stream=False, decode_s=60.0)
-    spent_s = 0.0
-    while not watched.is_hung:
-        if watched.wants_probe:
-            watched.silence.probe_sent()
-        watched.sleep(TICK_S)
-        spent_s += TICK_S
 
-    assert spent_s <= 2.0
+    assert watched.hung_after_s() <= 2.0
 
 
 def test_a_stream_that_is_overdue_has_its_instance_condemned_sooner() -> None:
     watched = Watched()
     stream = watched.attempt()
     watched.gives(stream, 10, STEP_S)
-    spent_s = 0.0
-    while not watched.is_hung:
-        if watched.wants_probe:
-            watched.silence.probe_sent()
-        watched.sleep(TICK_S)
-        spent_s += TICK_S
 
-    assert spent_s <= overdue_after_s(STEP_S) + 0.5 + 3 * TICK_S
+    assert watched.hung_after_s() <= overdue_after_s(STEP_S) + 0.5 + 3 * TICK_S
 
 
 def test_streams_are_given_up_two_seconds_after_the_probe_and_not_before() -> None:

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from tests.router.conftest import CHAT, Client
-from vllm_workflow.router.protocol import Listener
+from vllm_workflow.router.listener import Listener
 
 BODY = b'{"model":"m","messages":[]}'
 STREAM = b'{"model":"m","messages":[],"stream":true}'

@@ -10,6 +10,8 @@ from typing import Any
 
 from aiohttp import web
 
+from tests.fakes import listening
+
 
 @dataclass
 class Request:
@@ -71,16 +73,9 @@ async def serving(
     app = web.Application()
     app.router.add_post("/v1/chat/completions", chat)
     app.router.add_get("/v1/models", models)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    try:
-        site = web.TCPSite(runner, "127.0.0.1", 0)
-        await site.start()
-        port = runner.addresses[0][1]
-        server.base_url = f"http://127.0.0.1:{port}/v1"
+    async with listening(app) as url:
+        server.base_url = f"{url}/v1"
         yield server
-    finally:
-        await runner.cleanup()
 
 
 def completion(text: str) -> dict[str, Any]:

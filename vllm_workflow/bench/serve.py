@@ -120,12 +120,7 @@ async def serve(
         await target.wait_ready(options.ready_check_timeout_sec)
         model = options.model or await target.first_model()
         prefix = options.request_id_prefix or f"bench-{uuid.uuid4().hex[:8]}-"
-        if options.words:
-            prompts = Prompts.of_words(options.words, prefix)
-        elif options.vocab_size is None:
-            prompts = await target.prompts(model, prefix)
-        else:
-            prompts = Prompts.of_vocabulary(options.vocab_size, prefix)
+        prompts = await _prompts(options, target, model, prefix)
         sender = _Sender(options, model, prompts, session, target.root + options.endpoint)
         if warmups:
             await replay(
@@ -150,6 +145,14 @@ async def serve(
     if gpus:
         facts["emulated_gpus"] = gpus
     return _result(options, records, lateness, cpu_s / wall_s if wall_s > 0 else 0.0, facts, model)
+
+
+async def _prompts(options: ServeOptions, target: Target, model: str, prefix: str) -> Prompts:
+    if options.words:
+        return Prompts.of_words(options.words, prefix)
+    if options.vocab_size is None:
+        return await target.prompts(model, prefix)
+    return Prompts.of_vocabulary(options.vocab_size, prefix)
 
 
 def _check_time_scale(gpus: Mapping[str, Mapping[str, str]], time_scale: float) -> None:

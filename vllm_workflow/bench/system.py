@@ -110,19 +110,11 @@ async def measure_systems(
     instances = emulated_instances(setup)
     options.workdir.mkdir(parents=True, exist_ok=True)
     (options.workdir / MEASUREMENTS).write_text("", encoding="utf-8")
-    groups: dict[PolicyConfig | None, list[System]] = {}
-    for system in systems:
-        groups.setdefault(system.engine_policy, []).append(system)
     found = []
-    for policy, group in groups.items():
+    for policy, group in _by_engine_policy(systems).items():
         name = "stock" if policy is None else f"{policy.ordering}-{policy.fingerprint}"
         folder = (options.workdir / name).resolve()
-        planned = [
-            _Planned(system, setting, seed)
-            for setting in settings
-            for seed in range(num_seeds)
-            for system in (group if seed % 2 == 0 else reversed(group))
-        ]
+        planned = _in_turn(group, settings, num_seeds)
         told(f"starting {len(instances)} {name} servers")
         fleet = EmulatedFleet(instances, policy, time_scale=options.time_scale, folder=folder)
         try:
@@ -141,6 +133,26 @@ async def measure_systems(
             # What has been measured already took too long to lose.
             found += [_not_measured(*each, problem=f"servers: {e}") for each in planned]
     return found
+
+
+def _by_engine_policy(systems: Sequence[System]) -> dict[PolicyConfig | None, list[System]]:
+    """Return the systems that the same servers serve together."""
+    groups: dict[PolicyConfig | None, list[System]] = {}
+    for system in systems:
+        groups.setdefault(system.engine_policy, []).append(system)
+    return groups
+
+
+def _in_turn(
+    group: Sequence[System], settings: Sequence[Setting], num_seeds: int
+) -> list[_Planned]:
+    """Return what is to be measured; every other seed begins with the last system."""
+    return [
+        _Planned(system, setting, seed)
+        for setting in settings
+        for seed in range(num_seeds)
+        for system in (group if seed % 2 == 0 else reversed(group))
+    ]
 
 
 def _note(run: SystemRun, path: Path) -> None:

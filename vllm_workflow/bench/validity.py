@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -50,17 +50,7 @@ def judge(
     late_share = _late_send_share(runs)
     answered = [call for run in runs for call in run.calls if not call.error]
     num_wrong = sum(not call.has_trace_lengths for call in answered)
-    reasons = []
-    if late_share > MAX_LATE_SEND_SHARE:
-        reasons.append(
-            f"calls were sent too late: {late_share:.1%} of the time of runs, at most "
-            f"{MAX_LATE_SEND_SHARE:.0%} is tolerated"
-        )
-    if cpu_share > MAX_CPU_SHARE:
-        reasons.append(
-            f"the load generator used {cpu_share:.0%} of a core, at most {MAX_CPU_SHARE:.0%} is "
-            "tolerated"
-        )
+    reasons = list(_faults_of_generator(late_share, cpu_share))
     if num_wrong > MAX_WRONG_LENGTH_SHARE * len(answered):
         reasons.append(
             f"{num_wrong} of {len(answered)} calls had another number of prompt or output tokens "
@@ -86,6 +76,19 @@ def judge(
             for url, lateness in emulated.items()
         },
     )
+
+
+def _faults_of_generator(late_share: float, cpu_share: float) -> Iterator[str]:
+    if late_share > MAX_LATE_SEND_SHARE:
+        yield (
+            f"calls were sent too late: {late_share:.1%} of the time of runs, at most "
+            f"{MAX_LATE_SEND_SHARE:.0%} is tolerated"
+        )
+    if cpu_share > MAX_CPU_SHARE:
+        yield (
+            f"the load generator used {cpu_share:.0%} of a core, at most {MAX_CPU_SHARE:.0%} is "
+            "tolerated"
+        )
 
 
 def _late_send_share(runs: Sequence[RunRecord]) -> float:

@@ -194,38 +194,7 @@ class PolicyConfig:
         """
         if name in PRESETS:
             return PRESETS[name]
-        dispatch, plus, rest = name.partition("+")
-        ordering, *options = rest.split("+")
-        if not plus:
-            raise ConfigError(
-                f"{source}: unknown policy {name!r}; known are {sorted(PRESETS)}, and "
-                f"DISPATCH+ORDERING, e.g. 'hexgen+urgency', each but of round-robin with +late or "
-                f"+late+relegate too; `vllm-workflow policies` lists them"
-            )
-        if dispatch not in DISPATCH_POLICIES and dispatch in PRESETS:
-            raise ConfigError(
-                f"{source}: policy {name!r}: expected nothing after the preset {dispatch!r}, or "
-                f"DISPATCH+ORDERING in its place, e.g. 'predicted-finish+slack+late'"
-            )
-        if ordering in {"late", "relegate"}:
-            raise ConfigError(
-                f"{source}: policy {name!r}: expected an ordering before +late, "
-                f"e.g. 'predicted-finish+slack+late', got none"
-            )
-        for half, value, known_names in (
-            ("dispatch", dispatch, DISPATCH_POLICIES),
-            ("ordering", ordering, sorted(ORDERING_POLICIES)),
-        ):
-            if value not in known_names:
-                raise ConfigError(
-                    f"{source}: policy {name!r}: unknown {half} {value!r}; "
-                    f"known are {list(known_names)}"
-                )
-        if options not in ([], ["late"], ["late", "relegate"]):
-            raise ConfigError(
-                f"{source}: policy {name!r}: expected nothing, +late or +late+relegate after "
-                f"{dispatch}+{ordering}, got {'+'.join(options)!r}"
-            )
+        dispatch, ordering, options = _combination(name, source)
         try:
             return cls(
                 dispatch=dispatch,
@@ -305,3 +274,44 @@ PRESETS: Mapping[str, PolicyConfig] = MappingProxyType(
 """Whole policies by one name, as `policy: NAME` in `router.yaml`."""
 DEFAULT_POLICY = "workflow"
 """The preset that a router runs unless told otherwise."""
+
+
+def _combination(name: str, source: str) -> tuple[str, str, list[str]]:
+    """Return dispatch, ordering and options that a name is made of.
+
+    Raises:
+        ConfigError: It is made of something else.
+    """
+    dispatch, plus, rest = name.partition("+")
+    ordering, *options = rest.split("+")
+    if not plus:
+        raise ConfigError(
+            f"{source}: unknown policy {name!r}; known are {sorted(PRESETS)}, and "
+            f"DISPATCH+ORDERING, e.g. 'hexgen+urgency', each but of round-robin with +late or "
+            f"+late+relegate too; `vllm-workflow policies` lists them"
+        )
+    if dispatch not in DISPATCH_POLICIES and dispatch in PRESETS:
+        raise ConfigError(
+            f"{source}: policy {name!r}: expected nothing after the preset {dispatch!r}, or "
+            f"DISPATCH+ORDERING in its place, e.g. 'predicted-finish+slack+late'"
+        )
+    if ordering in {"late", "relegate"}:
+        raise ConfigError(
+            f"{source}: policy {name!r}: expected an ordering before +late, "
+            f"e.g. 'predicted-finish+slack+late', got none"
+        )
+    for half, value, known_names in (
+        ("dispatch", dispatch, DISPATCH_POLICIES),
+        ("ordering", ordering, sorted(ORDERING_POLICIES)),
+    ):
+        if value not in known_names:
+            raise ConfigError(
+                f"{source}: policy {name!r}: unknown {half} {value!r}; "
+                f"known are {list(known_names)}"
+            )
+    if options not in ([], ["late"], ["late", "relegate"]):
+        raise ConfigError(
+            f"{source}: policy {name!r}: expected nothing, +late or +late+relegate after "
+            f"{dispatch}+{ordering}, got {'+'.join(options)!r}"
+        )
+    return dispatch, ordering, options

@@ -17,11 +17,11 @@ from vllm_workflow.router.background import beside
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.dashboard import Dashboard
 from vllm_workflow.router.health import Health
+from vllm_workflow.router.listener import Listener
 from vllm_workflow.router.metrics import Metrics
 from vllm_workflow.router.names import Names
 from vllm_workflow.router.parts import Parts, build
 from vllm_workflow.router.pool import CONNECT_TIMEOUT_S, KEEPALIVE_S
-from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.proxy import Proxy
 from vllm_workflow.router.records import recording
 from vllm_workflow.router.reload import Reloader
@@ -80,13 +80,8 @@ async def serve(
         stack.push_async_callback(reload.end)
         admin_url = ""
         if config.admin and parts.operator:
-            listener = Listener(
-                _admin(parts, parts.operator, reload),
-                config.limits,
-                parts.bodies,
-                tls,
-                grace_s=config.shutdown_grace_s,
-            )
+            app = _admin(parts, parts.operator, reload)
+            listener = _for_operators(app, config, parts, tls)
             reload.listeners.append(listener)
             admin_url = await stack.enter_async_context(
                 listener.listening(
@@ -95,15 +90,7 @@ async def serve(
             )
         routes = _routes(parts)
         app = routes.build()
-        listener = Listener(
-            app,
-            config.limits,
-            parts.bodies,
-            tls,
-            grace_s=config.shutdown_grace_s,
-            calls=routes.calls(),
-            hand_over=parts.proxy.hand_over,
-        )
+        listener = _for_clients(app, routes, config, parts, tls)
         reload.listeners.append(listener)
         url = await stack.enter_async_context(listener.listening(config.host, config.port))
         yield Router(
@@ -117,6 +104,31 @@ async def serve(
             app,
             routes.health,
         )
+
+
+def _for_operators(
+    app: web.Application, config: RouterConfig, parts: Parts, tls: RenewableTls | None
+) -> Listener:
+    grace_s = config.shutdown_grace_s
+    return Listener(app, config.limits, parts.bodies, tls, grace_s=grace_s)
+
+
+def _for_clients(
+    app: web.Application,
+    routes: Routes,
+    config: RouterConfig,
+    parts: Parts,
+    tls: RenewableTls | None,
+) -> Listener:
+    return Listener(
+        app,
+        config.limits,
+        parts.bodies,
+        tls,
+        grace_s=config.shutdown_grace_s,
+        calls=routes.calls(),
+        hand_over=parts.proxy.hand_over,
+    )
 
 
 def _admin(parts: Parts, operator: KeyCheck, reload: Reloader) -> web.Application:

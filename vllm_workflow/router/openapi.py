@@ -80,21 +80,41 @@ CALLS = {
 def document() -> dict[str, Any]:
     """Return the document of the clients' port."""
     paths: dict[str, Any] = {path: {"post": _call(name)} for path, name in CALLS.items()}
-    paths["/v1/models"] = {
-        "get": _read(
-            "models",
-            "The models that are served, and that the key may ask for.",
-            {
-                "type": "object",
-                "required": ["object", "data"],
-                "properties": {
-                    "object": {"const": "list"},
-                    "data": {"type": "array", "items": {"type": "object", "required": ["id"]}},
-                },
-            },
-            {"401": _REFUSALS["401"]},
-        )
+    paths["/v1/models"] = {"get": _models()}
+    paths |= _probes()
+    metrics = _read("metrics", "Series for Prometheus.", {}, {"401": _REFUSALS["401"]})
+    metrics["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
+    paths["/metrics"] = {"get": metrics}
+    paths["/openapi.json"] = {"get": _read("openapi", "This document.", {"type": "object"}, {})}
+    paths["/openapi.json"]["get"]["security"] = []
+    paths["/dashboard"], paths["/dashboard/state"] = {"get": _dashboard()}, {"get": _state()}
+    return {
+        "openapi": "3.1.0",
+        "info": {"title": "vllm-workflow router", "version": "1"},
+        "paths": paths,
+        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
+        "security": [{"key": []}, {}],
     }
+
+
+def _models() -> dict[str, Any]:
+    return _read(
+        "models",
+        "The models that are served, and that the key may ask for.",
+        {
+            "type": "object",
+            "required": ["object", "data"],
+            "properties": {
+                "object": {"const": "list"},
+                "data": {"type": "array", "items": {"type": "object", "required": ["id"]}},
+            },
+        },
+        {"401": _REFUSALS["401"]},
+    )
+
+
+def _probes() -> dict[str, Any]:
+    """Paths that tell how the router is, to whoever asks."""
     health = {
         "type": "object",
         "properties": {
@@ -104,23 +124,26 @@ def document() -> dict[str, Any]:
             "instances": {"type": "object", "additionalProperties": {"type": "boolean"}},
         },
     }
-    paths["/health"] = {"get": _read("health", "Whether any instance is healthy.", health, {})}
+    paths = {"/health": {"get": _read("health", "Whether any instance is healthy.", health, {})}}
     paths["/health"]["get"]["responses"]["503"] = _json("None is.", health)
     live = {"type": "object", "required": ["live"]}
     paths["/live"] = {"get": _read("live", "That the process answers.", live, {})}
     ready = {"type": "object", "required": ["ready"]}
     paths["/ready"] = {"get": _read("ready", "Whether calls are to come here.", ready, {})}
     paths["/ready"]["get"]["responses"]["503"] = _json("They are not.", ready)
-    for path in ("/health", "/live", "/ready"):
-        paths[path]["get"]["security"] = []
-    metrics = _read("metrics", "Series for Prometheus.", {}, {"401": _REFUSALS["401"]})
-    metrics["responses"]["200"]["content"] = {"text/plain": {"schema": {"type": "string"}}}
-    paths["/metrics"] = {"get": metrics}
-    paths["/openapi.json"] = {"get": _read("openapi", "This document.", {"type": "object"}, {})}
-    paths["/openapi.json"]["get"]["security"] = []
+    for path in paths.values():
+        path["get"]["security"] = []
+    return paths
+
+
+def _dashboard() -> dict[str, Any]:
     page = _read("dashboard", "The live page, for people.", {}, {})
     page["responses"]["200"]["content"] = {"text/html": {"schema": {"type": "string"}}}
     page["security"] = []
+    return page
+
+
+def _state() -> dict[str, Any]:
     state = _read(
         "dashboardState",
         "What the live page shows.",
@@ -136,14 +159,7 @@ def document() -> dict[str, Any]:
             "description": "`number` of the answer before: only runs that have changed are told.",
         }
     ]
-    paths["/dashboard"], paths["/dashboard/state"] = {"get": page}, {"get": state}
-    return {
-        "openapi": "3.1.0",
-        "info": {"title": "vllm-workflow router", "version": "1"},
-        "paths": paths,
-        "components": {"securitySchemes": {"key": {"type": "http", "scheme": "bearer"}}},
-        "security": [{"key": []}, {}],
-    }
+    return state
 
 
 def _call(name: str) -> dict[str, Any]:

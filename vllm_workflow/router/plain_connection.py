@@ -21,7 +21,7 @@ from vllm_workflow.router.headers import HeadError, Headers, read
 from vllm_workflow.router.plain import PlainExchange
 
 if TYPE_CHECKING:
-    from vllm_workflow.router.protocol import Listener
+    from vllm_workflow.router.listener import Listener
 
 MAX_PLAIN_BODY_BYTES = 1 << 20
 LINGERING_S = 2.0

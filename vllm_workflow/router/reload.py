@@ -15,9 +15,9 @@ from vllm_workflow.core.tenants import TenantsConfig
 from vllm_workflow.router.config import RouterConfig
 from vllm_workflow.router.discovery import Source, sources
 from vllm_workflow.router.instance_config import InstanceConfig
+from vllm_workflow.router.listener import Listener
 from vllm_workflow.router.logs import configure
 from vllm_workflow.router.parts import Parts
-from vllm_workflow.router.protocol import Listener
 from vllm_workflow.router.tls import RenewableTls
 
 _logger = logging.getLogger(__name__)

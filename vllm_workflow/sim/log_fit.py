@@ -16,7 +16,8 @@ from vllm_workflow.core.config import PolicyConfig
 from vllm_workflow.core.latency import LatencyModel
 from vllm_workflow.core.types import StageRequest
 from vllm_workflow.sim.fleet import SimInstance, event_engine
-from vllm_workflow.sim.trace_decisions import LoggedCall, LoggedRun
+from vllm_workflow.sim.log_calls import LoggedCall
+from vllm_workflow.sim.trace_decisions import LoggedRun
 from vllm_workflow.sim.types import EngineRequest, EventKind
 
 MIN_CALLS = 20

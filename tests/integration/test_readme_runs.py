@@ -73,6 +73,21 @@ def await_models(url: str, log_path: Path, *, instances: int = 1) -> str:
     )
 
 
+def shell(line: str, cwd: Path) -> str:
+    """Run one line to its end; return what it printed."""
+    done = subprocess.run(
+        ["bash", "-c", line],
+        cwd=cwd,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
 def test_quick_start_and_client_example(tiny_model: Path, tmp_path: Path) -> None:
     pip, *rest = commands("quick start")
     # The Makefile runs the same line, editable, to set up the environment of this test.
@@ -102,33 +117,9 @@ def test_up_and_ask_answer_a_question_from_the_database(tmp_path: Path) -> None:
     log = tmp_path / "up.log"
     with running(f"{commands('shop')[0]}\n{commands('up')[0]} &", tmp_path, log):
         await_models(ROUTER, log, instances=2)
-        done = subprocess.run(
-            ["bash", "-c", commands("ask")[0]],
-            cwd=tmp_path,
-            env=environment(),
-            capture_output=True,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-    assert done.returncode == 0, done.stderr
-    assert "SELECT COUNT(*) FROM orders" in done.stdout
-    assert "generate" in done.stdout
-
-
-def shell(line: str, cwd: Path) -> str:
-    """Run one line to its end; return what it printed."""
-    done = subprocess.run(
-        ["bash", "-c", line],
-        cwd=cwd,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=300,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+        printed = shell(commands("ask")[0], tmp_path)
+    assert "SELECT COUNT(*) FROM orders" in printed
+    assert "generate" in printed
 
 
 def test_policies_are_compared_by_simulation(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ from setuptools import Extension, find_packages, setup
 
 ROUTER = [
     "aiohttp>=3.12,<4",  # HTTP server and client in one; streams bytes with little CPU per request
-    "httptools>=0.6.4",  # llhttp, which reads what instances answer
+    "httptools>=0.6.4",  # llhttp, which reads what is not quite usual
     "msgspec>=0.19",  # reads and writes JSON in a third of the time
     "xxhash>=3",  # hashes the heads of prompts in a tenth of the time
     "aiohappyeyeballs>=2.4",  # connects to whichever address of a name answers

@@ -87,6 +87,11 @@ async def _go_on(found: list[EngineProcess]) -> None:
     found[0].go_on()
 
 
+async def _restart(found: list[EngineProcess]) -> None:
+    await found[0].kill()
+    await found[0].start()
+
+
 async def _all_away_for_a_second(found: list[EngineProcess]) -> None:
     await asyncio.gather(*(engine.kill() for engine in found))
     await asyncio.sleep(1.0)
@@ -121,6 +126,9 @@ FAULTS = (
     Fault(name="killed in mid-stream", begin=_kill, end=_start),
     Fault(name="killed with a queue", begin=_kill, end=_start, behaviour=[("seats", 2)]),
     Fault(name="stopped (SIGSTOP)", begin=_stop, end=_go_on),
+    # vLLM does either of the two after SIGTERM, by chance.
+    Fault(name="told to stop, cuts its answers", begin=_control(closing="abort"), end=_restart),
+    Fault(name="told to stop, falls silent", begin=_control(closing="hang"), end=_restart),
     Fault(
         name="engine stuck, server well",
         begin=_control(is_deaf=True),

@@ -22,9 +22,7 @@ from http_processes import started_router, started_servers
 
 from vllm_workflow.core.errors import UpstreamError
 
-SENDING = (
-    "sending, to the instance and to the client: system calls, and turns of the CPU after them"
-)
+SENDING = "sending, to the instance and to the client: system calls, and who is woken by them"
 CORE = "core: prediction, policy, ledger, learning"
 READING = "reading the call: JSON, its run, the head of its prompt"
 COURSE = "the course of a call: runs, waiting, reservation, watching"

@@ -175,6 +175,25 @@ def test_memory_is_bounded_whatever_clients_name(monkeypatch: pytest.MonkeyPatch
     assert len(learned._rests) <= 10
 
 
+def test_of_too_many_idle_runs_those_idle_longest_are_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remaining, "MAX_IDLE_RUNS", 5)
+    agent = Agent()
+    busy = agent.request("generate", call="busy")
+    agent.learned.began(busy)  # of a run that stays busy
+    for _ in range(3):
+        for _ in range(5 + MIN_ENDED):
+            agent.run("generate", final=False)
+        assert len(agent.learned._runs) == 1 + 5
+        agent.now += 2.0
+    agent.learned.ended(busy, end_time=agent.now, alone_s=1.0, ok=True)
+    agent.run("judge", final=False)
+
+    assert len(agent.learned._runs) == 5
+    assert agent.rest_s("generate") == 0.0
+
+
 @given(
     st.lists(
         st.tuples(st.sampled_from("abc"), st.sampled_from("xyz"), st.floats(0, 1e6), st.booleans()),

@@ -85,6 +85,7 @@ class Connection:
         self.reader = reader
         self.writer = writer
         self.num_sent = 0
+        self.is_cut_short = False
         self.cut_at = -1
         self.early = b""
         """What was read while looking whether the client is still there."""
@@ -137,7 +138,8 @@ class Connection:
                 self.engine.note("abort", request_id)
                 raise Cut
             await answering
-            self.engine.note("end" if answering.result() else "refuse", request_id)
+            is_whole = answering.result() and not self.is_cut_short
+            self.engine.note("end" if is_whole else "refuse", request_id)
             await asyncio.sleep(0)
             if watching.done():
                 self.early = watching.result()
@@ -161,7 +163,7 @@ class Connection:
         if body.get("model") not in b.models:
             await self.reply(404, error(f"The model `{body.get('model')}` does not exist.", 404))
             return False
-        self.num_sent, self.cut_at = 0, -1
+        self.num_sent, self.cut_at, self.is_cut_short = 0, -1, False
         if b.num_cuts > 0:
             self.cut_at = b.cut_at
         async with self.engine._seats:
@@ -177,6 +179,7 @@ class Connection:
         reason = "stop"
         if await self.is_aborted():
             num_tokens, reason = num_tokens // 2, "abort"
+            self.is_cut_short = True
         message = {"role": "assistant", "content": b.token * num_tokens}
         choice = {"index": 0, "message": message, "finish_reason": reason}
         await self.reply(200, completion(choices=[choice], usage=usage(num_tokens)))
@@ -194,6 +197,7 @@ class Connection:
             if await self.is_aborted():
                 last = {"index": 0, "delta": {"content": ""}, "finish_reason": "abort"}
                 await self.send_chunk(event(completion(choices=[last])))
+                self.is_cut_short = True
                 break
             delta = {"index": 0, "delta": {"content": b.token}, "finish_reason": None}
             await self.send_chunk(event(completion(choices=[delta])))

@@ -43,6 +43,7 @@ BOUNDS: tuple[tuple[types.ModuleType, str], ...] = (
     (lengths, "_MAX_STAGES"),
     (pace, "MAX_IDLE_RUNS"),
     (prefix, "MAX_IDLE_SEGMENTS_UNBOUNDED"),
+    (remaining, "MAX_IDLE_RUNS"),
     (remaining, "MAX_RUNS"),
     (remaining, "MAX_STAGES"),
     (tenant_ledger, "MAX_TENANTS"),

@@ -18,6 +18,8 @@ from vllm_workflow.core.types import StageRequest
 
 MAX_RUNS: Final = 20_000
 """Runs followed at a time: their names come from clients."""
+MAX_IDLE_RUNS: Final = 4_096
+"""Of those, without a call in flight; beyond that the one idle longest is taken to be over."""
 MAX_CALLS: Final = 1 << 17
 """Ended calls of those runs that are kept."""
 MAX_STAGES: Final = 4_096
@@ -79,7 +81,7 @@ class RemainingTime:
         self.changed: set[State] = set()
         """Of which something was learned since somebody emptied this."""
         self._runs: OrderedDict[_RunKey, RunPath] = OrderedDict()
-        self._num_calls = 0
+        self._num_calls = self._num_idle = 0
         self._learn_run = learn
 
     def after(self, request: StageRequest, quantile: float = 0.0) -> float | None:
@@ -115,6 +117,8 @@ class RemainingTime:
             run = self._runs[key] = RunPath(request.arrival_time)
             if len(self._runs) > MAX_RUNS or self._num_calls > MAX_CALLS:
                 self._over(next(iter(self._runs)))
+        elif not run.in_flight:
+            self._num_idle -= 1
         run.began(request.request_id, request.stage, request.arrival_time)
 
     def ended(self, request: StageRequest, *, end_time: float, alone_s: float, ok: bool) -> None:
@@ -130,6 +134,7 @@ class RemainingTime:
         run = self._runs.get(key)
         if run is None:
             return
+        was_busy = bool(run.in_flight)
         if ok:
             self._num_calls -= len(run.ended)
             run.finished(request.request_id, end_time=end_time, alone_s=alone_s)
@@ -137,6 +142,8 @@ class RemainingTime:
             run.is_final |= request.final
         else:
             run.failed(request.request_id)
+        if not run.in_flight and was_busy:
+            self._num_idle += 1
         if run.is_final and not run.in_flight:
             self._over(key)
         elif ok:
@@ -153,7 +160,7 @@ class RemainingTime:
             run = self._runs[key]
             if run.in_flight:
                 self._runs.move_to_end(key)
-            elif run.end_time < before:
+            elif run.end_time < before or self._num_idle > MAX_IDLE_RUNS:
                 self._over(key)
             else:
                 return
@@ -161,6 +168,7 @@ class RemainingTime:
     def _over(self, key: _RunKey) -> None:
         """Learn from a run and forget it."""
         run = self._runs.pop(key)
+        self._num_idle -= not run.in_flight
         self._num_calls -= len(run.ended)
         tenant, workflow, _ = key
         for call, rest_s in zip(run.ended, run.rests_s()):

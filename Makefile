@@ -51,8 +51,10 @@ bench: $(VLLM) $(BENCH)      ## policies compared by simulation, levels 1 and 2,
 	$(if $(PUBLISHED),$(COMPARE) --trace $(PUBLISHED) --loads 0.85 1.0 --seeds 3 --runs 100 \
 	  --json out/bench/published.json --html out/bench/published.html)
 
-overhead: $(BENCH)           ## CPU and latency that routers add, ours beside others
-	$(BIN)/python benchmarks/router_overhead.py --json out/bench/router_overhead.json
+overhead: $(BENCH) compiled  ## CPU and latency that routers add, ours beside others
+	$(BIN)/python benchmarks/router_overhead.py --routers workflow workflow@out/compiled round-robin \
+	  vllm-router:round_robin vllm-router:program smg:least_load "plain aiohttp proxy" "no router" \
+	  --json out/bench/router_overhead.json
 
 soak: $(BENCH)               ## a million requests: memory, descriptors, ledger
 	$(BIN)/python benchmarks/soak.py --json out/bench/soak.json

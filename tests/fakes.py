@@ -243,7 +243,11 @@ class FakeEngine:
         options = body.get("stream_options")
         if isinstance(options, dict) and options.get("include_usage"):
             await response.write(_event(_chunk(choices=[], usage=USAGE)))
-        await response.write(b"data: [DONE]\n\n")
+        if request.path == "/v1/responses":  # which has an end of its own
+            last = {"type": "response.completed", "response": {"usage": USAGE}}
+            await response.write(b"event: response.completed\n" + _event(last))
+        else:
+            await response.write(b"data: [DONE]\n\n")
         return response
 
     async def _pace(self) -> None:

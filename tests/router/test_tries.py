@@ -8,7 +8,7 @@ import pytest
 
 from vllm_workflow.router.attempt import Refusal
 from vllm_workflow.router.headers import Headers
-from vllm_workflow.router.tries import Tries
+from vllm_workflow.router.tries import MAX_REASONS, Tries
 
 
 class Instances:
@@ -44,6 +44,7 @@ def test_one_that_comes_back_and_is_lost_again_thousands_of_times_is_asked_again
         tries.lost("a", "refused", now)
 
     assert tries.next_time == 2_999 + 2.0
+    assert len(tries.reasons) == MAX_REASONS
 
 
 def test_a_stale_connection_costs_no_pause_and_no_try_but_the_next_one_is_new() -> None:

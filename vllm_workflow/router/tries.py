@@ -10,6 +10,8 @@ from vllm_workflow.router.attempt import BROKEN, BUSY, MISSING, Refusal
 
 MAX_RISKY_ATTEMPTS = 3
 """Attempts that may have hurt an engine: a call that kills engines must not kill them all."""
+MAX_REASONS = 8
+"""Why attempts failed, the latest: a call may wait for an hour beside an instance that flaps."""
 MIN_WAIT_S = 2.0
 """However short its budget, a call waits this long for an instance: so long takes re-admission."""
 _FIRST_PAUSE_S = 0.1
@@ -94,6 +96,7 @@ class Tries:
 
     def lost(self, instance_id: str, reason: str, now: float) -> None:
         """Note that an attempt brought nothing."""
+        del self.reasons[: 1 - MAX_REASONS]
         self.reasons.append(f"{instance_id}: {reason}")
         self.fresh_connection = True
         if reason == "closed":

@@ -35,6 +35,11 @@ workflows:
 """
 
 
+@pytest.fixture(scope="module", autouse=True)
+def warm(vllm_server: VllmServer) -> None:
+    vllm_server.warm_up()  # the first prompt below is a short one
+
+
 class Client:
     """Calls the router, and remembers in which order calls ended."""
 

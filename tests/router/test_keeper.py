@@ -10,7 +10,7 @@ import sqlite3
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -279,6 +279,50 @@ def test_however_much_was_learned_what_is_new_is_all_that_is_written(tmp_path: P
 
     assert len(parts) == 5  # speeds, tokens per byte; its lengths, rest and flow
     assert sum("workflow 7" in part for part in parts) == 3
+
+
+@pytest.mark.parametrize("error", [sqlite3.OperationalError, sqlite3.DatabaseError])
+def test_what_the_store_could_not_write_is_kept_again(tmp_path: Path, error: Any) -> None:
+    """Parts that do not change any more would be lost for ever."""
+    first, store = dispatcher(), Store(tmp_path / "state.db")
+    keeper = Keeper(first, store)
+    for number in range(20):
+        serve(first, f"{number}", workflow=f"workflow {number}", final=True)
+        if number == 10:
+            keeper.keep()
+            wait_until(lambda: store.num_written > 0)
+    connection = store._connection
+    store._connection = Failing(connection, error)  # type: ignore[assignment]
+    keeper.keep()
+    wait_until(lambda: store.num_losses > 0)
+    if error is sqlite3.OperationalError:
+        store._connection = connection
+    keeper.keep()
+    store.close()
+
+    assert learned(restored(store.path)) == learned(first)
+
+
+class Failing:
+    """A database on a disk that is full, or damaged."""
+
+    def __init__(self, connection: sqlite3.Connection, error: type[Exception]) -> None:
+        self._error = error
+        self.close = connection.close
+
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def execute(self, *_: object) -> None:
+        raise self._error("no more of this")
+
+
+def wait_until(is_so: Callable[[], bool]) -> None:
+    until = time.monotonic() + 10.0
+    while not is_so():
+        assert time.monotonic() < until
+        time.sleep(0.01)
 
 
 async def test_a_keeper_that_is_stopped_at_any_moment_keeps_everything(tmp_path: Path) -> None:

@@ -19,6 +19,8 @@ KEEP_EVERY_S = 0.25
 _MAX_KEEP_EVERY_S = 0.4
 _MAX_SHARE = 0.02
 """Of the event loop's time that is to go into this: much that is learned is written less often."""
+_AGAIN_S = 30.0
+"""Until all that was learned is kept again, after a loss: a full disk stays full for long."""
 _PARTS_AT_A_TIME = 32
 """Calls are let in between: about 2 ms."""
 WORKFLOWS = "workflows"
@@ -40,6 +42,9 @@ class Keeper:
         self._dispatcher = dispatcher
         self._store = store
         self._num_kept = dispatcher.num_settled
+        self._num_losses = 0
+        """Of the store's, those after which everything was kept again."""
+        self._again_at = 0.0
 
     def restore(self) -> None:
         """Begin with what is in the store; what cannot be used is left, and the log says so.
@@ -128,12 +133,18 @@ class Keeper:
 
     def keep(self) -> None:
         """Hand what is new to the store."""
+        self._again_at = 0.0
         for part in self._news():
             self._store.keep(*part)
 
     def _news(self) -> Iterator[tuple[str, Mapping[str, Any]]]:
-        """Yield what has changed: under which name it is kept, and what it is."""
-        if self._dispatcher.num_settled == self._num_kept:
+        """Yield what has changed, or everything if the store has lost some of it: under which name
+        it is kept, and what it is."""
+        now, num_losses = time.monotonic(), self._store.num_losses
+        if num_losses != self._num_losses and now >= self._again_at:
+            self._num_losses, self._again_at = num_losses, now + _AGAIN_S
+            self._dispatcher.predictor.learned.mark_changed()
+        elif self._dispatcher.num_settled == self._num_kept:
             return
         self._num_kept = self._dispatcher.num_settled
         yield SPEEDS, {"instances": self._dispatcher.fleet.speeds()}

@@ -78,6 +78,9 @@ class Store:
         self.path = path
         self.num_dropped = 0
         """Items that were not written: the queue was full, or the disk."""
+        self.num_losses = 0
+        """Times that something learned was lost: of what was kept before, too, if the file was
+        begun anew."""
         self.num_written = 0
         self.retention = retention or Retention()
         """May be replaced."""
@@ -103,7 +106,8 @@ class Store:
             kind: What it is.
             learned: Plain data; not changed afterwards.
         """
-        self._put("learned", (kind, learned))
+        if not self._put("learned", (kind, learned)):
+            self.num_losses += 1
 
     def tuned(self, verdict: Mapping[str, Any]) -> None:
         """Add what the tuner has found."""
@@ -125,11 +129,14 @@ class Store:
         self._connection.close()
         self._lock.close()
 
-    def _put(self, kind: str, value: object) -> None:
+    def _put(self, kind: str, value: object) -> bool:
+        """Have it written; returns whether it will be tried."""
         try:
             self._queue.put_nowait((kind, time.time(), value))
         except queue.Full:
             self.num_dropped += 1
+            return False
+        return True
 
     # In the writer's thread.
 
@@ -162,6 +169,8 @@ class Store:
     def _write(self, batch: _Batch, num_items: int) -> None:
         if self._guarded(lambda: _insert(self._connection, batch), num_items):
             self.num_written += num_items
+        elif batch.learned:
+            self.num_losses += 1
 
     def _guarded(self, do: Any, num_items: int) -> bool:
         """Do something in one transaction; returns whether it was done."""
@@ -184,6 +193,7 @@ class Store:
             self._connection.close()
             aside = moved_aside(self.path)
             self._connection = opened(self.path)
+            self.num_losses += 1
             _logger.error("store: %s is damaged; moved to %s", self.path, aside)
         except (ConfigError, OSError, sqlite3.Error):
             _logger.exception("store: cannot begin %s anew", self.path)

@@ -222,7 +222,8 @@ class Binder:
                     return await future
                 except asyncio.CancelledError:
                     # It may have been bound in the same moment.
-                    if future.done() and not future.cancelled() and (late := future.result()):
+                    is_bound = future.done() and not (future.cancelled() or future.exception())
+                    if is_bound and (late := future.result()):
                         self._release(late)
                     raise
         except TimeoutError:

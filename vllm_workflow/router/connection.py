@@ -362,7 +362,7 @@ class Connection:
         assert self._parser is not None
         status = self._parser.get_status_code()
         if status >= 200:
-            self.headers = Headers.of(self._fields)
+            self.headers, self._fields = Headers.of(self._fields), []
             self._headed(status)
         elif status == 101:
             raise BrokenOffError("another protocol was not asked for")

@@ -226,6 +226,7 @@ class PlainConnection:
         except (HttpParserError, HttpParserUpgrade):
             return None
         headers = Headers.of(self._fields)
+        self._fields = []  # keys among them
         for name in _UNUSUAL:
             if name in headers:
                 return None
